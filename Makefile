@@ -1,0 +1,22 @@
+# `make` sets up and runs the whole pipeline; `make test` tests; `make ui` opens the comparison of runs.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+IN_VENV := PATH="$(abspath $(BIN)):$$PATH"
+
+run: $(STAMP)
+	$(IN_VENV) dvc repro
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) -e ".[dev]"
+	$(IN_VENV) python -m rnp setup
+	touch $@
+
+test: $(STAMP)
+	$(IN_VENV) python -m pytest
+
+ui: $(STAMP)
+	$(IN_VENV) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1
+
+.PHONY: run test ui

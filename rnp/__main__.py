@@ -1,0 +1,3 @@
+from rnp.cli.main import main
+
+main()

@@ -1,0 +1,37 @@
+"""BadNets: a small black and white patch in the lower right corner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import nn
+
+from rnp.attacks.base import Attack, Mix
+from rnp.errors import UserError
+from rnp.types import ImageSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadNets(Attack):
+    """Nothing of it is random: the patch is fixed, the same in all channels.
+
+    Source: Gu et al., 2017, arXiv 1708.06733.
+    Differs: the reference patch of RNP has one black pixel where a checkerboard has a white one; ours is regular.
+    """
+
+    size: Annotated[int, "side of the patch, in pixels"] = 3
+    margin: Annotated[int, "pixels between patch and border"] = 0
+
+    def make_trigger(self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None) -> Mix:
+        channels, height, width = clean.shape
+        reach = self.size + self.margin
+        if not 1 <= self.size <= reach <= min(height, width):
+            raise UserError(f"a patch of size {self.size} with margin {self.margin} does not fit {height}x{width} images")
+        pattern, weight = torch.zeros(channels, height, width), torch.zeros(1, height, width)
+        square = (..., slice(height - reach, height - self.margin), slice(width - reach, width - self.margin))
+        line = torch.arange(self.size)
+        pattern[square] = ((line + line.unsqueeze(1)) % 2 == 0).float()
+        weight[square] = 1
+        return Mix(pattern, weight)

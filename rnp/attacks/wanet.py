@@ -1,0 +1,51 @@
+"""WaNet without its noise mode: a fixed, smooth warp of the whole image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rnp.attacks.base import Attack
+from rnp.errors import UserError
+from rnp.types import ImageSet, Images, Trigger
+
+
+class Warp(Trigger):
+    """Bilinear sampling at `grid` [h, w, 2], in the coordinates of `grid_sample` with aligned corners."""
+
+    def __init__(self, grid: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("grid", grid)
+
+    def forward(self, images: Images) -> Images:
+        return F.grid_sample(images, self.grid.expand(len(images), -1, -1, -1), align_corners=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaNet(Attack):
+    """One field per experiment, drawn at random and shared by training and test.
+
+    Source: Nguyen and Tran, ICLR 2021, section 3.2.
+    Differs: static poisoning, as the RNP family uses it, hence a finer field (k = 32) than the official k = 4; it is
+    easier to detect than the original, which also trains on randomly warped images.
+    """
+
+    gate = 0.8
+
+    k: Annotated[int, "side of the control grid"] = 32
+    strength: Annotated[float, "mean length of the warp, in pixels times 2"] = 0.5
+
+    def make_trigger(self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None) -> Warp:
+        _, height, width = clean.shape
+        if self.k < 2:
+            raise UserError(f"k must be at least 2, got {self.k}")
+        field = torch.rand(1, 2, self.k, self.k, generator=rng) * 2 - 1
+        field = field / field.abs().mean()
+        field = F.interpolate(field, size=(height, width), mode="bicubic", align_corners=True)[0].permute(1, 2, 0)
+        y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+        grid = torch.stack([x, y], dim=2) + self.strength * field / torch.tensor([width, height])
+        return Warp(grid.clamp(-1, 1))

@@ -1,0 +1,37 @@
+"""Augmentation of whole batches: shifted crops and mirror images, every image with its own draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+
+from rnp.errors import UserError
+from rnp.types import Images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """The usual CIFAR augmentation; `crop=0, flip=False` changes nothing."""
+
+    crop: Annotated[int, "largest shift of the random crop, in pixels (padded with zeros)"] = 4
+    flip: Annotated[bool, "mirror half of the images"] = True
+
+    def __post_init__(self) -> None:
+        if self.crop < 0:
+            raise UserError(f"crop must be 0 or more pixels, got {self.crop}")
+
+    def __call__(self, images: Images, *, rng: torch.Generator) -> Images:
+        """Drawn at random: one shift and one mirroring per image. `images` is left unchanged."""
+        n, _, height, width = images.shape
+        dy, dx = torch.randint(-self.crop, self.crop + 1, (2, n), generator=rng)
+        mirrored = torch.rand(n, generator=rng) < 0.5 if self.flip else torch.zeros(n, dtype=torch.bool)
+        rows = torch.arange(height) + dy.unsqueeze(1)  # [n, h]
+        columns = torch.arange(width).expand(n, -1)
+        columns = torch.where(mirrored.unsqueeze(1), columns.flip(1), columns) + dx.unsqueeze(1)  # [n, w]
+        padded = F.pad(images, [self.crop] * 4) if self.crop else images
+        where = (torch.arange(n)[:, None, None], rows[:, :, None] + self.crop, columns[:, None, :] + self.crop)
+        where = [index.to(images.device) for index in where]
+        return padded.permute(0, 2, 3, 1)[tuple(where)].permute(0, 3, 1, 2)  # channels-last in memory

@@ -1,0 +1,139 @@
+"""Recover triggers, name the target label and find triggered images, with the unlearned model and without it.
+
+The detectors see the defender's images and the models; the triggered test set serves to score them, nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+
+from rnp.cli.options import command, generator
+from rnp.detection.base import RecoveredTrigger, SampleDetector, iou, iou_top_k, judge
+from rnp.detection.labels.class_shares import ClassShares
+from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
+from rnp.detection.samples.confidence import Confidence
+from rnp.detection.samples.strip import Strip
+from rnp.detection.triggers.neural_cleanse import NeuralCleanse
+from rnp.errors import UserError
+from rnp.io import load_defence_set, load_images, load_model, load_trigger, read_json, read_trajectory, save_tensors, write_json
+from rnp.plots import recovered_triggers, roc
+from rnp.training import predict
+from rnp.types import DefenceSet, ImageSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detect:
+    images: Annotated[int, "clean test images, and as many triggered ones, among which the latter are to be found"] = 500
+    trigger_model: Annotated[Literal["0.8", "0.5", "0.2"], "unlearned checkpoint, by its accuracy, to recover triggers from"] = "0.5"
+    sample_model: Annotated[Literal["0.8", "0.5", "0.2"], "unlearned checkpoint, by its accuracy, to find samples with"] = "0.2"
+    neural_cleanse: NeuralCleanse = NeuralCleanse()
+    class_shares: ClassShares = ClassShares()
+    strip: Strip = Strip()
+
+    def __post_init__(self) -> None:
+        if self.images < 10:
+            raise UserError(f"detect.images must be at least 10, got {self.images}")
+
+
+@command("detect", Detect, inputs=("model", "unlearned", "defence", "test", "triggered"))
+def detect(options: Detect, *, model: Path, unlearned: Path, defence: Path, test: Path, triggered: Path, out: Path,
+           report: Path, seed: int) -> None:
+    """Write the recovered triggers to OUT, and to REPORT how right each detector was."""
+    victim, _, classes = load_model(model)
+    clean, attack = load_defence_set(defence), read_json(triggered / "attack.json")
+    target, truth = attack["target_label"], load_trigger(triggered / "trigger.safetensors")
+    seconds = {}
+
+    found: dict[str, list[RecoveredTrigger]] = {}
+    for name, net in (("backdoored", victim), ("unlearned", checkpoint(unlearned, options.trigger_model))):
+        start = time.perf_counter()
+        found[name] = options.neural_cleanse.recover(net, clean.train, rng=generator(seed, f"triggers/{name}"))
+        seconds[f"triggers_{name}"] = time.perf_counter() - start
+    save_tensors(out, {f"{name}.{part}": torch.stack([getattr(t, part) for t in triggers])
+                       for name, triggers in found.items() for part in ("mask", "pattern")}, {"kind": "recovered triggers"})
+
+    index = NeuralCleanseIndex(recovery=options.neural_cleanse)
+    shares = options.class_shares
+    verdicts = {
+        "class_shares": shares.verdict(shares.from_trajectory(read_trajectory(unlearned / "trajectory.csv"))),
+        "neural_cleanse_index": index.verdict(index.from_triggers(found["backdoored"])),
+        "neural_cleanse_index_unlearned": index.verdict(index.from_triggers(found["unlearned"])),
+    }
+
+    tests = load_images(test)
+    others = tests.subset((tests.labels != target).nonzero().squeeze(1)[: options.images])
+    images, positives, targets = screened(tests, load_images(triggered / "test"), target, options.images)
+    weak = checkpoint(unlearned, options.sample_model)
+    samples, curves = {}, {}
+    for detector in (Confidence(), options.strip):
+        start = time.perf_counter()
+        scores = ask(detector, victim, images, clean, weak, seed)
+        seconds[f"samples_{detector.name}"] = time.perf_counter() - start
+        samples[detector.name] = dataclasses.asdict(judge(scores[0], positives, targets, scores[1]))
+        curves[detector.name] = curve(scores[0], positives)
+
+    example = others.subset(torch.tensor([0])).floats()
+    changed = (truth(example) - example)[0]
+    true_pattern = truth.pattern if truth.support is not None else (changed / 2 + 0.5).clamp(0, 1)
+    recovered_triggers(report / "triggers.png", (true_pattern, truth.support),
+                       [(f"{name} model, class {classes[target]}", found[name][target].pattern, found[name][target].mask)
+                        for name in found])
+    roc(report / "roc.png", curves)
+    write_json(report / "metrics.json", {
+        "target_label": target,
+        "triggers": {name: trigger_scores(triggers[target], truth.support, victim, others) for name, triggers in found.items()},
+        "labels": {name: {"label": -1 if verdict.label is None else verdict.label, "margin": verdict.margin,
+                          "correct": verdict.label == target} for name, verdict in verdicts.items()},
+        "samples": samples,
+    })
+    write_json(report / "seconds.json", seconds)
+
+
+def checkpoint(unlearned: Path, level: str) -> torch.nn.Module:
+    """The unlearned model at the first fall below an accuracy; the last one where it never fell so far."""
+    path = unlearned / f"accuracy_{level}.safetensors"
+    return load_model(path if path.exists() else unlearned / "accuracy_end.safetensors")[0]
+
+
+def screened(tests: ImageSet, attacked: ImageSet, target: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images, which of them are triggered, and which belong to the target class: `n` clean and as many triggered ones.
+
+    The triggered ones are taken from the end of their set, so that few of them repeat a clean one.
+    """
+    n = min(n, len(tests), len(attacked))
+    clean, bad = tests.subset(torch.arange(n)), attacked.subset(torch.arange(len(attacked) - n, len(attacked)))
+    labels = torch.cat([clean.labels, bad.labels])
+    return torch.cat([clean.images, bad.images]), torch.arange(2 * n) >= n, labels == target
+
+
+def ask(detector: SampleDetector, victim: torch.nn.Module, images: torch.Tensor, clean: DefenceSet, weak: torch.nn.Module,
+        seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of the screened images and of the defender's own, which set the threshold."""
+    return tuple(detector.score(victim, each, clean.train, rng=generator(seed, f"samples/{detector.name}"), unlearned=weak)
+                 for each in (images, clean.val.images))
+
+
+def curve(scores: torch.Tensor, positives: torch.Tensor) -> tuple:
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    fpr, tpr, _ = roc_curve(positives, scores)
+    return fpr, tpr, roc_auc_score(positives, scores)
+
+
+def trigger_scores(trigger: RecoveredTrigger, support: torch.Tensor | None, victim: torch.nn.Module,
+                   others: ImageSet) -> dict[str, float]:
+    """Size of a recovered trigger, its ASR on the backdoored model, and its overlap with the true one if that is a patch.
+
+    `others` are test images of the classes that are not the target.
+    """
+    hits = predict(victim, trigger.apply(others.floats())).argmax(1) == trigger.label
+    scores = {"l1": trigger.l1, "success": hits.float().mean().item(), "gain": trigger.gain}
+    if support is not None:
+        scores |= {"iou": iou(trigger.mask, support), "iou_top_k": iou_top_k(trigger.mask, support)}
+    return scores

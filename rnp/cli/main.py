@@ -1,0 +1,80 @@
+"""`rnp`: one command per step, loaded when it is called, so that help stays fast."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import sys
+from collections.abc import Iterator
+
+import click
+
+from rnp.errors import NonFinite, UserError
+
+COMMANDS = {
+    "preset": "Print a complete params.yaml.",
+    "check": "Check params.yaml against the options of every command.",
+    "list": "Name the attacks, defences, detectors, data sets, architectures and presets.",
+    "setup": "Create the MLflow store, and let DVC work where there is no git.",
+    "prepare": "Split a data set between attacker, defender and test.",
+    "twin": "Train a benign model on the attacker's training set.",
+    "poison": "Make the trigger and poison the training set.",
+    "train": "Train the backdoored model and test whether its backdoor is real.",
+    "unlearn": "Maximise the model's error on the defence set.",
+    "recover": "Minimise it again, one mask per neuron.",
+    "prune": "Choose on the defence set how many neurons to prune, and prune them.",
+    "defend": "Repair the backdoored model by another defence.",
+    "detect": "Recover triggers, name the target label, find triggered images.",
+    "evaluate": "Measure CA, ASR, RA and DER of every model.",
+    "report": "Write one self-contained page about everything.",
+    "rows": "Append finished runs to a table of results.",
+}
+
+
+class Lazy(click.Group):
+    """A group that imports a command when it runs or explains it, not to list it."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"rnp.cli.{name}")
+        return getattr(module, "list_" if name == "list" else name)
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="rnp")
+def cli() -> None:
+    """Remove backdoors from image classifiers: Reconstructive Neuron Pruning and what it is compared with."""
+
+
+@contextlib.contextmanager
+def guard() -> Iterator[None]:
+    """One clear line and an exit code for what a user can mend (2) and for what a machine does to us (1)."""
+    try:
+        yield
+    except UserError as error:
+        leave(str(error), 2)
+    except NonFinite as error:
+        leave(f"{error}; lower the learning rate", 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        leave(f"the disk is full: {error.filename or 'no space left'}; free some and run again, nothing was half-written", 1)
+
+
+def leave(message: str, code: int) -> None:
+    click.echo(f"error: {message}", err=True)
+    sys.exit(code)
+
+
+def main() -> None:
+    with guard():
+        cli()

@@ -1,0 +1,35 @@
+"""Make the trigger and poison the training set."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from rnp.attacks.base import Attack
+from rnp.cli.choice import ChooseAttack
+from rnp.cli.options import command, generator
+from rnp.io import load_images, load_model, save_poisoned, write_json
+from rnp.plots import trigger_grid
+from rnp.registry import load, names
+from rnp.types import to_floats
+
+ATTACKS = tuple((load("attack", name), f"{name}.") for name in names("attack"))
+
+
+@command("poison", ChooseAttack, *ATTACKS, inputs=("pool", "twin"))
+def poison(choice: ChooseAttack, *attacks: Attack, pool: Path, twin: Path, out: Path, report: Path, seed: int) -> None:
+    """Write to OUT the changed images with their positions and labels, the trigger, and the attack's options."""
+    attack = next(each for each in attacks if each.name == choice.attack)
+    clean = load_images(pool)
+    surrogate, _, _ = load_model(twin)
+    poisoned = attack.poison(clean, rng=generator(seed, "poison"), surrogate=surrogate)
+    save_poisoned(out, poisoned, {"attack": attack.name, **dataclasses.asdict(attack)})
+    first = torch.cat([(~poisoned.covers).nonzero()[:4], poisoned.covers.nonzero()[:2]]).squeeze(1)
+    originals = to_floats(clean.images[poisoned.positions[first]])
+    trigger_grid(report / "triggers.png", originals, poisoned.trigger(originals), to_floats(poisoned.images[first]))
+    write_json(report / "metrics.json", {
+        "poisoned": int((~poisoned.covers).sum()), "covers": int(poisoned.covers.sum()), "pool": len(clean),
+        "largest_change": float((poisoned.trigger(originals) - originals).abs().max()),
+    })

@@ -1,0 +1,27 @@
+"""Choose on the defence set how many neurons to prune, and prune them from the backdoored model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+from rnp.cli.options import command
+from rnp.io import load_defence_set, load_mask, load_model, save_model, write_json, write_rows
+from rnp.plots import sweep_curve
+from rnp.prune import Prune
+
+
+@command("prune", Prune, inputs=("model", "masks", "defence"), seed=False)
+def prune(options: Prune, *, model: Path, masks: Path, defence: Path, out: Path, report: Path) -> None:
+    """Write the repaired model to OUT."""
+    victim, architecture, classes = load_model(model)
+    mask = load_mask(masks / "mask.safetensors")
+    pruned = options(victim, mask, load_defence_set(defence).val)
+    save_model(out, pruned.model, architecture, classes)
+    write_rows(report / "sweep.csv", [dataclasses.asdict(point) for point in pruned.sweep])
+    sweep_curve(report / "sweep.png", pruned.sweep, pruned.chosen)
+    write_json(report / "metrics.json", {
+        **dataclasses.asdict(pruned.chosen), "rule": options.rule, "neurons": sum(len(v) for v in mask.values()),
+        "layers": dict(Counter(layer for layer, _ in pruned.neurons)),
+    })

@@ -1,0 +1,21 @@
+"""Create the MLflow store once, and let DVC work where there is no git."""
+
+from __future__ import annotations
+
+import subprocess
+
+import click
+
+from rnp import tracking
+
+
+@click.command()
+def setup() -> None:
+    """Run once after installation, in the folder of dvc.yaml; running it again changes nothing."""
+    inside = subprocess.run(["git", "rev-parse", "--is-inside-work-tree"], capture_output=True, check=False).returncode == 0
+    local = ["dvc", "config", "--local"]
+    if not inside:
+        subprocess.run([*local, "core.no_scm", "true"], check=True)
+    elif subprocess.run([*local, "core.no_scm"], capture_output=True, check=False).stdout.strip():
+        subprocess.run([*local, "--unset", "core.no_scm"], check=True)
+    tracking.setup()

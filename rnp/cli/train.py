@@ -1,0 +1,44 @@
+"""Train the backdoored model, make the triggered test set, and test whether the backdoor is real."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rnp.attacks.base import backdoored_test_set
+from rnp.cli.options import command, generator
+from rnp.cli.progress import progress
+from rnp.io import History, load_images, load_model, load_poisoned, save_images, save_model, save_trigger, whole, write_json
+from rnp.metrics import gate_reason, score
+from rnp.models.build import Architecture, statistics
+from rnp.plots import training_curves
+from rnp.registry import load
+from rnp.training import Train, accuracy, default_device
+
+
+@command("train", Architecture, Train, inputs=("pool", "poisoned", "test", "twin"), outs=("out", "triggered"))
+def train(architecture: Architecture, recipe: Train, *, pool: Path, poisoned: Path, test: Path, twin: Path, out: Path,
+          triggered: Path, report: Path, seed: int) -> None:
+    """Write the backdoored model to OUT; to TRIGGERED the test images with the trigger on, the trigger and the gate."""
+    clean = load_images(pool)
+    changes, options = load_poisoned(poisoned)
+    name = options.pop("attack")
+    attack = load("attack", name)(**options)
+    data, rng = changes.apply(clean), generator(seed, "train")
+    model = architecture.build(len(data.classes), data.shape[0], *statistics(data), rng=rng).to(default_device())
+    with History(report / "history.csv") as history, progress("train", recipe.epochs, history) as on_epoch:
+        model, trigger = attack.train(model, data, changes.trigger, recipe, rng=rng, on_epoch=on_epoch)
+    tests = load_images(test)
+    attacked = backdoored_test_set(trigger, tests, attack.target_label)
+    scores = score(model, tests, attacked, attack.target_label, precision=recipe.precision)
+    benign, _, _ = load_model(twin)
+    accuracy_twin = accuracy(benign, tests, precision=recipe.precision)
+    reason = gate_reason(scores, accuracy_twin, attack.gate)
+    facts = {"gate": not reason, "gate_reason": reason, "clean_accuracy_twin": accuracy_twin}
+
+    save_model(out, model, architecture, data.classes)
+    with whole(triggered) as draft:
+        save_images(draft / "test", attacked)
+        save_trigger(draft / "trigger.safetensors", trigger)
+        write_json(draft / "attack.json", {"attack": name, "target_label": attack.target_label, **facts})
+    training_curves(report / "training.png", {name: report / "history.csv"})
+    write_json(report / "metrics.json", {**scores.flat(), **facts})

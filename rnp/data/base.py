@@ -1,0 +1,76 @@
+"""What a data set is, and how it is split between attacker, defender and test."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from rnp.errors import UserError
+from rnp.registry import Method
+from rnp.types import DefenceSet, ImageSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset(Method, ABC):
+    """A source of a training set and a test set."""
+
+    @abstractmethod
+    def load(self, root: Path, *, rng: torch.Generator) -> tuple[ImageSet, ImageSet]:
+        """Training and test images. `root` is where data sets lie; `rng` serves those that are generated or split.
+
+        Raises: UserError when files are missing or corrupt, naming them and the way out.
+        """
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Who holds what. `pool` is what the attacker may poison and train on."""
+
+    pool: ImageSet
+    defence: DefenceSet
+    test: ImageSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How many clean images the defender holds, and whether the attacker trained on them too."""
+
+    defence_train: Annotated[int, "clean images that the defender optimises on"] = 500
+    defence_val: Annotated[int, "clean images that the defender chooses with"] = 500
+    from_pool: Annotated[bool, "draw them from the training pool, as the paper did, instead of reserving them"] = False
+
+    def __post_init__(self) -> None:
+        for name in ("defence_train", "defence_val"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def __call__(self, train: ImageSet, test: ImageSet, *, rng: torch.Generator) -> Splits:
+        """Stratified by class: every class gets its share to within one image. Drawn at random: which images.
+
+        Raises: UserError when the training set is too small.
+        """
+        wanted = self.defence_train + self.defence_val
+        if not self.from_pool and wanted >= len(train):
+            raise UserError(f"defence_train + defence_val = {wanted} leaves nothing of {len(train)} training images;"
+                            " ask for fewer")
+        order = interleave(train.labels, len(train.classes), rng)
+        if wanted > len(order):
+            raise UserError(f"defence_train + defence_val = {wanted}, but there are {len(train)} training images")
+        chosen_train, chosen_val = order[: self.defence_train], order[self.defence_train : wanted]
+        pool = train if self.from_pool else train.subset(order[wanted:].sort().values)
+        return Splits(pool, DefenceSet(train.subset(chosen_train), train.subset(chosen_val)), test)
+
+
+def interleave(labels: Tensor, classes: int, rng: torch.Generator) -> Tensor:
+    """All positions in random order such that every stretch of `classes` of them holds each class once, while any last."""
+    ranks = torch.empty(len(labels), dtype=torch.float64)
+    for label in range(classes):
+        members = (labels == label).nonzero().squeeze(1)
+        share = torch.randperm(len(members), generator=rng).double() + torch.rand(len(members), generator=rng).double()
+        ranks[members] = share / max(len(members), 1)
+    return ranks.argsort()

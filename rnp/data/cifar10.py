@@ -1,0 +1,37 @@
+"""CIFAR-10, read through torchvision, which checks it against the published checksums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+from rnp.data.base import Dataset
+from rnp.errors import UserError
+from rnp.types import ImageSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar10(Dataset):
+    """Ten classes of photographs: 50,000 images to train on, 10,000 to test, 32 by 32 pixels.
+
+    Source: Krizhevsky, 2009, Learning multiple layers of features from tiny images.
+    """
+
+    download: Annotated[bool, "fetch the files when they are missing"] = False
+
+    def load(self, root: Path, *, rng: torch.Generator) -> tuple[ImageSet, ImageSet]:
+        from torchvision.datasets import CIFAR10  # two seconds to import
+
+        try:
+            parts = [CIFAR10(root, train=train, download=self.download) for train in (True, False)]
+        except RuntimeError as error:
+            raise UserError(f"CIFAR-10 is missing or corrupt under {root}: put cifar-10-batches-py there,"
+                            " point RNP_DATA at its folder, or set datasets.cifar10.download to true") from error
+        return tuple(
+            ImageSet(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets),
+                     tuple(part.classes))
+            for part in parts
+        )

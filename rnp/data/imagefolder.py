@@ -1,0 +1,90 @@
+"""A folder of images: train/CLASS/*.png and test/CLASS/*.png, or CLASS/*.png split by the seed."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from rnp.data.base import Dataset, interleave
+from rnp.errors import UserError
+from rnp.types import ImageSet
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolder(Dataset):
+    """Any images, one folder per class; decoded one by one into a memory map, so that memory stays small.
+
+    Each is turned upright, converted to RGB, its shorter side resized to `size`, and its middle cut out.
+    """
+
+    path: Annotated[str, "the folder, relative to where data sets lie, or absolute"] = "images"
+    size: Annotated[int, "side of the square images that are made, in pixels"] = 64
+    test_share: Annotated[float, "share of the images that form the test set, where there are no train and test folders"] = 0.2
+
+    def __post_init__(self) -> None:
+        if self.size < 8:
+            raise UserError(f"imagefolder.size must be at least 8 pixels, got {self.size}")
+        if not 0 < self.test_share < 1:
+            raise UserError(f"imagefolder.test_share must be in (0, 1), got {self.test_share:g}")
+
+    def load(self, root: Path, *, rng: torch.Generator) -> tuple[ImageSet, ImageSet]:
+        folder = root / self.path
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder; set datasets.imagefolder.path")
+        if (folder / "train").is_dir() and (folder / "test").is_dir():
+            train, test = scan(folder / "train"), scan(folder / "test")
+            if train.keys() != test.keys():
+                odd = sorted(train.keys() ^ test.keys())
+                raise UserError(f"{folder}: class folders {', '.join(odd)} are in train or in test only")
+            return self._decode(train), self._decode(test)
+        everything = self._decode(scan(folder))
+        order = interleave(everything.labels, len(everything.classes), rng)
+        cut = round(len(order) * self.test_share)
+        if cut == 0:
+            raise UserError(f"{folder} holds {len(order)} images, too few to set {self.test_share:g} of them aside for the test")
+        return everything.subset(order[cut:].sort().values), everything.subset(order[:cut].sort().values)
+
+    def _decode(self, files: dict[str, list[Path]]) -> ImageSet:
+        """Raises: UserError naming every file that cannot be read."""
+        labels = [label for label, members in enumerate(files.values()) for _ in members]
+        with tempfile.TemporaryFile() as backing:  # the map outlives the name, and nothing is left behind
+            images = np.memmap(backing, np.uint8, "w+", shape=(len(labels), 3, self.size, self.size))
+        unreadable = []
+        for i, file in enumerate(path for members in files.values() for path in members):
+            try:
+                images[i] = self._read(file)
+            except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+                unreadable.append(f"{file} ({error})")
+        if unreadable:
+            more = f" and {len(unreadable) - 3} more" if len(unreadable) > 3 else ""
+            raise UserError(f"{len(unreadable)} unreadable image files: {'; '.join(unreadable[:3])}{more}; remove or replace them")
+        return ImageSet(torch.from_numpy(images), torch.tensor(labels), tuple(files))
+
+    def _read(self, file: Path) -> np.ndarray:
+        with Image.open(file) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+            square = ImageOps.fit(upright, (self.size, self.size), Image.Resampling.BILINEAR)
+        return np.asarray(square).transpose(2, 0, 1)
+
+
+def scan(folder: Path) -> dict[str, list[Path]]:
+    """Image files by class, both in alphabetical order; hidden files and other endings are passed over.
+
+    Raises: UserError when there are fewer than two classes, or a class without images.
+    """
+    classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
+    if len(classes) < 2:
+        raise UserError(f"{folder} holds {len(classes)} class folders, at least 2 are needed")
+    files = {name: sorted(f for f in (folder / name).iterdir() if f.suffix.lower() in ENDINGS) for name in classes}
+    empty = [name for name, members in files.items() if not members]
+    if empty:
+        raise UserError(f"{folder}: no images in class folder {empty[0]!r}")
+    return files

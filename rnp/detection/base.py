@@ -1,0 +1,165 @@
+"""What a detector promises for triggers, labels and samples, and the numbers by which each is judged."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from rnp.registry import Method
+from rnp.types import Bytes, ImageSet, Images
+
+
+@dataclass(frozen=True)
+class RecoveredTrigger:
+    """A small mask through which `pattern` sends images to `label`; mask and pattern lie in [0, 1], on the CPU.
+
+    `success` and `baseline` are the shares of the images of *other* classes that the model sends to `label`, with the
+    trigger and without.
+    """
+
+    label: int
+    mask: Float[Tensor, "h w"]
+    pattern: Float[Tensor, "c h w"]
+    success: float
+    baseline: float
+
+    @property
+    def l1(self) -> float:
+        """Size of the mask, in pixels."""
+        return self.mask.sum().item()
+
+    @property
+    def gain(self) -> float:
+        """What the trigger adds: the success over the baseline, as a share of what was left to add.
+
+        An unlearned model sends many images to its label unasked; only this part speaks for the trigger.
+        """
+        return (self.success - self.baseline) / (1 - self.baseline) if self.baseline < 1 else 0.0
+
+    def apply(self, images: Images) -> Images:
+        return stamp(images, self.mask.to(images.device), self.pattern.to(images.device))
+
+
+def stamp(images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
+    """(1 - mask) * images + mask * pattern, with whatever leading dimensions broadcast."""
+    return images + mask * (pattern - images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TriggerRecovery(Method, ABC):
+    """Reverse engineering of triggers; in a model without a backdoor it finds what comes nearest to one."""
+
+    @abstractmethod
+    def recover(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> list[RecoveredTrigger]:
+        """One trigger per class, in the order of the classes; `model` is left unchanged.
+
+        All labels are asked at once, so that a method can optimise them as one batch.
+        """
+
+
+@dataclass(frozen=True)
+class LabelVerdict:
+    """The backdoor's label, or None for "no decision"; `margin` is the lead of the highest score over the second."""
+
+    label: int | None
+    margin: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelDetector(Method, ABC):
+    """Which class is the backdoor's? A high score is suspicious."""
+
+    least_score: Annotated[float, "highest score below which no label is named"]
+    least_margin: Annotated[float, "lead over the second class below which no label is named"]
+
+    @abstractmethod
+    def score(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
+        """One score per class, high = suspicious; `model` is left unchanged."""
+
+    def verdict(self, scores: Float[Tensor, "k"]) -> LabelVerdict:
+        (first, second), (label, _) = (top.tolist() for top in scores.topk(2))
+        named = first >= self.least_score and first - second >= self.least_margin
+        return LabelVerdict(label if named else None, first - second)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleDetector(Method, ABC):
+    """Which images carry a trigger? A high score is suspicious."""
+
+    @abstractmethod
+    def score(self, model: nn.Module, images: Bytes, clean: ImageSet, *, rng: torch.Generator,
+              unlearned: nn.Module | None = None) -> Float[Tensor, "n"]:
+        """One score per image, high = suspicious. `model` is the classifier that `images` are meant for, `clean` the
+        defender's images, `unlearned` the same classifier after unlearning, for the methods that ask it; all are left unchanged.
+
+        Raises: UserError when the method needs `unlearned` and it is None.
+        """
+
+
+@dataclass(frozen=True)
+class SampleScores:
+    """How well scores tell triggered images from clean ones.
+
+    `base_rate` is the share of triggered images, which `auprc` reaches by chance. `tpr_at_5_fpr` and `fpr` are what the defender gets who
+    lets 95 % of the clean *defence* images pass, since the tested images are unknown to him; `fpr_target_class` is
+    the part of the false alarms that falls on clean images of the target class, NaN when there are none.
+    """
+
+    auroc: float
+    auprc: float
+    base_rate: float
+    tpr_at_5_fpr: float
+    fpr: float
+    fpr_target_class: float
+
+
+def judge(scores: Float[Tensor, "n"], triggered: Bool[Tensor, "n"], target_class: Bool[Tensor, "n"],
+          defence: Float[Tensor, "m"]) -> SampleScores:
+    """`triggered` marks the positives, `target_class` the images whose true label is the target, `defence` holds the
+    scores of clean images that the defender holds and the unlearning did not see."""
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    flagged = (scores > threshold(defence)).float()
+    return SampleScores(
+        auroc=float(roc_auc_score(triggered, scores)),
+        auprc=float(average_precision_score(triggered, scores)),
+        base_rate=triggered.float().mean().item(),
+        tpr_at_5_fpr=flagged[triggered].mean().item(),
+        fpr=flagged[~triggered].mean().item(),
+        fpr_target_class=flagged[~triggered & target_class].mean().item(),
+    )
+
+
+def threshold(defence: Float[Tensor, "m"], fpr: float = 0.05) -> float:
+    """The score above which an image is flagged, from clean images alone."""
+    return defence.quantile(1 - fpr).item()
+
+
+def anomaly_index(values: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
+    """Distance below the median in robust standard deviations; negative above it, since only small values are suspicious.
+
+    Source: Wang et al., S&P 2019 (Neural Cleanse), section IV-B; 1.4826 makes the median deviation that of a Gaussian.
+    """
+    distance = values.quantile(0.5) - values
+    return distance / (1.4826 * distance.abs().quantile(0.5)).clamp_min(1e-6)
+
+
+def iou(mask: Float[Tensor, "h w"], support: Bool[Tensor, "h w"]) -> float:
+    """Overlap of the true `support` with the pixels above half of the mask's maximum, in [0, 1]."""
+    return jaccard(mask > 0.5 * mask.max(), support)
+
+
+def iou_top_k(mask: Float[Tensor, "h w"], support: Bool[Tensor, "h w"]) -> float:
+    """Overlap of the true `support` with as many of the mask's highest pixels, in [0, 1]."""
+    top = torch.zeros_like(support)
+    top.view(-1)[mask.flatten().topk(int(support.sum())).indices] = True
+    return jaccard(top, support)
+
+
+def jaccard(one: Bool[Tensor, "h w"], other: Bool[Tensor, "h w"]) -> float:
+    return ((one & other).sum() / (one | other).sum().clamp_min(1)).item()

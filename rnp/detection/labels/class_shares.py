@@ -1,0 +1,51 @@
+"""The label to which images of all other classes drift while the model is unlearned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rnp.detection.base import LabelDetector
+from rnp.errors import UserError
+from rnp.training import predict
+from rnp.types import Epoch, ImageSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassShares(LabelDetector):
+    """The score of a class is its share of the predictions for images of the *other* classes, in [0, 1].
+
+    A benign model collapses to some class too: the verdict names the label of a backdoor, it does not prove one.
+
+    Source: Li et al., ICML 2023, Algorithm 1, line 5.
+    Differs: images of the class itself do not count, so that what accuracy is left does not either; `from_trajectory`
+    looks at the whole way to the collapse, since between accuracies of .5 and .2 a wrong class may lead.
+    """
+
+    least_score: Annotated[float, "highest share below which no label is named"] = 0.5
+    least_margin: Annotated[float, "lead over the second class below which no label is named"] = 0.2
+    sharpness: Annotated[float, "a step of the trajectory weighs (1 - accuracy) to this power"] = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("least_score", "least_margin"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} must be in [0, 1], got {getattr(self, name):g}")
+        if self.sharpness < 0:
+            raise UserError(f"sharpness must be 0 or more, got {self.sharpness:g}")
+
+    def score(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
+        """`model` is the most collapsed of the unlearned checkpoints."""
+        predicted = predict(model, clean.images).argmax(1)
+        labels = torch.arange(len(clean.classes)).unsqueeze(1)  # [k, 1]
+        other = clean.labels != labels  # [k, n]
+        return ((predicted == labels) & other).sum(1) / other.sum(1).clamp_min(1)
+
+    def from_trajectory(self, rows: list[Epoch]) -> Float[Tensor, "k"]:
+        """The same score, averaged over an unlearning trajectory with most weight on its collapsed part."""
+        shares = torch.tensor([[row.extra[f"share/{c}"] for c in range(len(row.extra))] for row in rows])  # [t, k]
+        weights = torch.tensor([1 - row.accuracy for row in rows]) ** self.sharpness  # [t]
+        return weights @ shares / weights.sum()

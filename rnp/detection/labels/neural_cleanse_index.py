@@ -1,0 +1,40 @@
+"""The label whose recovered trigger is abnormally small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rnp.detection.base import LabelDetector, RecoveredTrigger, anomaly_index
+from rnp.detection.triggers.neural_cleanse import NeuralCleanse
+from rnp.errors import UserError
+from rnp.types import ImageSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuralCleanseIndex(LabelDetector):
+    """The score of a class is the anomaly index of its mask's size, above 0 where the mask is smaller than the median.
+
+    Source: Wang et al., S&P 2019, section IV-B, with its threshold of 2.
+    """
+
+    least_score: Annotated[float, "highest index below which no label is named"] = 2.0
+    least_margin: Annotated[float, "lead over the second class below which no label is named"] = 0.0
+    recovery: NeuralCleanse = field(default_factory=NeuralCleanse)
+
+    def __post_init__(self) -> None:
+        for name in ("least_score", "least_margin"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be 0 or more, got {getattr(self, name):g}")
+
+    def score(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
+        """Drawn at random: what the recovery draws."""
+        return self.from_triggers(self.recovery.recover(model, clean, rng=rng))
+
+    def from_triggers(self, triggers: list[RecoveredTrigger]) -> Float[Tensor, "k"]:
+        """The same score from triggers that were recovered before, one per class in order."""
+        return anomaly_index(torch.tensor([trigger.l1 for trigger in triggers]))

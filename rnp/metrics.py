@@ -1,0 +1,78 @@
+"""What is measured: accuracies as fractions, with exact binomial intervals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from rnp.training import Precision, predict
+from rnp.types import ImageSet
+
+
+@dataclass(frozen=True)
+class Share:
+    """`hits` of `n`, with a 95 % Wilson interval."""
+
+    hits: int
+    n: int
+
+    @property
+    def value(self) -> float:
+        return self.hits / self.n if self.n else float("nan")
+
+    def interval(self) -> tuple[float, float]:
+        from scipy.stats import binomtest
+
+        low, high = binomtest(self.hits, self.n).proportion_ci(0.95, method="wilson")
+        return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """CA over all classes; ASR and RA over triggered images of the non-target classes, so that ASR + RA <= 1."""
+
+    clean_accuracy: Share
+    attack_success_rate: Share
+    robust_accuracy: Share
+    target_class_accuracy: Share
+
+    def flat(self) -> dict[str, float]:
+        return {name: share.value for name, share in vars(self).items()}
+
+
+def score(model: nn.Module, test: ImageSet, triggered: ImageSet, target_label: int, *,
+          precision: Precision = "fp32") -> Scores:
+    """CA, ASR and RA of `model`; `triggered` holds no image of the target class and carries true labels."""
+    clean = predict(model, test.images, precision=precision).argmax(1)
+    attacked = predict(model, triggered.images, precision=precision).argmax(1)
+    target = test.labels == target_label
+    return Scores(
+        Share(int((clean == test.labels).sum()), len(test)),
+        Share(int((attacked == target_label).sum()), len(triggered)),
+        Share(int((attacked == triggered.labels).sum()), len(triggered)),
+        Share(int((clean[target] == target_label).sum()), int(target.sum())),
+    )
+
+
+def defence_effectiveness(before: Scores, after: Scores) -> float:
+    """DER in [0, 1]: .5 without effect, 1 for a backdoor gone at no cost in accuracy.
+
+    Source: Zhu et al., ICCV 2023 (FT-SAM). Differs: the cost is subtracted, as the formula says and public code does not.
+    """
+    gain = max(0.0, before.attack_success_rate.value - after.attack_success_rate.value)
+    cost = max(0.0, before.clean_accuracy.value - after.clean_accuracy.value)
+    return (gain - cost + 1) / 2
+
+
+ALLOWED_COST = 0.02
+
+
+def gate_reason(backdoored: Scores, accuracy_twin: float, least_asr: float) -> str:
+    """Why the backdoor is not real; empty when it is: ASR high enough and CA close to that of the benign twin."""
+    asr, ca = backdoored.attack_success_rate.value, backdoored.clean_accuracy.value
+    if asr < least_asr:
+        return f"ASR {asr:.3f} is below {least_asr}"
+    if ca < accuracy_twin - ALLOWED_COST:
+        return f"CA {ca:.3f} is more than {ALLOWED_COST} below the twin's {accuracy_twin:.3f}"
+    return ""

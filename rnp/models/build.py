@@ -1,0 +1,89 @@
+"""Architectures by name; normalisation is the first layer of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+
+from rnp.errors import UserError
+from rnp.models import plain, resnet
+from rnp.models.names import ARCHITECTURES, TORCHVISION
+from rnp.registry import suggest
+from rnp.types import ImageSet
+
+TABLE: dict[str, Callable[..., nn.Module]] = {
+    "resnet10": lambda k, **kw: resnet.ResNet(resnet.Basic, (1, 1, 1, 1), k, **kw),
+    "resnet18": lambda k, **kw: resnet.ResNet(resnet.Basic, (2, 2, 2, 2), k, **kw),
+    "resnet34": lambda k, **kw: resnet.ResNet(resnet.Basic, (3, 4, 6, 3), k, **kw),
+    "resnet50": lambda k, **kw: resnet.ResNet(resnet.Bottleneck, (3, 4, 6, 3), k, **kw),
+    "preactresnet18": lambda k, **kw: resnet.ResNet(resnet.PreActivation, (2, 2, 2, 2), k, **kw),
+    "wrn16_1": lambda k, **kw: resnet.ResNet(resnet.PreActivation, (2, 2, 2), k, **kw),
+    "vgg19_bn": plain.VGG,
+    "mobilenet_v2": plain.MobileNetV2,
+}
+assert TABLE.keys() == ARCHITECTURES.keys()
+
+
+class Classifier(nn.Module):
+    """[0, 1] images -> logits: subtracts the mean, divides by the deviation of each channel, then runs `net`."""
+
+    def __init__(self, net: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean.view(1, -1, 1, 1).clone())
+        self.register_buffer("std", std.view(1, -1, 1, 1).clone())
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net((images - self.mean) / self.std)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Which network to build."""
+
+    arch: Annotated[str, "architecture: `rnp list` names ours; torchvision:NAME takes any torchvision classifier"] = "resnet18"
+    width: Annotated[int, "channels of the first stage; 0 takes the published width; ours only"] = 0
+
+    def __post_init__(self) -> None:
+        if not self.arch.startswith(TORCHVISION) and self.arch not in ARCHITECTURES:
+            raise UserError(f"unknown architecture {self.arch!r}{suggest(self.arch, [*ARCHITECTURES, TORCHVISION + 'resnet18'])}")
+        if self.width < 0:
+            raise UserError(f"width must be 0 (the published one) or more, got {self.width}")
+
+    def build(self, classes: int, channels: int, mean: Tensor, std: Tensor, *, rng: torch.Generator) -> Classifier:
+        """A fresh network in channels-last layout. Drawn at random: the weights, from `rng` alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**31, (), generator=rng)))
+            if self.arch.startswith(TORCHVISION):
+                net = self._torchvision(classes)
+            else:
+                net = TABLE[self.arch](classes, channels=channels, width=self.width or ARCHITECTURES[self.arch])
+                initialise(net)
+        return Classifier(net, mean, std).to(memory_format=torch.channels_last)
+
+    def _torchvision(self, classes: int) -> nn.Module:
+        from torchvision import models  # two seconds to import
+
+        name = self.arch.removeprefix(TORCHVISION)
+        if name not in models.list_models(module=models):
+            raise UserError(f"torchvision has no classifier {name!r}{suggest(name, models.list_models(module=models))}")
+        return models.get_model(name, weights=None, num_classes=classes)
+
+
+def initialise(net: nn.Module) -> None:
+    """He initialisation by fan-out for convolutions; the classifier keeps PyTorch's default."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.out_channels * math.prod(module.kernel_size) / module.groups
+            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+
+
+def statistics(data: ImageSet, limit: int = 5000) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel over the first `limit` images, as fractions of full scale."""
+    values = data.images[:limit].double().div_(255)
+    return values.mean((0, 2, 3)).float(), values.std((0, 2, 3)).float().clamp_min(1e-3)

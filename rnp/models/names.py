@@ -1,0 +1,13 @@
+"""The names of our architectures and the width of their first stage; apart, because listing them needs no torch."""
+
+TORCHVISION = "torchvision:"
+ARCHITECTURES = {
+    "resnet10": 64,
+    "resnet18": 64,
+    "resnet34": 64,
+    "resnet50": 64,
+    "preactresnet18": 64,
+    "wrn16_1": 16,
+    "vgg19_bn": 64,
+    "mobilenet_v2": 32,
+}

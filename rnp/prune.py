@@ -1,0 +1,144 @@
+"""Prune: take the most suspicious neurons out of the original model, as many as the defence set allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rnp.errors import UserError
+from rnp.masks import Neuron, prune, ranking
+from rnp.training import predict
+from rnp.types import ImageSet, NeuronMask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One row of a sweep: `pruned` neurons removed, all whose mask is at most `threshold`."""
+
+    pruned: int
+    threshold: float
+    accuracy: float
+    loss: float
+    lost: float
+    """Images that turn wrong minus images that turn right, as a share of all: the paired drop in accuracy."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """`model` is the repaired copy, `sweep` what was tried on the defence set, `chosen` the row that was taken."""
+
+    model: nn.Module
+    neurons: list[Neuron]
+    sweep: list[Point]
+    chosen: Point
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune:
+    """Rank by mask, sweep on the defender's own images, choose a point, cut there.
+
+    Source: Li et al., ICML 2023, Algorithm 1 (the cut). The choice of the point is ours: the published code makes none.
+    """
+
+    rule: Annotated[Literal["val_drop", "knee", "outlier", "number", "threshold"], "how the point is chosen"] = "val_drop"
+    epsilon: Annotated[float, "val_drop: accuracy that pruning may cost on the defence set, as a fraction"] = 0.02
+    number: Annotated[int, "number: neurons to prune"] = 30
+    threshold: Annotated[float, "threshold: prune neurons whose mask is at most this"] = 0.3
+    max_fraction: Annotated[float, "share of all neurons that may be pruned at most"] = 0.05
+    zero_bias: Annotated[bool, "clear the bias of a pruned channel too; the paper does not"] = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.epsilon < 1:
+            raise UserError(f"prune.epsilon must be in [0, 1), got {self.epsilon:g}; it is a fraction, not percent")
+        if not 0 < self.max_fraction <= 1:
+            raise UserError(f"prune.max_fraction must be in (0, 1], got {self.max_fraction:g}")
+        if self.number < 0:
+            raise UserError(f"prune.number must be 0 or more, got {self.number}")
+
+    def __call__(self, model: nn.Module, mask: NeuronMask, val: ImageSet) -> Pruned:
+        """Nothing is random; `model` is left unchanged."""
+        order = ranking(mask, model)
+        values = sorted_values(order, mask)
+        most = max(1, int(self.max_fraction * sum(len(v) for v in mask.values())))
+        if self.rule == "number":
+            most = max(most, self.number)
+        elif self.rule == "threshold":
+            most = max(most, int(np.searchsorted(values, self.threshold, side="right")))
+        points = sweep(model, order, values, grid(min(most, len(order)), self._must()), val, zero_bias=self.zero_bias)
+        chosen = self.choose(points, values, len(order))
+        neurons = order[: chosen.pruned]
+        return Pruned(prune(model, neurons, zero_bias=self.zero_bias), neurons, points, chosen)
+
+    def _must(self) -> tuple[int, ...]:
+        return (self.number,) if self.rule == "number" else ()
+
+    def choose(self, points: list[Point], values: np.ndarray, neurons: int) -> Point:
+        """The point that `rule` takes, from the defender's sweep alone."""
+        if self.rule == "val_drop":
+            return last_within(points, self.epsilon)
+        if self.rule == "knee":
+            return knee(points)
+        if self.rule == "number":
+            return max((p for p in points if p.pruned <= self.number), key=lambda p: p.pruned)
+        bound = self.threshold if self.rule == "threshold" else outlier_bound(values)
+        return max((p for p in points if p.pruned == 0 or p.threshold <= bound), key=lambda p: p.pruned)
+
+
+def grid(most: int, extra: tuple[int, ...] = ()) -> list[int]:
+    """Numbers of neurons to try: every one up to 32, then steps of about 6 %."""
+    counts, n = {0, most, *(e for e in extra if e <= most)}, 1
+    while n < most:
+        counts.add(n)
+        n = n + 1 if n < 32 else int(n * 1.06)
+    return sorted(counts)
+
+
+def sorted_values(order: list[Neuron], mask: NeuronMask) -> np.ndarray:
+    return np.array([float(mask[name][index]) for name, index in order])
+
+
+@torch.no_grad()
+def sweep(model: nn.Module, order: list[Neuron], values: np.ndarray, counts: list[int], data: ImageSet, *,
+          zero_bias: bool = False) -> list[Point]:
+    """Accuracy on `data` of `model` without the first n neurons of `order`, for each n in `counts`."""
+    before = None
+    points = []
+    for n in counts:
+        logits = predict(prune(model, order[:n], zero_bias=zero_bias), data.images)
+        right = logits.argmax(1) == data.labels
+        before = right if before is None else before
+        points.append(Point(pruned=n, threshold=float(values[n - 1]) if n else 0.0, accuracy=right.float().mean().item(),
+                            loss=F.cross_entropy(logits, data.labels).item(),
+                            lost=(before.float() - right.float()).mean().item()))
+    return points
+
+
+def last_within(points: list[Point], epsilon: float) -> Point:
+    """The last point before accuracy has fallen by more than `epsilon` for the first time."""
+    chosen = points[0]
+    for point in points:
+        if point.lost > epsilon + 1e-9:
+            break
+        chosen = point
+    return chosen
+
+
+def knee(points: list[Point]) -> Point:
+    """Where the curve of loss against pruned neurons bends most: farthest below the line between its ends."""
+    x = np.array([p.pruned for p in points], dtype=float)
+    y = np.array([p.loss for p in points])
+    span = max(x[-1] - x[0], 1.0)
+    chord = y[0] + (y[-1] - y[0]) * (x - x[0]) / span
+    return points[int(np.argmax(chord - y))]
+
+
+def outlier_bound(values: np.ndarray, k: float = 3.5, floor: float = 0.01) -> float:
+    """Masks below the median by `k` robust deviations; the floor serves because most masks are 1 and the MAD is 0."""
+    median = np.median(values)
+    mad = 1.4826 * np.median(np.abs(values - median))
+    return float(median - k * max(mad, floor))

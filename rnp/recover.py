@@ -1,0 +1,80 @@
+"""Recover: minimise the error of the unlearned model again, with one mask per channel as the only free parameters."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rnp.augment import Augment
+from rnp.errors import UserError
+from rnp.masks import freeze_statistics, masked, ones
+from rnp.training import fit
+from rnp.types import Epoch, ImageSet, NeuronMask, OnEpoch, ignore
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """`mask` ranks the neurons; `final` is the mask after the last step and `model` the unlearned network under it."""
+
+    mask: NeuronMask
+    final: NeuronMask
+    model: nn.Module
+    history: list[Epoch]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recover:
+    """Gradient descent on the masks, clipped to [0, 1] after every step.
+
+    Source: Li et al., ICML 2023, section 3 and Algorithm 1. `alpha` there only scales the loss, hence the step.
+    Differs: length is given in steps, since the mask values depend on their number, and epochs change with the size of
+    the defence set; neurons are ranked by the mask averaged over the steps, since final masks tie at 0 and 1.
+    """
+
+    lr: Annotated[float, "learning rate of the masks"] = 0.2
+    alpha: Annotated[float, "factor on the loss, which is a factor on the learning rate"] = 0.2
+    momentum: Annotated[float, "SGD momentum"] = 0.9
+    steps: Annotated[int, "optimiser steps; mask values depend on their number"] = 80
+    batch_size: Annotated[int, "images per step"] = 128
+    bn_mode: Annotated[Literal["train", "frozen"], "BatchNorm on batch statistics, or on its running ones, unchanged"] = "train"
+    rank_by: Annotated[Literal["average", "final"], "the mask averaged over the steps, or after the last"] = "average"
+    augment: Augment = Augment()
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "alpha", "steps", "batch_size"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"recover.{name} must be above 0, got {getattr(self, name):g}")
+
+    def __call__(self, unlearned: nn.Module, clean: ImageSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> Recovered:
+        """Drawn at random: the order and the augmentation of the images. `unlearned` is left unchanged.
+
+        Raises: NonFinite when the loss is; UserError when the model has no BatchNorm.
+        """
+        model = freeze_statistics(copy.deepcopy(unlearned), self.bn_mode == "frozen")
+        mask = {name: value.requires_grad_() for name, value in ones(model).items()}
+        total = {name: torch.zeros_like(value) for name, value in mask.items()}
+
+        def objective(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            logits = masked(model, images, mask)
+            return self.alpha * F.cross_entropy(logits, labels), logits
+
+        @torch.no_grad()
+        def clip() -> None:
+            for name, value in mask.items():
+                value.clamp_(0, 1)
+                total[name] += value
+
+        history = fit(model, clean, objective=objective, rng=rng, epochs=self.steps, max_steps=self.steps,
+                      optimiser=torch.optim.SGD(mask.values(), lr=self.lr, momentum=self.momentum),
+                      batch_size=self.batch_size, augment=self.augment, after_step=clip, on_epoch=on_epoch)
+        final = {name: value.detach().cpu() for name, value in mask.items()}
+        average = {name: (value / self.steps).cpu() for name, value in total.items()}
+        with torch.no_grad():
+            for name, value in mask.items():
+                model.get_submodule(name).weight.mul_(value)
+        return Recovered(average if self.rank_by == "average" else final, final, model.eval(), history)

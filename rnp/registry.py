@@ -1,0 +1,52 @@
+"""A method by its file name: `rnp/attacks/wanet.py` is the attack `wanet`. Listing the names imports no method."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from pathlib import Path
+
+from rnp.errors import UserError
+
+FAMILIES = {
+    "attack": "attacks",
+    "dataset": "data",
+    "defence": "defences",
+    "triggers": "detection/triggers",
+    "labels": "detection/labels",
+    "samples": "detection/samples",
+}
+
+
+class Method:
+    """The root of everything that a file name selects: frozen dataclasses whose fields are hyperparameters."""
+
+    @property
+    def name(self) -> str:
+        return type(self).__module__.rpartition(".")[2]
+
+
+def names(family: str) -> list[str]:
+    """The methods of a family, sorted; `family` is a key of `FAMILIES`."""
+    files = (Path(__file__).parent / FAMILIES[family]).glob("*.py")
+    return sorted(file.stem for file in files if file.stem not in ("__init__", "base"))
+
+
+def load(family: str, name: str) -> type[Method]:
+    """The method that `name`'s file defines.
+
+    Raises: UserError when there is no such file.
+    """
+    if name not in names(family):
+        raise UserError(f"unknown {family} {name!r}{suggest(name, names(family))}")
+    module = importlib.import_module(f"rnp.{FAMILIES[family].replace('/', '.')}.{name}")
+    own = [value for value in vars(module).values()
+           if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__]
+    (method,) = own  # one file, one method
+    return method
+
+
+def suggest(word: str, known: list[str]) -> str:
+    """The end of an error message: the nearest known word, or all of them."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; choose from {', '.join(known)}"

@@ -1,0 +1,99 @@
+"""The nouns of the project: images, defence sets, triggers, neuron masks, and one row of a training history."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+
+Images = Float[Tensor, "n c h w"]
+"""Images as the models see them: floats in [0, 1]. Normalisation is the first layer of a model."""
+Bytes = UInt8[Tensor, "n c h w"]
+"""Images as they are stored."""
+Labels = Int64[Tensor, "n"]
+Logits = Float[Tensor, "n k"]
+Indices = Int64[Tensor, "_"]
+NeuronMask = dict[str, Float[Tensor, "_"]]
+"""One value per channel for each maskable layer, by layer name; low = suspicious, 1 = untouched."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images in memory or behind a memory map; never changed in place."""
+
+    images: Bytes
+    labels: Labels
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        return tuple(self.images.shape[1:])
+
+    def subset(self, positions: Indices) -> ImageSet:
+        return ImageSet(self.images[positions], self.labels[positions], self.classes)
+
+    def floats(self) -> Images:
+        """All images as floats in [0, 1]; a copy."""
+        return to_floats(self.images)
+
+
+def to_floats(images: Bytes) -> Images:
+    return images.float().div_(255)
+
+
+def to_bytes(images: Images) -> Bytes:
+    """Clip, round, then cast: the other orders wrap bright pixels or bias the image by half a step."""
+    return images.clamp(0, 1).mul(255).round_().to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class DefenceSet:
+    """The defender's clean images: `train` to optimise on, `val` to choose with; neither was seen by the attacker."""
+
+    train: ImageSet
+    val: ImageSet
+
+
+class Trigger(nn.Module, ABC):
+    """Images -> images, each treated alone. All state lives in buffers, so that it can be saved and shared."""
+
+    @abstractmethod
+    def forward(self, images: Images) -> Images: ...
+
+    @property
+    def support(self) -> Tensor | None:
+        """[h, w] boolean: the pixels that a patch covers; None for triggers that touch the whole image."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """One row of a training history. `loss` is the objective that was minimised, `accuracy` that of the seen batches."""
+
+    epoch: int
+    step: int
+    loss: float
+    accuracy: float
+    learning_rate: float
+    gradient_norm: float
+    extra: dict[str, float] = field(default_factory=dict)
+
+    def row(self) -> dict[str, float]:
+        values = dataclasses.asdict(self)
+        return values | values.pop("extra")
+
+
+OnEpoch = Callable[[Epoch], None]
+
+
+def ignore(_: Epoch) -> None:
+    """The listener for callers who do not listen."""

@@ -1,0 +1,7 @@
+"""Stage poison."""
+
+from rnp.cli.poison import poison
+from stages.stage import run
+
+if __name__ == "__main__":
+    run(poison)
