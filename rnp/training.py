@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -124,24 +124,18 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 
 @torch.no_grad()
-def batched_logits(model: nn.Module, images: Tensor, *, precision: Precision = "fp32") -> Iterator[Logits]:
-    """Logits of `images` (uint8 or floats, [n, c, h, w]) on the CPU, batch by batch, in eval mode; the mode is restored."""
+def predict(model: nn.Module, images: Tensor, *, precision: Precision = "fp32") -> Logits:
+    """Logits of all `images` (uint8 or floats, [n, c, h, w]) on the CPU, in eval mode; `model` is left as it was."""
     device, was_training = device_of(model), model.training
     model.eval()
-    try:
-        for part in images.split(EVAL_BATCH):
-            part = part.to(device)
-            part = to_floats(part) if part.dtype == torch.uint8 else part
-            with autocast(precision, device):
-                logits = model(part.contiguous(memory_format=torch.channels_last))
-            yield logits.float().cpu()
-    finally:
-        model.train(was_training)
-
-
-def predict(model: nn.Module, images: Tensor, *, precision: Precision = "fp32") -> Logits:
-    """Logits of all `images`, on the CPU; `model` is left as it was."""
-    return torch.cat(list(batched_logits(model, images, precision=precision)))
+    logits = []
+    for part in images.split(EVAL_BATCH):
+        part = part.to(device)
+        part = to_floats(part) if part.dtype == torch.uint8 else part
+        with autocast(precision, device):
+            logits.append(model(part.contiguous(memory_format=torch.channels_last)).float().cpu())
+    model.train(was_training)
+    return torch.cat(logits)
 
 
 def accuracy(model: nn.Module, data: ImageSet, *, precision: Precision = "fp32") -> float:

@@ -46,7 +46,7 @@ class ImageSet:
         return to_floats(self.images)
 
 
-def to_floats(images: Bytes) -> Images:
+def to_floats(images: UInt8[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c h w"]:
     return images.float().div_(255)
 
 
@@ -87,7 +87,7 @@ class Epoch:
     gradient_norm: float
     extra: dict[str, float] = field(default_factory=dict)
 
-    def row(self) -> dict[str, float]:
+    def row(self) -> dict[str, int | float]:
         values = dataclasses.asdict(self)
         return values | values.pop("extra")
 

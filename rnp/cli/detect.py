@@ -79,15 +79,17 @@ def detect(options: Detect, *, model: Path, unlearned: Path, defence: Path, test
         curves[detector.name] = curve(scores[0], positives)
 
     example = others.subset(torch.tensor([0])).floats()
-    changed = (truth(example) - example)[0]
-    true_pattern = truth.pattern if truth.support is not None else (changed / 2 + 0.5).clamp(0, 1)
-    recovered_triggers(report / "triggers.png", (true_pattern, truth.support),
+    support = truth.support
+    whole_image = support is None  # then there is no pattern to show, but what it does to an image, around mid-grey
+    pattern = ((truth(example) - example)[0] / 2 + 0.5) if whole_image else truth(torch.zeros_like(example))[0]
+    covered = torch.ones(example.shape[2:]) if whole_image else support.float()
+    recovered_triggers(report / "triggers.png", (pattern, covered),
                        [(f"{name} model, class {classes[target]}", found[name][target].pattern, found[name][target].mask)
                         for name in found])
     roc(report / "roc.png", curves)
     write_json(report / "metrics.json", {
         "target_label": target,
-        "triggers": {name: trigger_scores(triggers[target], truth.support, victim, others) for name, triggers in found.items()},
+        "triggers": {name: trigger_scores(triggers[target], support, victim, others) for name, triggers in found.items()},
         "labels": {name: {"label": -1 if verdict.label is None else verdict.label, "margin": verdict.margin,
                           "correct": verdict.label == target} for name, verdict in verdicts.items()},
         "samples": samples,

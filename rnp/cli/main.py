@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import click
 
 from rnp.errors import NonFinite, UserError
+from rnp.memory import keep_freed_pages
 
 COMMANDS = {
     "preset": "Print a complete params.yaml.",
@@ -76,5 +77,6 @@ def leave(message: str, code: int) -> None:
 
 
 def main() -> None:
+    keep_freed_pages()
     with guard():
         cli()

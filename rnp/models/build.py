@@ -60,18 +60,20 @@ class Architecture:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (), generator=rng)))
             if self.arch.startswith(TORCHVISION):
-                net = self._torchvision(classes)
+                net = self._torchvision(classes, channels)
             else:
                 net = TABLE[self.arch](classes, channels=channels, width=self.width or ARCHITECTURES[self.arch])
                 initialise(net)
         return Classifier(net, mean, std).to(memory_format=torch.channels_last)
 
-    def _torchvision(self, classes: int) -> nn.Module:
+    def _torchvision(self, classes: int, channels: int) -> nn.Module:
         from torchvision import models  # two seconds to import
 
         name = self.arch.removeprefix(TORCHVISION)
         if name not in models.list_models(module=models):
             raise UserError(f"torchvision has no classifier {name!r}{suggest(name, models.list_models(module=models))}")
+        if channels != 3:
+            raise UserError(f"torchvision's networks take 3 channels, the images have {channels}; choose one of our architectures")
         return models.get_model(name, weights=None, num_classes=classes)
 
 

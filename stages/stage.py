@@ -1,0 +1,54 @@
+"""What every stage does round its command: check the parameters first, keep track meanwhile, write run.json last."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from rnp.cli.check import check_params, read_params
+from rnp.cli.main import guard
+from rnp.io import History, write_json
+from rnp.tracking import stage_run
+
+PARAMS = Path("params.yaml")
+
+
+def run(command: click.Command) -> None:
+    """Run `command` on the arguments of this process; MLflow sees its options, history, end values and figures."""
+    try:
+        with guard():
+            work(parse(command, sys.argv[1:]))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+
+
+def parse(command: click.Command, arguments: list[str]) -> click.Context:
+    """The context of `command`, or of the sub-command that the arguments begin with."""
+    context = command.make_context(command.name, list(arguments))
+    if not isinstance(command, click.Group):
+        return context
+    name, command, rest = command.resolve_command(context, list(arguments))
+    return command.make_context(name, rest, parent=context)
+
+
+def work(context: click.Context) -> None:
+    params = read_params(PARAMS)
+    check_params(params)
+    stage = os.environ.get("DVC_STAGE", context.command_path).replace("@", "/").replace(" ", "/")
+    report = context.params["report"]
+    options = {name.replace("__", "."): value for name, value in context.params.items() if not isinstance(value, Path)}
+    with stage_run(stage, options, params["poison"]["attack"]) as tracked:
+        start = time.perf_counter()
+        History.listeners.append(tracked.row)
+        with context:
+            context.command.invoke(context)
+        seconds = round(time.perf_counter() - start, 2)
+        tracked.results(report, seconds)
+        write_json(report / "run.json", {"stage": stage, "run_id": tracked.id, "params": options, "seconds": seconds})

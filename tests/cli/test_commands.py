@@ -1,0 +1,206 @@
+"""The commands one after another, on digits and a toy network, without DVC and MLflow; then what users do wrong."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors import safe_open
+
+import rnp.io
+from rnp.cli.main import cli, guard
+
+NET = ["--arch", "resnet10", "--width", "4"]
+TRAIN = ["--epochs", "1", "--batch_size", "64", "--augment.crop", "0", "--precision", "fp32"]
+CHAIN = {
+    "prepare": "--out data --report reports/prepare --set digits --digits.size 16 --defence_train 100 --defence_val 100",
+    "twin": "--pool data/pool --test data/test --out models/twin.safetensors --report reports/twin NET TRAIN",
+    "poison": "--pool data/pool --twin models/twin.safetensors --out data/poisoned --report reports/poison --attack blend",
+    "train": "--pool data/pool --poisoned data/poisoned --test data/test --twin models/twin.safetensors"
+             " --out models/backdoored.safetensors --triggered data/triggered --report reports/train NET TRAIN",
+    "unlearn": "--model models/backdoored.safetensors --defence data/defence --out models/unlearned --report reports/unlearn"
+               " --epochs 2",
+    "recover": "--unlearned models/unlearned --defence data/defence --out models/recovered --report reports/recover --steps 4",
+    "prune": "--model models/backdoored.safetensors --masks models/recovered --defence data/defence"
+             " --out models/pruned.safetensors --report reports/prune",
+    "defend ft": "--model models/backdoored.safetensors --defence data/defence --out models/defended/ft.safetensors"
+                 " --report reports/defend/ft --steps 3",
+    "detect": "--model models/backdoored.safetensors --unlearned models/unlearned --defence data/defence --test data/test"
+              " --triggered data/triggered --out models/triggers.safetensors --report reports/detect --images 20"
+              " --neural_cleanse.steps 3 --strip.overlays 2",
+    "evaluate": "--test data/test --triggered data/triggered --twin models/twin.safetensors --model models/backdoored.safetensors"
+                " --unlearned models/unlearned --masks models/recovered --pruned models/pruned.safetensors"
+                " --pruning reports/prune/metrics.json --defended models/defended --report reports/evaluate --defences ft"
+                " --sweep_images 50",
+}
+
+
+def arguments(name: str) -> list[str]:
+    words = []
+    for word in f"{name} {CHAIN[name]}".split():
+        words += {"NET": NET, "TRAIN": TRAIN}.get(word, [word])
+    return words
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder in which every command ran once."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in CHAIN:
+            done = CliRunner().invoke(cli, arguments(name), catch_exceptions=False)
+            assert done.exit_code == 0, done.output
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path, monkeypatch):
+    """A function that calls a command with changed options in a copy of the finished folder."""
+    shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+
+    def call(name: str, *extra: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as end, guard():
+            cli([*arguments(name), *extra])
+        return end.value.code
+
+    return call
+
+
+def test_metrics_of_the_whole_chain(finished):
+    found = json.loads((finished / "reports/evaluate/metrics.json").read_text())
+    for key in ("clean_accuracy", "attack_success_rate", "robust_accuracy", "der", "clean_accuracy_before",
+                "attack_success_rate_before", "robust_accuracy_before"):
+        assert 0 <= found[key] <= 1
+    assert set(found["oracle"]) >= {"clean_accuracy", "attack_success_rate", "neurons_pruned"}
+    assert set(found["models"]) == {"backdoored", "rnp", "unlearned", "recovered", "twin", "ft", "oracle"}
+    assert found["n_triggered"] < found["n_clean"]  # no image of the target class
+    chosen = json.loads((finished / "reports/prune/metrics.json").read_text())
+    assert found["neurons_pruned"] == chosen["pruned"] <= found["neurons"] * 0.05
+
+
+def test_the_pruned_model_differs_in_scales_only(finished):
+    with safe_open(finished / "models/backdoored.safetensors", "pt") as a, safe_open(finished / "models/pruned.safetensors", "pt") as b:
+        changed = {k for k in a.keys() if not a.get_tensor(k).equal(b.get_tensor(k))}
+        zeroed = sum(int((b.get_tensor(k) == 0).sum()) for k in changed)
+    assert all(k.endswith("weight") for k in changed)
+    assert zeroed >= json.loads((finished / "reports/prune/metrics.json").read_text())["pruned"]
+
+
+@pytest.mark.parametrize("name", ["poison", "unlearn", "recover", "prune"])
+def test_the_same_seed_gives_the_same_bytes(finished, run, name):
+    outs = {"poison": "data/poisoned", "unlearn": "models/unlearned", "recover": "models/recovered", "prune": "models/pruned.safetensors"}
+    assert run(name) == 0
+    fresh, old = Path(outs[name]), finished / outs[name]
+    for file in [fresh] if fresh.is_file() else [f for f in fresh.rglob("*") if f.is_file()]:
+        assert file.read_bytes() == (old / file.relative_to(fresh) if fresh.is_dir() else old).read_bytes(), file
+
+
+def test_another_seed_gives_another_mask(finished, run):
+    assert run("recover", "--seed", "1") == 0
+    assert Path("models/recovered/mask.safetensors").read_bytes() != (finished / "models/recovered/mask.safetensors").read_bytes()
+
+
+def damage(path: str, keep: float) -> None:
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[: int(len(content) * keep)])
+
+
+def other_architecture() -> None:
+    """A model file that claims a width that its weights do not have."""
+    tensors, meta = rnp.io.load_tensors(Path("models/backdoored.safetensors"))
+    rnp.io.save_tensors(Path("models/backdoored.safetensors"), tensors, meta | {"width": 8})
+
+
+MISTAKES = {
+    "misspelt option": ("unlearn", ["--lrr", "1"], None, "No such option '--lrr'. (Did you mean"),
+    "bad number": ("unlearn", ["--lr", "fast"], None, "'fast' is not a valid float"),
+    "out of range": ("recover", ["--steps", "0"], None, "recover.steps must be above 0, got 0"),
+    "percent": ("poison", ["--blend.poison_rate", "10"], None, "did you mean 0.10?"),
+    "target label": ("poison", ["--blend.target_label", "10"], None, "target_label must be below the number of classes, 10, got 10"),
+    "clean-label rate": ("poison", ["--attack", "sig", "--sig.poison_rate", "0.5"], None, "may take 80 % of them"),
+    "missing input": ("unlearn", ["--model", "gone.safetensors"], None, "'gone.safetensors' does not exist"),
+    "truncated model": ("unlearn", [], lambda: damage("models/backdoored.safetensors", 0.5), "is no readable safetensors file"),
+    "foreign file": ("unlearn", ["--model", "reports/prune/metrics.json"], None, "is no readable safetensors file"),
+    "mask for model": ("unlearn", ["--model", "models/recovered/mask.safetensors"], None, "holds 'mask', not a model"),
+    "other architecture": ("unlearn", [], other_architecture, "the architecture needs"),
+    "truncated images": ("unlearn", [], lambda: damage("data/defence/train/images.npy", 0.5), "is damaged"),
+    "missing images": ("unlearn", [], lambda: Path("data/defence/train/images.npy").unlink(), "does not exist; run the stage"),
+    "too many images": ("prepare", ["--defence_train", "2000"], None, "ask for fewer"),
+    "no data set": ("prepare", ["--set", "cifar10"], None, "point RNP_DATA at its folder"),
+    "no folder": ("prepare", ["--set", "imagefolder"], None, "set datasets.imagefolder.path"),
+    "unknown defence": ("defend ft", ["--lrr", "1"], None, "No such option '--lrr'. (Did you mean"),
+    "no batch norm": ("twin", ["--arch", "resnet-18"], None, "did you mean 'resnet18'?"),
+    "device": ("unlearn", [], None, "RNP_DEVICE='abacus' is no device"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_end_in_one_line_and_exit_code_2(run, capsys, monkeypatch, case):
+    name, extra, prepare, message = MISTAKES[case]
+    if prepare is not None:
+        prepare()
+    if case == "device":
+        monkeypatch.setenv("RNP_DEVICE", "abacus")
+    before = snapshot()
+    assert run(name, *extra) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "Traceback" not in error and len([line for line in error.splitlines() if line.lower().startswith("error")]) == 1
+    assert snapshot() == before, "something was half-written"
+
+
+def snapshot() -> dict[str, int]:
+    return {str(file): file.stat().st_mtime_ns for folder in ("data", "models") for file in Path(folder).rglob("*")}
+
+
+def test_a_stop_that_is_never_reached_is_told_and_still_writes_a_model(run, capsys):
+    assert run("unlearn", "--stop_accuracy", "0.0001", "--epochs", "1") == 0
+    assert "accuracy never fell to 0.0001" in capsys.readouterr().out
+    assert json.loads(Path("reports/unlearn/metrics.json").read_text())["reached"] is False
+    assert Path("models/unlearned/model.safetensors").exists()
+
+
+def test_a_non_finite_loss_ends_in_one_line(run, capsys):
+    before = snapshot()
+    assert run("twin", "--lr", "1e30") == 1
+    assert "the loss became non-finite at step" in capsys.readouterr().err
+    assert snapshot() == before
+
+
+def test_a_full_disk_leaves_the_old_files(run, capsys, monkeypatch):
+    before = Path("models/pruned.safetensors").read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "models/pruned.safetensors")
+
+    monkeypatch.setattr(rnp.io, "save_file", full)
+    assert run("prune") == 1
+    assert "the disk is full: models/pruned.safetensors" in capsys.readouterr().err
+    assert Path("models/pruned.safetensors").read_bytes() == before
+    assert [f for f in Path("models").rglob(".*")] == []
+
+
+def test_rows_of_results(run, tmp_path):
+    for stage in ("train", "unlearn", "recover", "prune"):
+        Path(f"reports/{stage}/run.json").write_text('{"seconds": 1.5}')
+    Path("params.yaml").write_text("preset: demo\nseed: 3\n")
+    table = tmp_path / "rnp.csv"
+    for defence in ("rnp", "ft", "rnp"):
+        done = CliRunner().invoke(cli, ["rows", str(table), "--defence", defence], catch_exceptions=False)
+        assert done.exit_code == 0
+    rows = rnp.io.read_rows(table)
+    assert [(row["defence"], row["seed"], row["attack"]) for row in rows] == [("ft", "3", "blend"), ("rnp", "3", "blend")]
+    assert float(rows[1]["seconds_unlearn"]) == 1.5
+
+
+def test_no_file_of_the_chain_is_a_pickle(finished):
+    for file in finished.rglob("*"):
+        if file.is_file():
+            assert file.suffix in {".npy", ".json", ".csv", ".png", ".safetensors"}
+            if file.suffix == ".npy":
+                np.load(file, allow_pickle=False)

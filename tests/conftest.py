@@ -1,0 +1,92 @@
+"""Toys that the tests share: generators, images that colour alone tells apart, a network with two BatchNorm layers."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rnp.training import Train
+from rnp.types import ImageSet
+
+COLOURS = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 1.0]])
+
+torch.set_num_threads(1)  # the toys are too small to share
+
+
+class Toy(nn.Module):
+    """Two convolutions, each with BatchNorm, then the mean over the image and a linear layer."""
+
+    def __init__(self, classes: int, channels: int, width: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.fc = nn.Linear(width, classes)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="session")
+def rng():
+    """`rng(seed)`: a generator of one's own."""
+    return lambda seed=0: torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def toy_set(rng):
+    """`toy_set(n, ...)`: balanced noisy images of one colour per class; labels count 0, 1, 2, ... in turn."""
+
+    def make(n=40, *, classes=4, size=8, channels=3, seed=0) -> ImageSet:
+        labels = torch.arange(n) % classes
+        colour = COLOURS[labels][:, :channels, None, None] * 120 + 40
+        noise = torch.randint(-40, 41, (n, channels, size, size), generator=rng(seed))
+        return ImageSet((colour + noise).to(torch.uint8), labels, tuple(f"class{c}" for c in range(classes)))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def toy_model():
+    """`toy_model(...)`: fresh weights from the seed, with BatchNorm scales and biases that are not all 1 and 0."""
+
+    def make(*, classes=4, channels=3, width=6, seed=0) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = Toy(classes, channels, width)
+            for layer in (model.bn1, model.bn2):
+                nn.init.uniform_(layer.weight, 0.5, 1.5)
+                nn.init.uniform_(layer.bias, -0.2, 0.2)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def _trained(toy_set, toy_model, rng):
+    recipe = Train(epochs=6, batch_size=8, lr=0.05, precision="fp32")
+    return recipe(toy_model(), toy_set(80), rng=rng())
+
+
+@pytest.fixture
+def trained(_trained):
+    """A toy model that knows the toy set; a copy for each test."""
+    return copy.deepcopy(_trained)
+
+
+@pytest.fixture
+def unchanged():
+    """`unchanged(module)` now; at the end of the test its weights and buffers must still be the same."""
+    kept = []
+
+    def watch(module: nn.Module) -> nn.Module:
+        kept.append((module, copy.deepcopy(module.state_dict())))
+        return module
+
+    yield watch
+    for module, before in kept:
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, before[name]), name

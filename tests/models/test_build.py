@@ -1,0 +1,79 @@
+"""Every architecture builds from its own generator, normalises first, and refuses what it cannot be."""
+
+import pytest
+import torch
+from torch import nn
+
+from rnp.errors import UserError
+from rnp.masks import maskable
+from rnp.models.build import Architecture, Classifier, statistics
+from rnp.models.names import ARCHITECTURES
+from rnp.types import ImageSet
+
+MEAN, STD = torch.full((3,), 0.5), torch.full((3,), 0.25)
+
+
+def build(arch="resnet10", *, width=4, classes=5, channels=3, rng):
+    return Architecture(arch=arch, width=width).build(classes, channels, MEAN[:channels], STD[:channels], rng=rng)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("channels", [3, 1])
+def test_builds_and_classifies(arch, channels, rng):
+    model = build(arch, channels=channels, rng=rng())
+    logits = model(torch.rand(2, channels, 32, 32, generator=rng()))
+    assert logits.shape == (2, 5) and logits.isfinite().all() and maskable(model)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters()), "a weight that takes no part"
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vgg19_bn", "torchvision:resnet18"])
+def test_weights_come_from_the_generator_alone(arch, rng):
+    before = torch.get_rng_state()
+    one, same, other = (build(arch, rng=rng(seed)).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before), "the global generator moved"
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(*(next(v for v in s.values() if v.dim() == 4 and v.shape[2] > 1) for s in (one, other)))
+
+
+def test_normalisation_comes_first():
+    model = Classifier(nn.Identity(), torch.tensor([0.5, 0.25]), torch.tensor([0.5, 0.125]))
+    pixels = torch.tensor([1.0, 0.5]).view(1, 2, 1, 1)
+    assert model(pixels).flatten().tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("arch, first", [("resnet10", "stages.0.0.conv2"), ("wrn16_1", "stages.2.1.conv1")])
+def test_he_initialisation(arch, first, rng):
+    weight = build(arch, width=16, rng=rng()).net.get_submodule(first).weight
+    assert weight.std().item() == pytest.approx((2 / (weight.shape[0] * 9)) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("arch, neurons", [("resnet18", 4800), ("wrn16_1", 16 * 4 + 16 + 32 * 3 + 32 + 64 * 3 + 64)])
+def test_the_published_width_has_the_published_neurons(arch, neurons, rng):
+    """4,800 masks for the CIFAR ResNet-18 is the number in the log of the published code."""
+    assert sum(layer.num_features for layer in maskable(build(arch, width=0, classes=10, rng=rng())).values()) == neurons
+
+
+def test_any_torchvision_classifier(rng):
+    assert build("torchvision:resnet18", rng=rng()).eval()(torch.rand(2, 3, 32, 32, generator=rng())).shape == (2, 5)
+
+
+@pytest.mark.parametrize("options, answer", [
+    ({"arch": "resnet81"}, "did you mean 'resnet18'?"),
+    ({"arch": "zzz"}, "choose from resnet10"),
+    ({"width": -1}, "width must be 0 (the published one) or more, got -1"),
+    ({"arch": "torchvision:resnet81"}, "torchvision has no classifier 'resnet81'; did you mean 'resnet18'?"),
+    ({"arch": "torchvision:resnet18", "channels": 1}, "3 channels"),
+])
+def test_what_cannot_be_built_is_explained(options, answer, rng):
+    with pytest.raises(UserError) as caught:
+        build(**options, rng=rng())
+    assert answer in str(caught.value)
+
+
+def test_statistics_by_hand():
+    images = torch.zeros(2, 2, 2, 2, dtype=torch.uint8)
+    images[0, 0] = 255
+    mean, std = statistics(ImageSet(images, torch.zeros(2, dtype=torch.int64), ("a", "b")))
+    assert mean.tolist() == [0.5, 0.0]
+    assert std.tolist() == pytest.approx([(8 * 0.25 / 7) ** 0.5, 1e-3])  # a constant channel divides by no zero

@@ -1,0 +1,60 @@
+"""A pipeline of three stages that take no time: `python toy.py train --lr 0.1 --out model --report reports/train`."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import click
+
+import stages.stage
+from rnp.cli.options import PATH
+from rnp.io import History, write_json
+from rnp.types import Epoch
+
+PIXEL = bytes.fromhex("89504e470d0a1a0a0000000d4948445200000001000000010806000000"
+                      "1f15c4890000000a49444154789c6300010000050001" "0d0a2db40000000049454e44ae426082")
+
+
+def misbehave(how: str, report: Path) -> None:
+    match how:
+        case "raise":
+            raise RuntimeError("no luck")
+        case "exit":
+            sys.exit(4)
+        case "wait":
+            (report / "waiting").touch()
+            time.sleep(60)
+        case "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "SIGTERM" | "SIGINT":
+            os.kill(os.getpid(), getattr(signal, how))
+            time.sleep(60)
+
+
+def stage(name: str) -> click.Command:
+    @click.command(name)
+    @click.option("--model", type=PATH)
+    @click.option("--lr", type=float, required=True)
+    @click.option("--rate.final", "rate__final", type=float, default=0.5)
+    @click.option("--do", default="well")
+    @click.option("--epochs", default=3)
+    @click.option("--out", type=PATH, required=True)
+    @click.option("--report", type=PATH, required=True)
+    def command(model: Path, lr: float, rate__final: float, do: str, epochs: int, out: Path, report: Path) -> None:
+        with History(report / "history.csv") as history:
+            for epoch in range(epochs):
+                history(Epoch(epoch=epoch, step=10 * epoch, loss=lr / (epoch + 1), accuracy=0.5, learning_rate=lr,
+                              gradient_norm=1.0, extra={"share of @1": 0.1}))
+        misbehave(do, report)
+        out.write_text(f"{name} {lr} {model and model.read_text()}")
+        (report / "curve.png").write_bytes(PIXEL)
+        write_json(report / "metrics.json", {"accuracy": lr, "gate": True, "note": "text", "inner": {"asr@5": 0.25}})
+
+    return command
+
+
+if __name__ == "__main__":
+    stages.stage.check_params = lambda params: None  # the toy has sections of its own
+    stages.stage.run(stage(sys.argv.pop(1)))

@@ -1,0 +1,95 @@
+"""Masks multiply BatchNorm scales, nothing else; pruning is a mask of zeros made permanent."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from rnp.errors import UserError
+from rnp.masks import freeze_statistics, maskable, masked, ones, prune, ranking
+from rnp.models.build import Architecture
+
+
+@pytest.fixture
+def images(toy_set):
+    return toy_set(12).floats()
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("arch", ["toy", "resnet10", "preactresnet18", "mobilenet_v2"])
+def test_ones_change_nothing(arch, train, toy_model, images, rng):
+    build = lambda: Architecture(arch=arch, width=2).build(4, 3, torch.zeros(3), torch.ones(3), rng=rng())
+    plain = (toy_model() if arch == "toy" else build()).train(train)
+    under_mask = copy.deepcopy(plain)
+    assert torch.equal(masked(under_mask, images, ones(under_mask)), plain(images))
+    assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), under_mask.buffers())), "running statistics"
+    moved = not torch.equal(next(b for n, b in plain.named_buffers() if n.endswith("num_batches_tracked")), torch.tensor(0))
+    assert moved == train
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_mask_is_a_factor_on_the_scale(train, toy_model, images, rng):
+    model = toy_model().train(train)
+    mask = {name: torch.rand(len(value), generator=rng()) for name, value in ones(model).items()}
+    by_hand = copy.deepcopy(model)
+    for name, value in mask.items():
+        by_hand.get_submodule(name).weight.data *= value
+    assert torch.equal(masked(model, images, mask), by_hand(images))
+
+
+def test_gradients_reach_the_mask_and_not_the_scale(toy_model, images):
+    model = toy_model()
+    mask = {name: value.requires_grad_() for name, value in ones(model).items()}
+    masked(model, images, mask).square().sum().backward()
+    assert all(value.grad.any() for value in mask.values()) and model.bn1.weight.grad is None
+
+
+def test_masking_a_channel_is_pruning_it(toy_model, images):
+    model = toy_model()
+    mask = ones(model)
+    mask["bn2"][3] = 0
+    assert torch.equal(masked(model, images, mask), prune(model, [("bn2", 3)])(images))
+
+
+@pytest.mark.parametrize("zero_bias", [False, True])
+def test_prune_changes_the_named_channels_of_a_copy(zero_bias, toy_model, unchanged):
+    model = unchanged(toy_model())
+    pruned = prune(model, [("bn1", 0), ("bn2", 5)], zero_bias=zero_bias)
+    expected = copy.deepcopy(model.state_dict())
+    for parameter in ("weight", "bias") if zero_bias else ("weight",):
+        expected[f"bn1.{parameter}"][0] = expected[f"bn2.{parameter}"][5] = 0
+    assert all(torch.equal(value, expected[name]) for name, value in pruned.state_dict().items())
+
+
+@pytest.mark.parametrize("mask, order", [
+    ({"a": [0.9, 0.1], "b": [0.5, 0.2]}, [("a", 1), ("b", 1)]),  # one channel of each layer stays
+    ({"a": [1, 1, 1], "b": [1, 1]}, [("a", 0), ("a", 1), ("b", 0)]),  # ties: layer order, then index
+    ({"b": [1, 1], "a": [1, 1]}, [("b", 0), ("a", 0)]),  # the model's layer order, not the alphabet's
+    ({"a": [0.0], "b": [0.3, 0.2, 0.2]}, [("b", 1), ("b", 2)]),  # a layer of one channel
+])
+def test_ranking(mask, order, toy_model):
+    assert ranking({name: torch.tensor(values, dtype=torch.float) for name, values in mask.items()}, toy_model()) == order
+
+
+def test_a_small_difference_keeps_its_order(toy_model):
+    values = torch.tensor([1.0, 1.0 - 2**-24, 0.5])
+    assert ranking({"a": values}, toy_model()) == [("a", 2), ("a", 1)]
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.BatchNorm2d(3, affine=False)])
+def test_a_model_without_neurons_is_an_error(model):
+    with pytest.raises(UserError, match="no affine BatchNorm"):
+        ones(nn.Sequential(model))
+
+
+def test_maskable_finds_every_batchnorm(toy_model):
+    assert list(maskable(toy_model())) == ["bn1", "bn2"]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_frozen_statistics_still_train_the_scale(frozen, toy_model, images):
+    model = freeze_statistics(toy_model(), frozen)
+    before = model.bn1.running_mean.clone()
+    model(images).sum().backward()
+    assert model.training and torch.equal(model.bn1.running_mean, before) == frozen and model.bn1.weight.grad is not None

@@ -1,0 +1,62 @@
+"""Every method is a frozen dataclass that explains itself; names that do not exist are answered with a suggestion."""
+
+import dataclasses
+import typing
+
+import pytest
+
+from rnp import registry
+from rnp.errors import UserError
+
+ALL = [(family, name) for family in registry.FAMILIES for name in registry.names(family)]
+
+
+@pytest.fixture(params=ALL, ids="/".join)
+def method(request):
+    return registry.load(*request.param)
+
+
+def test_the_name_is_the_file(method):
+    assert method().name == method.__module__.rpartition(".")[2] != "base"
+
+
+def test_is_a_frozen_dataclass_with_defaults(method):
+    instance = method()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        instance.anything = 1
+    assert instance == method() and hash(instance) == hash(method())
+    with pytest.raises(TypeError):
+        method(1)  # keywords only
+
+
+def test_every_field_has_help(method):
+    hints = typing.get_type_hints(method, include_extras=True)
+    for field in dataclasses.fields(method):
+        if dataclasses.is_dataclass(hints[field.name]):  # its own fields become options
+            continue
+        assert typing.get_origin(hints[field.name]) is typing.Annotated, f"{field.name} has no help text"
+        text = hints[field.name].__metadata__[0]
+        assert isinstance(text, str) and text.strip() and not text.endswith("."), field.name
+
+
+def test_says_what_it_is(method):
+    assert method.__doc__ and not method.__doc__.startswith(f"{method.__name__}("), "dataclass wrote this docstring"
+
+
+@pytest.mark.parametrize(("family", "name"), [pair for pair in ALL if pair[0] in ("attack", "defence")], ids="/".join)
+def test_names_its_source(family, name):
+    assert "Source:" in registry.load(family, name).__doc__
+
+
+@pytest.mark.parametrize(("family", "typo", "answer"), [
+    ("attack", "badnet", "unknown attack 'badnet'; did you mean 'badnets'?"),
+    ("attack", "base", "choose from"),
+    ("attack", "__init__", "choose from"),
+    ("dataset", "cifar", "did you mean 'cifar10'?"),
+    ("defence", "../io", "choose from"),
+    ("attack", "zzz", "choose from a_blend, badnets"),
+])
+def test_unknown_names_are_answered(family, typo, answer):
+    with pytest.raises(UserError, match="unknown") as caught:
+        registry.load(family, typo)
+    assert answer in str(caught.value)

@@ -1,0 +1,30 @@
+"""Bytes and floats, and the rows of a history."""
+
+import pytest
+import torch
+
+from rnp.types import Epoch, to_bytes, to_floats
+
+
+def test_every_byte_survives():
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(to_bytes(to_floats(every)), every)
+
+
+@pytest.mark.parametrize(("value", "byte"), [(1.2, 255), (-0.3, 0), (0.5, 128), (100.6 / 255, 101), (100.4 / 255, 100)])
+def test_clip_round_cast(value, byte):
+    assert to_bytes(torch.full((1, 1, 1, 1), value)).item() == byte
+
+
+def test_image_set_leaves_its_images_alone(toy_set):
+    data = toy_set(4)
+    data.floats().zero_()
+    part = data.subset(torch.tensor([2, 0]))
+    assert data.images.float().mean() > 0 and part.labels.tolist() == [2, 0] and data.shape == (3, 8, 8)
+    assert torch.equal(part.images[1], data.images[0])
+
+
+def test_a_row_is_flat():
+    row = Epoch(epoch=1, step=2, loss=3, accuracy=4, learning_rate=5, gradient_norm=6, extra={"share/0": 7}).row()
+    assert list(row) == ["epoch", "step", "loss", "accuracy", "learning_rate", "gradient_norm", "share/0"]
+    assert list(row.values()) == [1, 2, 3, 4, 5, 6, 7]
