@@ -90,8 +90,7 @@ class Store:
         try:
             return work(*arguments)
         except Exception as error:  # whatever it is, the training goes on
-            where = re.sub("//[^/@]*@", "//", self.uri)
-            tell(f"MLflow at {where} failed, going on without it; the next `dvc repro` makes up for it ({brief(error)})")
+            tell(f"MLflow at {self.uri} failed, going on without it; the next `dvc repro` makes up for it ({brief(error)})")
             self.uri = None
             return None
 
@@ -297,11 +296,12 @@ def now() -> int:
 
 
 def brief(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def tell(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    """One line on stderr, without the name and password that a URI may hold."""
+    print("warning:", re.sub(r"//[^/@\s]*@", "//", message), file=sys.stderr, flush=True)
 
 
 def log_dataset(store: Store, run_id: str, name: str, md5: str, source: str) -> None:

@@ -43,7 +43,8 @@ class Finished:
         if not file.is_file():
             return []
         with file.open(newline="") as lines:
-            return [point for row in csv.DictReader(lines) for point in points(row, row["step"])]
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(lines)]
+        return [point for row in rows for point in points(row, int(row["step"]))]
 
     def mark(self) -> str:
         """What a rebuilt run carries, so that the same files are rebuilt once."""

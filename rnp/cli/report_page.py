@@ -40,7 +40,8 @@ FIGURES = {  # stage/name -> what is seen, what it says
                          "What the defender does not see. The oracle point is chosen with the triggered test images: nobody who"
                          " lacks the trigger can find it."),
     "evaluate/models": ("Bars of CA, ASR and RA for every model.", "Every model on the same test images."),
-    "detect/triggers": ("True and recovered triggers: pattern under its mask, and the mask.", "Recovered triggers."),
+    "detect/triggers": ("True and recovered triggers: pattern under its mask, and the mask.", "The triggers found for the target class. Of a trigger that touches the whole image, its effect on one image is shown,"
+                        " around mid-grey."),
     "detect/roc": ("ROC curves of the sample detectors.", "Telling triggered images from clean ones."),
 }
 
@@ -50,34 +51,33 @@ def page(reports: Path, params: dict, out: Path) -> None:
 
     Raises: UserError when a metrics file is damaged.
     """
-    metrics = {stage_of(path, reports): read_json(path) for path in sorted(reports.rglob("metrics.json"))}
-    runs = {stage_of(path, reports): read_json(path) for path in reports.rglob("run.json")}
+    metrics = {stage: read_json(path) for stage, path in found(reports, "metrics.json")}
+    runs = {stage: read_json(path) for stage, path in found(reports, "run.json")}
+    times = {stage: float(run["seconds"]) for stage, run in runs.items() if "seconds" in run}
     figures: dict[str, list[dict[str, str]]] = {}
-    for path in sorted(reports.rglob("*.png")):
-        figures.setdefault(stage_of(path, reports), []).append(figure(path, reports))
-    times = {stage: float(runs[stage]["seconds"]) for stage in sorted(runs, key=rank) if "seconds" in runs[stage]}
+    for stage, path in found(reports, "*.png"):
+        figures.setdefault(stage, []).append(figure(stage, path))
+    labels = metrics.get("detect", {}).get("labels", {})
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "words": words, "seconds": seconds}
     text = environment.get_template("report.html.j2").render(
         metrics=metrics, figures=figures, params=dict(flat(params)), measures=MEASURES,
-        numbers={stage: dict(flat(values)) for stage, values in sorted(metrics.items(), key=lambda item: rank(item[0]))},
-        times=times, took=dict(took(times)), verdict=list(verdict(metrics)), seed=params.get("seed"), versions=dict(versions()),
+        numbers={stage: dict(flat(values)) for stage, values in metrics.items()}, times=times, took=dict(took(times)),
+        labels={name: decided(label) for name, label in labels.items()}, verdict=list(verdict(metrics)), seed=params.get("seed"), versions=dict(versions()),
     )
     with whole(out) as draft:
         draft.write_bytes(text.encode(errors="replace"))
 
 
-def stage_of(path: Path, reports: Path) -> str:
-    return path.parent.relative_to(reports).as_posix()
+def found(reports: Path, pattern: str) -> Iterator[tuple[str, Path]]:
+    """Stage and path of each such file, in the order of the stages; whatever else lies in `reports` is passed over."""
+    for stage in ORDER:
+        for path in sorted((reports / stage).rglob(pattern)):
+            yield path.parent.relative_to(reports).as_posix(), path
 
 
-def rank(stage: str) -> tuple[int, str]:
-    first = stage.split("/")[0]
-    return (ORDER.index(first) if first in ORDER else len(ORDER)), stage
-
-
-def figure(path: Path, reports: Path) -> dict[str, str]:
-    alt, caption = FIGURES.get(f"{stage_of(path, reports)}/{path.stem}", (f"Figure {path.stem}.", f"{words(path.stem).capitalize()}."))
+def figure(stage: str, path: Path) -> dict[str, str]:
+    alt, caption = FIGURES.get(f"{stage}/{path.stem}", (f"Figure {path.stem}.", f"{words(path.stem).capitalize()}."))
     return {"src": f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}", "alt": alt, "caption": caption}
 
 
@@ -87,6 +87,10 @@ def flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def decided(verdict: dict) -> dict:
+    return verdict | ({"label": "no decision"} if verdict.get("label") in (None, -1) else {})
 
 
 def words(key: object) -> str:

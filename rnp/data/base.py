@@ -50,7 +50,8 @@ class Split:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def __call__(self, train: ImageSet, test: ImageSet, *, rng: torch.Generator) -> Splits:
-        """Stratified by class: every class gets its share to within one image. Drawn at random: which images.
+        """Stratified by class: equally large classes get equal shares, to within one image (two in `val` where the numbers
+        are no multiples of the number of classes). Drawn at random: which images.
 
         Raises: UserError when the training set is too small.
         """
@@ -67,7 +68,9 @@ class Split:
 
 
 def interleave(labels: Tensor, classes: int, rng: torch.Generator) -> Tensor:
-    """All positions in random order such that every stretch of `classes` of them holds each class once, while any last."""
+    """All positions in random order, the classes spread evenly: with equally large ones the first `classes` positions hold
+    each class once, the next `classes` again, and so on; with others every class has nearly its share of any beginning.
+    """
     ranks = torch.empty(len(labels), dtype=torch.float64)
     for label in range(classes):
         members = (labels == label).nonzero().squeeze(1)

@@ -27,7 +27,7 @@ class Cifar10(Dataset):
 
         try:
             parts = [CIFAR10(root, train=train, download=self.download) for train in (True, False)]
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:  # OSError: no network
             raise UserError(f"CIFAR-10 is missing or corrupt under {root}: put cifar-10-batches-py there,"
                             " point RNP_DATA at its folder, or set datasets.cifar10.download to true") from error
         return tuple(

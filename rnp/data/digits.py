@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from rnp.data.base import Dataset, interleave
+from rnp.errors import UserError
 from rnp.types import ImageSet, to_bytes
 
 
@@ -22,6 +23,12 @@ class Digits(Dataset):
 
     size: Annotated[int, "side of an image, in pixels"] = 32
     test_share: Annotated[float, "share of the images that form the test set"] = 0.3
+
+    def __post_init__(self) -> None:
+        if self.size < 8:
+            raise UserError(f"digits.size must be at least 8 pixels, got {self.size}")
+        if not 0 < self.test_share < 1:
+            raise UserError(f"digits.test_share must be in (0, 1), got {self.test_share:g}")
 
     def load(self, root: Path, *, rng: torch.Generator) -> tuple[ImageSet, ImageSet]:
         from sklearn.datasets import load_digits

@@ -70,9 +70,18 @@ class ImageFolder(Dataset):
 
     def _read(self, file: Path) -> np.ndarray:
         with Image.open(file) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = to_rgb(ImageOps.exif_transpose(image))
             square = ImageOps.fit(upright, (self.size, self.size), Image.Resampling.BILINEAR)
         return np.asarray(square).transpose(2, 0, 1)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB; an alpha channel is dropped."""
+    if image.mode.startswith("I;16"):  # Pillow would clip, which turns 16-bit images white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode == "P":  # straight to RGB, a palette with transparency draws a warning
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def scan(folder: Path) -> dict[str, list[Path]]:
@@ -83,7 +92,8 @@ def scan(folder: Path) -> dict[str, list[Path]]:
     classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
     if len(classes) < 2:
         raise UserError(f"{folder} holds {len(classes)} class folders, at least 2 are needed")
-    files = {name: sorted(f for f in (folder / name).iterdir() if f.suffix.lower() in ENDINGS) for name in classes}
+    files = {name: sorted(f for f in (folder / name).iterdir() if f.suffix.lower() in ENDINGS and not f.name.startswith("."))
+             for name in classes}
     empty = [name for name, members in files.items() if not members]
     if empty:
         raise UserError(f"{folder}: no images in class folder {empty[0]!r}")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rnp.data.base import Dataset
+from rnp.errors import UserError
 from rnp.types import ImageSet, to_bytes
 
 # Vertices on the unit circle as (angle in turns, radius); the last two classes are drawn by formula.
@@ -37,6 +38,15 @@ class Shapes(Dataset):
     test: Annotated[int, "test images to generate"] = 2000
     size: Annotated[int, "side of an image, in pixels"] = 32
     clutter: Annotated[float, "strength of the background texture and of the pixel noise, in full scale"] = 0.15
+
+    def __post_init__(self) -> None:
+        for name in ("train", "test"):
+            if getattr(self, name) < 1:
+                raise UserError(f"shapes.{name} must be at least 1, got {getattr(self, name)}")
+        if self.size < 8:
+            raise UserError(f"shapes.size must be at least 8 pixels, got {self.size}")
+        if self.clutter < 0:
+            raise UserError(f"shapes.clutter must be 0 or more, got {self.clutter:g}")
 
     def load(self, root: Path, *, rng: torch.Generator) -> tuple[ImageSet, ImageSet]:
         return self._draw(self.train, rng), self._draw(self.test, rng)

@@ -112,6 +112,17 @@ def test_a_rise_is_called_a_rise(reports: Path) -> None:
     assert "The attack success rate rose from 0.010 to 0.024" in html(reports, {})
 
 
+def test_labels_and_methods_are_all_listed(reports: Path) -> None:
+    text = html(reports, {})
+    assert "no decision" in text and "0.912" in text and "loss gap" in text and "size (pixels)" in text
+
+
+def test_its_own_earlier_run_does_not_change_the_page(reports: Path) -> None:
+    before = html(reports, {})
+    write(reports / "report", "run.json", {"stage": "report", "seconds": 777})
+    assert html(reports, {}) == before
+
+
 @pytest.mark.parametrize("gone", ["unlearn", "recover", "prune", "detect", "evaluate", "defend"])
 def test_absent_stages_are_left_out(reports: Path, gone: str) -> None:
     (reports / gone).rename(reports.parent / f"{reports.name}-{gone}")
@@ -136,8 +147,8 @@ def test_damaged_metrics_leave_the_old_page(reports: Path) -> None:
 
 
 @pytest.mark.parametrize("value, shown", [
-    (0.5, "0.500"), (0.0, "0.000"), (1e-4, "0.0001"), (12345.0, "1.23e+04"), (float("nan"), "–"), (None, "–"), (True, "yes"), (4800, "4,800"),
-    ([10, 0.5], "10, 0.500"), ([], "–"), ("a", "a"),
+    (0.5, "0.500"), (0.0, "0.000"), (1e-4, "0.0001"), (12345.0, "1.23e+04"), (float("nan"), "–"), (None, "–"), (True, "yes"),
+    (4800, "4,800"), ([10, 0.5], "10, 0.500"), ([], "–"), ("a", "a"),
 ])
 def test_number(value: object, shown: str) -> None:
     assert number(value) == shown

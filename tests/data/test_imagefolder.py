@@ -1,0 +1,162 @@
+"""Images of every kind become RGB squares; what cannot be read is named."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rnp.data.imagefolder import ImageFolder
+from rnp.errors import UserError
+
+SIZE = 8
+
+
+def paint(path, colour="red", size=(16, 16), mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path, **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes, five images each, all different."""
+    for c, name in enumerate(("cats", "dogs")):
+        for i in range(5):
+            paint(tmp_path / "images" / name / f"{i}.png", (50 * i, 100 * c, 7))
+    return tmp_path / "images"
+
+
+def load(folder, seed=0, **options):
+    return ImageFolder(size=SIZE, **options).load(folder.parent, rng=torch.Generator().manual_seed(seed))
+
+
+def colours(data) -> list[tuple[int, ...]]:
+    return sorted(tuple(image[:, 0, 0].tolist()) for image in data.images)
+
+
+def test_split_by_the_seed(folder):
+    (train, test), again, other = load(folder, test_share=0.4), load(folder, test_share=0.4), load(folder, 1, test_share=0.4)
+    assert (len(train), len(test)) == (6, 4) and train.classes == ("cats", "dogs")
+    assert train.labels.bincount().tolist() == [3, 3] and test.labels.bincount().tolist() == [2, 2]
+    assert colours(train) == colours(again[0]) != colours(other[0])
+    assert sorted(colours(train) + colours(test)) == sorted((50 * i, 100 * c, 7) for i in range(5) for c in range(2))
+    assert all(colour[1] == 100 * label for part in (train, test)
+               for colour, label in zip(part.images[:, :, 0, 0].tolist(), part.labels.tolist()))
+
+
+def test_own_train_and_test_folders(tmp_path):
+    for part, n in (("train", 3), ("test", 2)):
+        for name, colour in (("b", "blue"), ("a", "red")):
+            for i in range(n):
+                paint(tmp_path / "images" / part / name / f"{i}.PNG", colour, format="PNG")
+    train, test = load(tmp_path / "images")
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1] and test.labels.tolist() == [0, 0, 1, 1]
+    assert train.classes == ("a", "b") and colours(test) == [(0, 0, 255)] * 2 + [(255, 0, 0)] * 2
+
+
+def test_the_result_is_a_memory_map_that_leaves_no_file(tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    for name in "ab":
+        paint(tmp_path / "images" / "train" / name / "0.png")
+        paint(tmp_path / "images" / "test" / name / "0.png")
+    train, _ = load(tmp_path / "images")
+    assert isinstance(train.images.numpy().base, np.memmap) and train.images.dtype == torch.uint8
+    assert list(scratch.iterdir()) == [] and colours(train) == [(255, 0, 0)] * 2
+
+
+def decoded(path) -> np.ndarray:
+    """[h, w, 3] as the data set sees the file."""
+    return ImageFolder(size=SIZE)._read(path).transpose(1, 2, 0)
+
+
+@pytest.mark.parametrize("name, make, colour", [
+    ("rgb.png", lambda p: paint(p, (10, 20, 30)), (10, 20, 30)),
+    ("grey.png", lambda p: paint(p, 90, mode="L"), (90, 90, 90)),
+    ("bits.png", lambda p: paint(p, 1, mode="1"), (255, 255, 255)),
+    ("cmyk.tif", lambda p: paint(p, (255, 0, 0, 0), mode="CMYK"), (0, 255, 255)),
+    ("alpha.png", lambda p: paint(p, (10, 20, 30, 255), mode="RGBA"), (10, 20, 30)),
+    ("grey_alpha.png", lambda p: paint(p, (90, 255), mode="LA"), (90, 90, 90)),
+    ("palette.gif", lambda p: paint(p, (10, 20, 30)), (10, 20, 30)),
+    ("transparent.png", lambda p: Image.new("P", (16, 16)).save(p, transparency=b"\x80\xff"), (0, 0, 0)),
+    ("sixteen.png", lambda p: Image.fromarray(np.full((16, 16), 90 * 257, np.uint16)).save(p), (90, 90, 90)),
+    ("sixteen.tif", lambda p: Image.fromarray(np.full((16, 16), 90 * 257, np.uint16)).save(p), (90, 90, 90)),
+])
+def test_any_kind_of_image_becomes_rgb(name, make, colour, tmp_path):
+    make(tmp_path / name)
+    pixels = decoded(tmp_path / name)
+    assert pixels.dtype == np.uint8 and pixels.shape == (SIZE, SIZE, 3)
+    assert np.abs(pixels.astype(int) - colour).max() <= 1
+
+
+def test_a_rotated_photograph_is_turned_upright(tmp_path):
+    picture = Image.new("RGB", (16, 16), "black")
+    picture.paste("white", (0, 0, 16, 8))  # the upper half as stored
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    picture.save(tmp_path / "photo.png", exif=exif)
+    pixels = decoded(tmp_path / "photo.png")
+    assert pixels[:3].max() == 0 and pixels[-3:].min() == 255
+
+
+def test_the_middle_is_cut_out(tmp_path):
+    wide = Image.new("RGB", (48, 16), "black")
+    wide.paste("white", (16, 0, 32, 16))
+    wide.save(tmp_path / "wide.png")
+    assert decoded(tmp_path / "wide.png")[:, 1:-1].min() == 255
+
+
+def spoil(folder, what):
+    """Damage one file and say what the message must name."""
+    victim = folder / "cats" / "3.png"
+    if what == "cut short":
+        victim.write_bytes(victim.read_bytes()[:40])
+    elif what == "no image":
+        victim.write_text("hello")
+    elif what == "empty":
+        victim.write_bytes(b"")
+    return str(victim)
+
+
+@pytest.mark.parametrize("what", ["cut short", "no image", "empty"])
+def test_unreadable_files_are_named(what, folder):
+    victim = spoil(folder, what)
+    with pytest.raises(UserError, match="1 unreadable image files") as caught:
+        load(folder)
+    assert victim in str(caught.value) and "remove or replace" in str(caught.value)
+
+
+def test_many_unreadable_files_are_counted(folder):
+    for file in folder.glob("*/[01234].png"):
+        file.write_bytes(b"x")
+    with pytest.raises(UserError, match="10 unreadable .* and 7 more"):
+        load(folder)
+
+
+def test_hidden_files_and_other_endings_are_passed_over(folder):
+    for name in (".DS_Store", "._0.png", "notes.txt", "Thumbs.db"):  # macOS writes ._0.png beside 0.png
+        (folder / "cats" / name).write_bytes(b"no image")
+    (folder / ".git").mkdir()
+    train, test = load(folder)
+    assert len(train) + len(test) == 10
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda f: None, "no folder; set datasets.imagefolder.path"),
+    (lambda f: paint(f / "only" / "0.png"), "holds 1 class folders, at least 2 are needed"),
+    (lambda f: [paint(f / "a" / "0.png"), (f / "b").mkdir()], "no images in class folder 'b'"),
+    (lambda f: [paint(f / part / name / "0.png") for part, name in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "c"))],
+     "class folders b, c are in train or in test only"),
+    (lambda f: [paint(f / name / "0.png") for name in "ab"], "too few to set 0.2 of them aside"),
+])
+def test_folders_that_will_not_do(change, message, tmp_path):
+    change(tmp_path / "images")
+    with pytest.raises(UserError) as caught:
+        load(tmp_path / "images")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"size": 4}, {"test_share": 0}, {"test_share": 1.5}])
+def test_impossible_settings_are_refused(options):
+    with pytest.raises(UserError, match="imagefolder"):
+        ImageFolder(**options)
