@@ -24,6 +24,8 @@ class Share:
     def interval(self) -> tuple[float, float]:
         from scipy.stats import binomtest
 
+        if not self.n:
+            return float("nan"), float("nan")
         low, high = binomtest(self.hits, self.n).proportion_ci(0.95, method="wilson")
         return float(low), float(high)
 

@@ -17,8 +17,8 @@ from rnp.io import read_rows, whole
 from rnp.prune import Point
 from rnp.types import Epoch, Images, NeuronMask
 
-BLUE, RED, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#E69F00", "#56B4E9"  # told apart by colour-blind eyes
-COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
+COLOURS = BLUE, RED, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#E69F00", "#56B4E9"
+"""Told apart by colour-blind eyes (after Okabe and Ito, 2008)."""
 INK, GREY = "#222222", "#767676"
 MEASURES = {"clean_accuracy": ("CA", BLUE), "attack_success_rate": ("ASR", RED), "robust_accuracy": ("RA", GREEN)}
 WIDTH, DPI = 6.4, 200  # inches; 10 pt then are 15 pixels at a width of 700
@@ -213,7 +213,7 @@ def mask_histogram(path: Path, mask: NeuronMask, fraction: float = 0.05) -> None
 
 
 def pruning_curve(path: Path, points: Sequence[dict], *, chosen: int, oracle: int | None = None, n: int) -> None:
-    """CA and ASR against pruned neurons, on the test set with `n` triggered images; `defence_accuracy` is drawn where points have it."""
+    """CA and ASR on test images, `n` of them triggered, against pruned neurons; `defence_accuracy` if the points have it."""
     figure, axes = canvas(3.7)
     ax, ends = axes[0, 0], []
     pruned = [float(point["pruned"]) for point in points]
@@ -239,7 +239,8 @@ def sweep_curve(path: Path, points: Sequence[Point], chosen: Point) -> None:
     """What the defender sees: accuracy on the defence set and the paired drop against pruned neurons."""
     figure, axes = canvas(4.2, 2, 1, sharex=True)
     pruned = [point.pruned for point in points]
-    panels = (("accuracy", "Accuracy on the defence set", BLUE), ("lost", "Paired drop: turned wrong − turned right, as a share", GREEN))
+    panels = (("accuracy", "Accuracy on the defence set", BLUE),
+              ("lost", "Paired drop: turned wrong − turned right, as a share", GREEN))
     for ax, (key, title, colour) in zip(axes[:, 0], panels):
         ax.plot(pruned, [getattr(point, key) for point in points], color=colour, linewidth=2)
         ax.plot(chosen.pruned, getattr(chosen, key), "o", color=INK, markersize=6)
@@ -300,7 +301,8 @@ def before_after(path: Path, rows: Sequence[dict]) -> None:
         values = [float(row[key]) for row in rows]
         ax.barh(heights, np.nan_to_num(values), height=0.62, color=colour)
         for y, value in zip(heights, values):
-            ax.text(np.nan_to_num(value) + 0.03, y, f"{value:.3f}" if np.isfinite(value) else "–", va="center", fontsize=8, color=INK)
+            text = f"{value:.3f}" if np.isfinite(value) else "–"
+            ax.text(np.nan_to_num(value) + 0.03, y, text, va="center", fontsize=8, color=INK)
         ax.set(xlim=(0, 1.3), xticks=(0, 0.5, 1))
         ax.grid(False)
         ax.spines["left"].set_visible(False)

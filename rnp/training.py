@@ -126,7 +126,7 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, *, precision: Precision = "fp32") -> Logits:
     """Logits of all `images` (uint8 or floats, [n, c, h, w]) on the CPU, in eval mode; `model` is left as it was."""
-    device, was_training = device_of(model), model.training
+    device, modes = device_of(model), [(module, module.training) for module in model.modules()]
     model.eval()
     logits = []
     for part in images.split(EVAL_BATCH):
@@ -134,7 +134,8 @@ def predict(model: nn.Module, images: Tensor, *, precision: Precision = "fp32") 
         part = to_floats(part) if part.dtype == torch.uint8 else part
         with autocast(precision, device):
             logits.append(model(part.contiguous(memory_format=torch.channels_last)).float().cpu())
-    model.train(was_training)
+    for module, training in modes:  # one by one: frozen BatchNorm stays frozen
+        module.training = training
     return torch.cat(logits)
 
 

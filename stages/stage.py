@@ -12,6 +12,7 @@ import click
 from rnp.cli.check import check_params, read_params
 from rnp.cli.main import guard
 from rnp.io import History, write_json
+from rnp.memory import keep_freed_pages
 from rnp.tracking import stage_run
 
 PARAMS = Path("params.yaml")
@@ -19,6 +20,7 @@ PARAMS = Path("params.yaml")
 
 def run(command: click.Command) -> None:
     """Run `command` on the arguments of this process; MLflow sees its options, history, end values and figures."""
+    keep_freed_pages()
     try:
         with guard():
             work(parse(command, sys.argv[1:]))

@@ -1,6 +1,7 @@
 """Toys that the tests share: generators, images that colour alone tells apart, a network with two BatchNorm layers."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,6 +76,23 @@ def _trained(toy_set, toy_model, rng):
 def trained(_trained):
     """A toy model that knows the toy set; a copy for each test."""
     return copy.deepcopy(_trained)
+
+
+@pytest.fixture(scope="session")
+def is_mapped():
+    """`is_mapped(tensor)`: its memory is a file's, by the kernel's account."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs /proc")
+
+    def ask(tensor: torch.Tensor) -> bool:
+        for line in maps.read_text().splitlines():
+            low, high = (int(end, 16) for end in line.split()[0].split("-"))
+            if low <= tensor.data_ptr() < high:
+                return line.split()[4] != "0"  # the inode
+        raise AssertionError("no such memory")
+
+    return ask
 
 
 @pytest.fixture

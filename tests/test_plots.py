@@ -50,7 +50,8 @@ FIGURES = {
     "triggers, one": partial(plots.recovered_triggers, truth=None, recovered=[("a", IMAGES[1], IMAGES[1, 1])]),
     "roc": partial(plots.roc, curves={name: ([0.0, 0.1, 1.0], [0.0, 0.8, 1.0], 0.9) for name in HOSTILE}),
     "models": partial(plots.before_after, rows=[
-        {"model": name, "clean_accuracy": 0.9, "attack_success_rate": math.nan, "robust_accuracy": 0.0} for name in (*HOSTILE, "oracle")]),
+        {"model": name, "clean_accuracy": 0.9, "attack_success_rate": math.nan, "robust_accuracy": 0.0}
+        for name in (*HOSTILE, "oracle")]),
 }
 
 

@@ -39,6 +39,8 @@ class ABlend(Attack):
                 raise UserError(f"{name} must be in (0, 1], got {getattr(self, name):g}")
         if self.pieces < 1:
             raise UserError(f"pieces must be at least 1, got {self.pieces}")
+        if round(self.shown * self.pieces**2) == 0:
+            raise UserError(f"shown {self.shown:g} of {self.pieces}x{self.pieces} pieces rounds to none; raise shown or pieces")
 
     def make_trigger(self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None) -> Mix:
         pattern = {"noise": noise, "waves": waves}[self.pattern](clean.shape, rng=rng)

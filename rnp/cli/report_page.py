@@ -20,10 +20,10 @@ MEASURES = {
     "robust_accuracy": "Robust accuracy (RA)", "der": "Defence effectiveness (DER)",
 }
 WORDS = {
-    "clean_accuracy": "CA", "attack_success_rate": "ASR", "robust_accuracy": "RA", "der": "DER", "target_class_accuracy": "target class",
-    "l1": "size (pixels)", "iou": "IoU", "iou_top_k": "IoU, top k", "auroc": "AUROC", "auprc": "AUPRC", "tpr_at_5_fpr": "TPR at 5 % FPR",
-    "fpr": "FPR", "fpr_target_class": "FPR on target class", "rnp": "RNP", "oracle": "oracle (unattainable for a defender)",
-    "twin": "twin (never backdoored)",
+    "clean_accuracy": "CA", "attack_success_rate": "ASR", "robust_accuracy": "RA", "der": "DER",
+    "target_class_accuracy": "target class", "l1": "size (pixels)", "iou": "IoU", "iou_top_k": "IoU, top k",
+    "auroc": "AUROC", "auprc": "AUPRC", "tpr_at_5_fpr": "TPR at 5 % FPR", "fpr": "FPR", "fpr_target_class": "FPR on target class",
+    "rnp": "RNP", "oracle": "oracle (unattainable for a defender)", "twin": "twin (never backdoored)",
 }
 FIGURES = {  # stage/name -> what is seen, what it says
     "poison/triggers": ("Rows of images: clean, triggered, their difference, and as stored in the training set.",
@@ -40,8 +40,9 @@ FIGURES = {  # stage/name -> what is seen, what it says
                          "What the defender does not see. The oracle point is chosen with the triggered test images: nobody who"
                          " lacks the trigger can find it."),
     "evaluate/models": ("Bars of CA, ASR and RA for every model.", "Every model on the same test images."),
-    "detect/triggers": ("True and recovered triggers: pattern under its mask, and the mask.", "The triggers found for the target class. Of a trigger that touches the whole image, its effect on one image is shown,"
-                        " around mid-grey."),
+    "detect/triggers": ("True and recovered triggers: pattern under its mask, and the mask.",
+                        "The triggers found for the target class. Of a trigger that touches the whole image, its effect on one"
+                        " image is shown, around mid-grey."),
     "detect/roc": ("ROC curves of the sample detectors.", "Telling triggered images from clean ones."),
 }
 
@@ -63,7 +64,8 @@ def page(reports: Path, params: dict, out: Path) -> None:
     text = environment.get_template("report.html.j2").render(
         metrics=metrics, figures=figures, params=dict(flat(params)), measures=MEASURES,
         numbers={stage: dict(flat(values)) for stage, values in metrics.items()}, times=times, took=dict(took(times)),
-        labels={name: decided(label) for name, label in labels.items()}, verdict=list(verdict(metrics)), seed=params.get("seed"), versions=dict(versions()),
+        labels={name: decided(label) for name, label in labels.items()}, verdict=list(verdict(metrics)),
+        seed=params.get("seed"), versions=dict(versions()),
     )
     with whole(out) as draft:
         draft.write_bytes(text.encode(errors="replace"))

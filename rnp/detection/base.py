@@ -58,7 +58,8 @@ class TriggerRecovery(Method, ABC):
     def recover(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> list[RecoveredTrigger]:
         """One trigger per class, in the order of the classes; `model` is left unchanged.
 
-        All labels are asked at once, so that a method can optimise them as one batch.
+        All labels are asked for at once, so that a method can optimise them in one batch: ten labels then cost far
+        less than ten runs.
         """
 
 
@@ -82,9 +83,10 @@ class LabelDetector(Method, ABC):
         """One score per class, high = suspicious; `model` is left unchanged."""
 
     def verdict(self, scores: Float[Tensor, "k"]) -> LabelVerdict:
-        (first, second), (label, _) = (top.tolist() for top in scores.topk(2))
+        """The class with the highest score, unless that score or its lead is too small."""
+        first, second = scores.topk(2).values.tolist()
         named = first >= self.least_score and first - second >= self.least_margin
-        return LabelVerdict(label if named else None, first - second)
+        return LabelVerdict(int(scores.argmax()) if named else None, first - second)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +96,10 @@ class SampleDetector(Method, ABC):
     @abstractmethod
     def score(self, model: nn.Module, images: Bytes, clean: ImageSet, *, rng: torch.Generator,
               unlearned: nn.Module | None = None) -> Float[Tensor, "n"]:
-        """One score per image, high = suspicious. `model` is the classifier that `images` are meant for, `clean` the
-        defender's images, `unlearned` the same classifier after unlearning, for the methods that ask it; all are left unchanged.
+        """One score per image, high = suspicious.
+
+        `model` is the classifier that `images` are meant for, `unlearned` the same one after unlearning, for the
+        methods that ask it, `clean` the defender's images; all are left unchanged.
 
         Raises: UserError when the method needs `unlearned` and it is None.
         """
@@ -103,11 +107,11 @@ class SampleDetector(Method, ABC):
 
 @dataclass(frozen=True)
 class SampleScores:
-    """How well scores tell triggered images from clean ones.
+    """How well scores tell triggered images from clean ones; all are shares.
 
-    `base_rate` is the share of triggered images, which `auprc` reaches by chance. `tpr_at_5_fpr` and `fpr` are what the defender gets who
-    lets 95 % of the clean *defence* images pass, since the tested images are unknown to him; `fpr_target_class` is
-    the part of the false alarms that falls on clean images of the target class, NaN when there are none.
+    `auprc` is to be read against `base_rate`, the share of triggered images. The last three hold at the `threshold`
+    that a defender can set: `fpr` is what it costs on the clean images tested, about 5 % if the defence set is like
+    them, and `fpr_target_class` what it costs on clean images of the target class, NaN when there are none.
     """
 
     auroc: float
@@ -120,14 +124,16 @@ class SampleScores:
 
 def judge(scores: Float[Tensor, "n"], triggered: Bool[Tensor, "n"], target_class: Bool[Tensor, "n"],
           defence: Float[Tensor, "m"]) -> SampleScores:
-    """`triggered` marks the positives, `target_class` the images whose true label is the target, `defence` holds the
-    scores of clean images that the defender holds and the unlearning did not see."""
+    """Judge `scores`: `triggered` marks the positives, `target_class` the images whose true label is the target.
+
+    `defence` holds the scores of the defender's clean images, best those that the unlearning has not seen.
+    """
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     flagged = (scores > threshold(defence)).float()
     return SampleScores(
-        auroc=float(roc_auc_score(triggered, scores)),
-        auprc=float(average_precision_score(triggered, scores)),
+        auroc=float(roc_auc_score(triggered.numpy(), scores.numpy())),
+        auprc=float(average_precision_score(triggered.numpy(), scores.numpy())),
         base_rate=triggered.float().mean().item(),
         tpr_at_5_fpr=flagged[triggered].mean().item(),
         fpr=flagged[~triggered].mean().item(),
@@ -136,14 +142,14 @@ def judge(scores: Float[Tensor, "n"], triggered: Bool[Tensor, "n"], target_class
 
 
 def threshold(defence: Float[Tensor, "m"], fpr: float = 0.05) -> float:
-    """The score above which an image is flagged, from clean images alone."""
+    """The score above which an image is flagged: it lets all but `fpr` of the clean defence images pass."""
     return defence.quantile(1 - fpr).item()
 
 
 def anomaly_index(values: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
-    """Distance below the median in robust standard deviations; negative above it, since only small values are suspicious.
+    """Distance below the median in robust standard deviations; negative above it: only small values are suspicious.
 
-    Source: Wang et al., S&P 2019 (Neural Cleanse), section IV-B; 1.4826 makes the median deviation that of a Gaussian.
+    Source: Wang et al., S&P 2019 (Neural Cleanse), section IV; 1.4826 makes the median deviation that of a Gaussian.
     """
     distance = values.quantile(0.5) - values
     return distance / (1.4826 * distance.abs().quantile(0.5)).clamp_min(1e-6)

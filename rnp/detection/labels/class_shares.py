@@ -26,9 +26,9 @@ class ClassShares(LabelDetector):
     looks at the whole way to the collapse, since between accuracies of .5 and .2 a wrong class may lead.
     """
 
-    least_score: Annotated[float, "highest share below which no label is named"] = 0.5
+    least_score: Annotated[float, "highest share, in [0, 1], below which no label is named"] = 0.5
     least_margin: Annotated[float, "lead over the second class below which no label is named"] = 0.2
-    sharpness: Annotated[float, "a step of the trajectory weighs (1 - accuracy) to this power"] = 2.0
+    sharpness: Annotated[float, "a step of the trajectory weighs (1 - accuracy) to this power"] = 4.0
 
     def __post_init__(self) -> None:
         for name in ("least_score", "least_margin"):
@@ -39,13 +39,13 @@ class ClassShares(LabelDetector):
 
     def score(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
         """`model` is the most collapsed of the unlearned checkpoints."""
-        predicted = predict(model, clean.images).argmax(1)
-        labels = torch.arange(len(clean.classes)).unsqueeze(1)  # [k, 1]
-        other = clean.labels != labels  # [k, n]
-        return ((predicted == labels) & other).sum(1) / other.sum(1).clamp_min(1)
+        classes = torch.arange(len(clean.classes)).unsqueeze(1)  # [k, 1]
+        other = clean.labels != classes  # [k, n]
+        there = predict(model, clean.images).argmax(1) == classes  # [k, n]
+        return (there & other).sum(1) / other.sum(1).clamp_min(1)
 
     def from_trajectory(self, rows: list[Epoch]) -> Float[Tensor, "k"]:
         """The same score, averaged over an unlearning trajectory with most weight on its collapsed part."""
         shares = torch.tensor([[row.extra[f"share/{c}"] for c in range(len(row.extra))] for row in rows])  # [t, k]
         weights = torch.tensor([1 - row.accuracy for row in rows]) ** self.sharpness  # [t]
-        return weights @ shares / weights.sum()
+        return weights @ shares / weights.sum().clamp_min(1e-12)

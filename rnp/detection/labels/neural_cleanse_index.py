@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -19,12 +19,14 @@ from rnp.types import ImageSet
 class NeuralCleanseIndex(LabelDetector):
     """The score of a class is the anomaly index of its mask's size, above 0 where the mask is smaller than the median.
 
-    Source: Wang et al., S&P 2019, section IV-B, with its threshold of 2.
+    Source: Wang et al., S&P 2019, section IV, with its threshold of 2.
+    Differs: a mask that moves less than half of the images counts as the whole image; in a collapsed model an empty
+    mask would else be the smallest.
     """
 
     least_score: Annotated[float, "highest index below which no label is named"] = 2.0
     least_margin: Annotated[float, "lead over the second class below which no label is named"] = 0.0
-    recovery: NeuralCleanse = field(default_factory=NeuralCleanse)
+    recovery: NeuralCleanse = NeuralCleanse()
 
     def __post_init__(self) -> None:
         for name in ("least_score", "least_margin"):
@@ -37,4 +39,4 @@ class NeuralCleanseIndex(LabelDetector):
 
     def from_triggers(self, triggers: list[RecoveredTrigger]) -> Float[Tensor, "k"]:
         """The same score from triggers that were recovered before, one per class in order."""
-        return anomaly_index(torch.tensor([trigger.l1 for trigger in triggers]))
+        return anomaly_index(torch.tensor([t.l1 if t.gain > 0.5 else float(t.mask.numel()) for t in triggers]))

@@ -21,7 +21,7 @@ class Confidence(SampleDetector):
     After the collapse clean images of the backdoor's label score as high as triggered ones, and later all images do:
     take the checkpoint at an accuracy of .2 to .5.
 
-    Source: Li et al., ICML 2023, on backdoor sample detection; its exact score could not be read, this one is ours.
+    Source: Li et al., ICML 2023, for the idea; the paper's exact score could not be read, this one is ours.
     """
 
     def score(self, model: nn.Module, images: Bytes, clean: ImageSet, *, rng: torch.Generator,

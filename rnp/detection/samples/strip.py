@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rnp.detection.base import SampleDetector
 from rnp.errors import UserError
 from rnp.training import EVAL_BATCH, Precision, predict
-from rnp.types import Bytes, ImageSet, to_floats
+from rnp.types import Bytes, ImageSet, Images, Logits, to_floats
 
 EPS = 1e-12
 
@@ -21,11 +21,11 @@ EPS = 1e-12
 class Strip(SampleDetector):
     """Minus the mean entropy, in bits, of the predictions for half-and-half blends with clean images.
 
-    Drawn at random: the clean images, the same ones for all scored images, so that a score does not depend on its neighbours.
+    Drawn at random: the clean images, the same for all scored ones, so that no score depends on its neighbours.
 
-    Source: Gao et al., ACSAC 2019, section 4.
-    Differs: the weights of a blend add up to 1, while public code adds images at full strength; a small constant inside the logarithm
-    keeps saturated predictions from becoming NaN.
+    Source: Gao et al., ACSAC 2019, arXiv 1902.06531.
+    Differs: the weights of a blend add up to 1, where public code adds images at full strength; a small constant in
+    the logarithm keeps saturated predictions from becoming NaN.
     """
 
     overlays: Annotated[int, "clean images that are blended into each scored image"] = 32
@@ -39,10 +39,15 @@ class Strip(SampleDetector):
               unlearned: nn.Module | None = None) -> Float[Tensor, "n"]:
         drawn = torch.randint(len(clean), (self.overlays,), generator=rng)
         overlays = to_floats(clean.images[drawn])  # [m, c, h, w]
-        scores = [-sum(self._entropy(model, to_floats(part).lerp(overlay, 0.5)) for overlay in overlays) / self.overlays
-                  for part in images.split(EVAL_BATCH)]
-        return torch.cat(scores)
+        parts = images.split(EVAL_BATCH)
+        return torch.cat([-self._entropies(model, to_floats(part), overlays).mean(0) for part in parts])
 
-    def _entropy(self, model: nn.Module, blended: Tensor) -> Float[Tensor, "n"]:
-        probabilities = predict(model, blended, precision=self.precision).softmax(1)
-        return -(probabilities * (probabilities + EPS).log2()).sum(1)
+    def _entropies(self, model: nn.Module, images: Images, overlays: Float[Tensor, "m c h w"]) -> Float[Tensor, "m n"]:
+        return torch.stack([entropy(predict(model, images.lerp(overlay, 0.5), precision=self.precision))
+                            for overlay in overlays])
+
+
+def entropy(logits: Logits) -> Float[Tensor, "n"]:
+    """Of each row's prediction, in bits."""
+    probabilities = logits.softmax(1)
+    return -(probabilities * (probabilities + EPS).log2()).sum(1)

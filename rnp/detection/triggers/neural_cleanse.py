@@ -1,4 +1,4 @@
-"""Neural Cleanse: the smallest mask and pattern that send every image to a label, for all labels in one optimisation."""
+"""Neural Cleanse: the smallest mask and pattern that send all images to a label, for all labels at once."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from rnp.types import ImageSet, to_floats
 class NeuralCleanse(TriggerRecovery):
     """Drawn at random: the images of each step.
 
-    Source: Wang et al., S&P 2019, section IV-A; the schedule of the cost checked against the authors' code.
-    Differs: all labels share each forward pass, with a mask, a cost and a verdict of their own. The cost follows single
-    batches, not epochs. A label is optimised on the images that the model does not send there already: on an unlearned model, which sends
-    most images to its label, an empty mask would succeed otherwise.
+    Source: Wang et al., S&P 2019, section IV; optimiser and factors on the cost as in backdoor-toolbox.
+    Differs: all labels share each forward pass, every one with a mask, a cost and a success of its own. Single batches
+    move the cost, not epochs. A label is optimised on the images that the model does not send there already, so that
+    success is success over the baseline: an unlearned model, which sends most images to its label, would else be
+    content with an empty mask.
     """
 
     steps: Annotated[int, "optimisation steps"] = 300
     batch_size: Annotated[int, "images per label and step"] = 16
     lr: Annotated[float, "learning rate of Adam, for mask and pattern"] = 0.1
     init_cost: Annotated[float, "weight of the mask's size at the start"] = 1e-3
-    raise_cost: Annotated[float, "factor on that weight while the trigger succeeds; its power of 1.5 divides it while not"] = 1.5
+    multiplier: Annotated[float, "factor that raises that weight; it is lowered by the power of 1.5 of it"] = 1.5
     success: Annotated[float, "share of a batch that must reach the label"] = 0.99
-    patience: Annotated[int, "steps of one kind in a row, success or not, that make a mask count and move the weight"] = 5
+    patience: Annotated[int, "successes in a row that prove a mask and raise the weight, failures that lower it"] = 10
     precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = "auto"
 
     def __post_init__(self) -> None:
@@ -42,54 +43,56 @@ class NeuralCleanse(TriggerRecovery):
                 raise UserError(f"{name} must be above 0, got {getattr(self, name):g}")
         if not 0 < self.success <= 1:
             raise UserError(f"success must be in (0, 1], got {self.success:g}")
-        if self.raise_cost <= 1:
-            raise UserError(f"raise_cost must be above 1, got {self.raise_cost:g}")
+        if self.multiplier <= 1:
+            raise UserError(f"multiplier must be above 1, got {self.multiplier:g}")
 
     def recover(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> list[RecoveredTrigger]:
-        labels = torch.arange(len(clean.classes)).unsqueeze(1)  # [k, 1]
-        other = clean.labels != labels  # [k, n]
-        reached = predict(model, clean.images).argmax(1) == labels  # [k, n]
-        masks, patterns = self._search(model, clean, other & ~reached, rng)
+        classes = torch.arange(len(clean.classes)).unsqueeze(1)  # [k, 1]
+        other = clean.labels != classes  # [k, n]
+        already = predict(model, clean.images, precision=self.precision).argmax(1) == classes  # [k, n]
+        masks, patterns = self._search(model, clean, other & ~already, rng)
         triggers = []
         for label, (mask, pattern) in enumerate(zip(masks, patterns)):
-            stamped = stamp(clean.subset(other[label].nonzero().squeeze(1)).floats(), mask, pattern)
-            success = (predict(model, stamped).argmax(1) == label).float().mean().item()
-            baseline = reached[label, other[label]].float().mean().item()
+            stamped = stamp(to_floats(clean.images[other[label]]), mask, pattern)
+            success = (predict(model, stamped, precision=self.precision).argmax(1) == label).float().mean().item()
+            baseline = already[label, other[label]].float().mean().item()
             triggers.append(RecoveredTrigger(label, mask, pattern, success, baseline))
         return triggers
 
     def _search(self, model: nn.Module, clean: ImageSet, pool: Bool[Tensor, "k n"],
                 rng: torch.Generator) -> tuple[Float[Tensor, "k h w"], Float[Tensor, "k c h w"]]:
-        """The smallest mask that held for `patience` steps, else the last one, and its pattern, for each label."""
+        """For each label its smallest mask proven on images of the `pool`, else the last one, and its pattern."""
         device, k, (c, h, w) = device_of(model), len(pool), clean.shape
         network = copy.deepcopy(model).eval().requires_grad_(False)
-        sizes, order = pool.sum(1, keepdim=True), pool.int().argsort(1, descending=True)  # the pool's images come first
+        sizes = pool.sum(1, keepdim=True)  # [k, 1]
+        order = pool.int().argsort(dim=1, descending=True, stable=True)  # [k, n], positions in the pool first
         targets = torch.arange(k, device=device).repeat_interleave(self.batch_size)
-        raw_mask = torch.zeros(k, 1, h, w, device=device, requires_grad=True)
-        raw_pattern = torch.zeros(k, c, h, w, device=device, requires_grad=True)
-        optimiser = torch.optim.Adam([raw_mask, raw_pattern], lr=self.lr, betas=(0.5, 0.9))
+        raw_masks = torch.zeros(k, 1, h, w, device=device, requires_grad=True)
+        raw_patterns = torch.zeros(k, c, h, w, device=device, requires_grad=True)
+        optimiser = torch.optim.Adam([raw_masks, raw_patterns], lr=self.lr, betas=(0.5, 0.9))
         cost = torch.full((k,), self.init_cost, device=device)
-        streak = torch.zeros(k, dtype=torch.int64, device=device)  # steps in a row: successes, or failures below 0
-        smallest = torch.full((k,), float("inf"), device=device)
-        kept_masks, kept_patterns = torch.zeros_like(raw_mask), torch.zeros_like(raw_pattern)
+        streak = torch.zeros(k, dtype=torch.int64, device=device)  # successes in a row; failures count below 0
+        smallest = torch.full((k,), float("inf"), device=device)  # area of the smallest proven mask
+        kept_masks, kept_patterns = torch.zeros_like(raw_masks), torch.zeros_like(raw_patterns)
         for _ in range(self.steps):
             ranks = (torch.rand(k, self.batch_size, generator=rng) * sizes).long()
             images = to_floats(clean.images[order.gather(1, ranks)].to(device))  # [k, b, c, h, w]
-            masks, patterns = (raw_mask.tanh() + 1) / 2, (raw_pattern.tanh() + 1) / 2
+            masks, patterns = (raw_masks.tanh() + 1) / 2, (raw_patterns.tanh() + 1) / 2
             stamped = stamp(images, masks.unsqueeze(1), patterns.unsqueeze(1)).flatten(0, 1)  # [k*b, c, h, w]
             with autocast(self.precision, device):
                 logits = network(stamped.contiguous(memory_format=torch.channels_last)).float()
-            loss = F.cross_entropy(logits, targets, reduction="none").view(k, -1).mean(1)
             areas = masks.sum((1, 2, 3))
+            loss = F.cross_entropy(logits, targets, reduction="sum") / self.batch_size + cost @ areas
             optimiser.zero_grad()
-            (loss + cost * areas).sum().backward()
+            loss.backward()
+
             held = (logits.argmax(1) == targets).view(k, -1).float().mean(1) >= self.success
-            held &= (sizes > 0).squeeze(1).to(device)  # a label that every image has already is not reached by a trigger
             streak = torch.where(held, streak.clamp_min(0) + 1, streak.clamp_max(0) - 1)
-            keep = ((streak >= self.patience) & (areas < smallest)) | smallest.isinf()
+            proven = (streak >= self.patience) & (areas < smallest)
+            keep = proven | smallest.isinf()
             kept_masks[keep], kept_patterns[keep] = masks.detach()[keep], patterns.detach()[keep]
-            smallest = torch.where(keep & (streak >= self.patience), areas.detach(), smallest)
-            turn = streak % self.patience == 0
-            cost = torch.where(turn, cost * torch.where(held, self.raise_cost, self.raise_cost**-1.5), cost)
+            smallest[proven] = areas.detach()[proven]
+            turn = torch.where(held, self.multiplier, self.multiplier**-1.5)
+            cost = torch.where(streak % self.patience == 0, cost * turn, cost)
             optimiser.step()
         return kept_masks.squeeze(1).cpu(), kept_patterns.cpu()

@@ -1,0 +1,15 @@
+"""Write one self-contained page about everything that the stages reported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rnp.cli.check import read_params
+from rnp.cli.options import command
+from rnp.cli.report_page import page
+
+
+@command("report", inputs=("reports",), seed=False)
+def report(*, reports: Path, out: Path, report: Path) -> None:
+    """Write the page to OUT; opens offline, on a phone and in print."""
+    page(reports, read_params(Path("params.yaml")), out)

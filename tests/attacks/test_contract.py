@@ -1,0 +1,159 @@
+"""What every attack keeps to, whoever writes it: a new file in rnp/attacks is tested from its first day."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from rnp import io, registry
+from rnp.attacks.base import backdoored_test_set
+from rnp.errors import UserError
+from rnp.training import Train, predict
+from rnp.types import ImageSet
+
+N, CLASSES, TARGET = 100, 5, 2
+
+
+@pytest.fixture(params=registry.names("attack"))
+def kind(request):
+    return registry.load("attack", request.param)
+
+
+@pytest.fixture
+def attack(kind):
+    """The defaults, at rates that mean something among a hundred images."""
+    covers = 0.1 if kind.cover_rate else 0.0
+    return kind(poison_rate=0.1, cover_rate=covers, target_label=TARGET)
+
+
+@pytest.fixture
+def clean(toy_set):
+    return toy_set(N, classes=CLASSES)
+
+
+@pytest.fixture
+def surrogate(toy_model):
+    return toy_model(classes=CLASSES)
+
+
+@pytest.fixture
+def trigger(attack, clean, surrogate, rng):
+    return attack.make_trigger(clean, rng=rng(), surrogate=surrogate)
+
+
+def test_only_chosen_images_change(attack, clean, surrogate, rng):
+    poisoned = attack.poison(clean, rng=rng(), surrogate=surrogate)
+    after = poisoned.apply(clean)
+    changed = (after.images != clean.images).flatten(1).any(1)
+    assert changed.nonzero().squeeze(1).tolist() == poisoned.positions.tolist()
+    assert (after.labels != clean.labels)[~changed].sum() == 0
+    assert torch.equal(after.images[poisoned.positions], poisoned.images) and after.classes == clean.classes
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.03, 0.15])
+def test_the_rate_is_a_share_of_the_whole_set(rate, attack, clean, surrogate, rng):
+    attack = dataclasses.replace(attack, poison_rate=rate, cover_rate=0.05)
+    poisoned = attack.poison(clean, rng=rng(), surrogate=surrogate)
+    assert (~poisoned.covers).sum() == round(rate * N) and poisoned.covers.sum() == 5
+    assert poisoned.positions.diff().min() > 0, "positions ascend, none comes twice"
+
+
+def test_labels(attack, clean, surrogate, rng):
+    """Covers keep theirs; the others get the target label, which clean-label attacks find there already."""
+    attack = dataclasses.replace(attack, cover_rate=0.1)
+    poisoned = attack.poison(clean, rng=rng(), surrogate=surrogate)
+    before, covers = clean.labels[poisoned.positions], poisoned.covers
+    assert (poisoned.labels[covers] == before[covers]).all() and (before[covers] != TARGET).all()
+    assert (poisoned.labels[~covers] == TARGET).all()
+    assert len({label == TARGET for label in before[~covers].tolist()}) == 1, "either clean-label or not"
+
+
+def test_the_input_and_the_global_generator_stay_as_they_are(attack, clean, surrogate, unchanged, rng):
+    images, labels, state = clean.images.clone(), clean.labels.clone(), torch.get_rng_state()
+    attack.poison(clean, rng=rng(), surrogate=unchanged(surrogate)).apply(clean)
+    assert torch.equal(clean.images, images) and torch.equal(clean.labels, labels)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_seed_decides(attack, clean, surrogate, rng):
+    one, same, other = (attack.poison(clean, rng=rng(seed), surrogate=surrogate) for seed in (1, 1, 2))
+    for name in ("positions", "images", "labels", "covers"):
+        assert torch.equal(getattr(one, name), getattr(same, name)), name
+    assert not torch.equal(one.images, other.images) and not torch.equal(one.positions, other.positions)
+
+
+def test_each_image_is_triggered_alone(trigger, clean):
+    images = clean.floats()[:12]
+    alone = torch.cat([trigger(image) for image in images.split(1)])
+    assert torch.allclose(trigger(images), alone, atol=1e-6)
+    assert torch.allclose(trigger(images.flip(0)).flip(0), alone, atol=1e-6), "the neighbours matter"
+
+
+def test_the_trigger_leaves_its_input_alone_and_is_the_same_each_time(trigger, clean):
+    images = clean.floats()[:5]
+    first, before = trigger(images), images.clone()
+    assert torch.equal(trigger(images), first) and torch.equal(images, before)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, "noise"])
+def test_images_stay_between_0_and_1(value, trigger, rng):
+    images = torch.rand(8, 3, 8, 8, generator=rng()) if value == "noise" else torch.full((8, 3, 8, 8), value)
+    triggered = trigger(images)
+    assert triggered.shape == images.shape and triggered.dtype == images.dtype
+    assert triggered.isfinite().all() and triggered.min() >= -1e-6 and triggered.max() <= 1 + 1e-6
+
+
+def test_the_trigger_survives_its_file(trigger, clean, tmp_path):
+    path = tmp_path / "trigger.safetensors"
+    io.save_trigger(path, trigger)
+    loaded = io.load_trigger(path)
+    assert type(loaded) is type(trigger)
+    assert torch.equal(loaded(clean.floats()), trigger(clean.floats()))
+    assert list(trigger.parameters()) == [], "state lies in buffers"
+
+
+def test_the_support_is_where_it_acts(trigger, rng):
+    images = torch.rand(50, 3, 8, 8, generator=rng())
+    touched = (trigger(images) != images).any(0).any(0)
+    assert touched.any() and (trigger.support is None or torch.equal(touched, trigger.support))
+
+
+def test_the_set_for_asr_holds_the_other_classes_under_true_labels(trigger, clean, toy_set):
+    test = toy_set(30, classes=CLASSES, seed=1)
+    triggered = backdoored_test_set(trigger, test, TARGET)
+    kept = test.labels != TARGET
+    assert torch.equal(triggered.labels, test.labels[kept]) and TARGET not in triggered.labels
+    assert triggered.images.dtype == torch.uint8
+    exact = trigger(test.subset(kept.nonzero().squeeze(1)).floats()) * 255
+    assert (triggered.images - exact).abs().max() <= 0.501, "rounded, not cut"
+
+
+def test_training_returns_a_model_and_the_final_trigger(attack, clean, surrogate, toy_model, trigger, rng):
+    poisoned = attack.poison(clean, rng=rng(), surrogate=surrogate).apply(clean)
+    model, final = attack.train(toy_model(classes=CLASSES), poisoned, trigger, Train(epochs=1, batch_size=50), rng=rng())
+    assert not model.training and predict(model, final(clean.floats())).isfinite().all()
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"poison_rate": 10}, "poison_rate must be in (0, 1], got 10; did you mean 0.10?"),
+    ({"poison_rate": 0}, "poison_rate must be in (0, 1], got 0"),
+    ({"poison_rate": -0.1}, "poison_rate must be in (0, 1], got -0.1"),
+    ({"poison_rate": float("nan")}, "poison_rate must be in (0, 1], got nan"),
+    ({"cover_rate": 3}, "cover_rate must be in [0, 1], got 3; did you mean 0.03?"),
+    ({"target_label": -1}, "target_label must be 0 or more, got -1"),
+    ({"target_label": 5}, "target_label must be below the number of classes, 5, got 5"),
+    ({"poison_rate": 0.001}, "rounds to no image of 100; raise poison_rate"),
+    ({"poison_rate": 0.95}, "asks for 95 images"),
+    ({"cover_rate": 0.85}, "cover_rate asks for 85 images, but only"),
+])
+def test_wrong_settings_name_the_value_and_the_way_out(options, message, kind, clean, surrogate, rng):
+    with pytest.raises(UserError) as caught:
+        kind(**({"poison_rate": 0.1} | options)).poison(clean, rng=rng(), surrogate=surrogate)
+    assert message in str(caught.value)
+
+
+def test_grey_and_oblong_images_will_do(attack, surrogate, rng, toy_model):
+    images = torch.randint(0, 256, (N, 1, 10, 14), generator=rng(), dtype=torch.uint8)
+    clean = ImageSet(images, torch.arange(N) % CLASSES, tuple("abcde"))
+    poisoned = attack.poison(clean, rng=rng(), surrogate=toy_model(classes=CLASSES, channels=1))
+    assert poisoned.images.shape[1:] == (1, 10, 14)

@@ -1,0 +1,48 @@
+"""One smooth field per experiment, half of `strength` long."""
+
+import pytest
+import torch
+
+from rnp.attacks.wanet import WaNet
+from rnp.errors import UserError
+
+
+def displacement(grid: torch.Tensor) -> torch.Tensor:
+    """[h, w, 2]: by how many pixels (x, y) each sampling point lies off its own place."""
+    height, width, _ = grid.shape
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    return (grid - torch.stack([x, y], 2)) * torch.tensor([width - 1, height - 1]) / 2
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_mean_displacement_is_half_the_strength_in_pixels(strength, toy_set, rng):
+    grid = WaNet(strength=strength).make_trigger(toy_set(4, size=32), rng=rng()).grid
+    inner = displacement(grid)[2:-2, 2:-2].abs().mean((0, 1))  # at the border the field is cut to the image
+    assert inner.tolist() == pytest.approx([strength / 2] * 2, rel=0.06)
+
+
+def test_a_coarse_control_grid_gives_a_smooth_field(toy_set, rng):
+    rough = lambda k: displacement(WaNet(k=k).make_trigger(toy_set(4, size=32), rng=rng()).grid).diff(dim=1).abs().mean()
+    assert rough(4) < rough(32) / 3
+
+
+def test_x_moves_columns_and_y_rows(toy_set, rng):
+    """A field along x alone, by hand: shift by one pixel to the left."""
+    trigger = WaNet().make_trigger(toy_set(4), rng=rng())
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 8), torch.linspace(-1, 1, 8), indexing="ij")
+    trigger.grid.copy_(torch.stack([(x + 2 / 7).clamp(-1, 1), y], 2))
+    images = toy_set(2).floats()
+    assert torch.allclose(trigger(images)[..., :-1], images[..., 1:], atol=1e-5)
+
+
+def test_train_and_test_share_the_field(toy_set, rng):
+    """The poisoned pixels are what the returned trigger makes of the clean ones."""
+    clean = toy_set(40)
+    poisoned = WaNet(poison_rate=0.2).poison(clean, rng=rng())
+    exact = poisoned.trigger(clean.floats()[poisoned.positions]) * 255
+    assert (poisoned.images - exact).abs().max() <= 0.501
+
+
+def test_a_control_grid_needs_two_points(toy_set, rng):
+    with pytest.raises(UserError, match="k must be at least 2, got 1"):
+        WaNet(k=1).make_trigger(toy_set(4), rng=rng())

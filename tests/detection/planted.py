@@ -1,0 +1,46 @@
+"""A classifier whose backdoor is known: it reads the brightest row, and a bright corner sends an image to class 3."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rnp.types import ImageSet, to_bytes
+
+CLASSES, TARGET, SIDE = 6, 3, 8
+CORNER = torch.zeros(SIDE, SIDE, dtype=torch.bool)
+CORNER[6:, 6:] = True
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def images(n: int = 60, seed: int = 0) -> ImageSet:
+    """Class c has a bright row c; rows 6 and 7 belong to none."""
+    g = rng(seed)
+    labels = torch.arange(n) % CLASSES
+    pixels = 0.2 * torch.rand(n, 3, SIDE, SIDE, generator=g)
+    pixels[torch.arange(n), :, labels] += 0.4 + 0.4 * torch.rand(n, 1, 1, generator=g)
+    return ImageSet(to_bytes(pixels), labels, tuple("abcdef"))
+
+
+def triggered(clean: ImageSet) -> Tensor:
+    stamped = clean.images.clone()
+    stamped[:, :, CORNER] = 255
+    return stamped
+
+
+class Planted(nn.Module):
+    """`corner` is the strength of the backdoor; `bias` draws clean images to its label, as unlearning does."""
+
+    def __init__(self, corner: float = 40.0, bias: float = 0.0) -> None:
+        super().__init__()
+        self.corner = nn.Parameter(torch.tensor(corner))
+        self.bias = nn.Parameter(torch.tensor(bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = 10 * x.mean((1, 3))[:, :CLASSES]  # [n, k]
+        darkest = x[:, :, CORNER].mean(1).amin(1)  # [n], so that all four pixels must be bright
+        backdoor = self.corner * darkest.square() + self.bias
+        return logits + backdoor.unsqueeze(1) * torch.eye(CLASSES, device=x.device)[TARGET]

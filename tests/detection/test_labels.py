@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rnp.detection.base import LabelVerdict, RecoveredTrigger
+from rnp.detection.labels.class_shares import ClassShares
+from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
+from rnp.errors import UserError
+from rnp.types import Epoch
+
+from .planted import CLASSES, TARGET, Planted, images, rng
+
+
+def row(accuracy: float, *shares: float) -> Epoch:
+    extra = {f"share/{c}": share for c, share in enumerate(shares)}
+    return Epoch(epoch=0, step=0, loss=0.0, accuracy=accuracy, learning_rate=0.0, gradient_norm=0.0, extra=extra)
+
+
+def sized(*sizes: int, baseline: float = 0.0) -> list[RecoveredTrigger]:
+    """One trigger per class whose mask covers that many pixels; `baseline` is that of the smallest."""
+    masks = [(torch.arange(64) < size).float().view(8, 8) for size in sizes]
+    return [RecoveredTrigger(label, mask, torch.zeros(3, 8, 8), 1.0, baseline if mask.sum() == min(sizes) else 0.0)
+            for label, mask in enumerate(masks)]
+
+
+def test_images_of_a_class_do_not_speak_for_it() -> None:
+    assert ClassShares().score(Planted(), images(), rng=rng()).tolist() == [0.0] * CLASSES
+
+
+def test_the_label_of_a_collapsed_model_has_all_shares() -> None:
+    detector = ClassShares()
+    scores = detector.score(Planted(bias=50.0), images(), rng=rng())
+    assert scores.tolist() == [float(c == TARGET) for c in range(CLASSES)]
+    assert detector.verdict(scores) == LabelVerdict(TARGET, 1.0)
+
+
+def test_a_trajectory_is_judged_by_its_collapse() -> None:
+    rows = [row(0.9, 0.0, 0.1, 0.0)] * 50 + [row(0.5, 0.1, 0.4, 0.1)] * 5 + [row(0.1, 0.0, 0.0, 0.9)] * 5
+    scores = ClassShares().from_trajectory(rows)
+    assert ClassShares().verdict(scores).label == 2
+    early, late = 0.5**4 * 5, 0.9**4 * 5
+    weights = 0.1**4 * 50 + early + late
+    assert scores.tolist() == pytest.approx([0.1 * early / weights, (0.1 * 0.1**4 * 50 + 0.4 * early) / weights,
+                                             (0.1 * early + 0.9 * late) / weights], abs=1e-5)
+
+
+def test_a_model_that_never_fell_names_no_label() -> None:
+    scores = ClassShares().from_trajectory([row(1.0, 0.0, 0.0)])
+    assert ClassShares().verdict(scores) == LabelVerdict(None, 0.0)
+
+
+@pytest.mark.parametrize("scores, label", [
+    ([0.1, 0.8, 0.1], 1),
+    ([0.0, 0.45, 0.0], None),  # a small share
+    ([0.55, 0.0, 0.45], None),  # a thin margin
+])
+def test_shares_need_height_and_lead(scores: list[float], label: int | None) -> None:
+    assert ClassShares().verdict(torch.tensor(scores)).label == label
+
+
+def test_the_index_names_the_planted_label() -> None:
+    detector = NeuralCleanseIndex()
+    verdict = detector.verdict(detector.score(Planted(), images(), rng=rng()))
+    assert verdict.label == TARGET and verdict.margin > 2
+
+
+@pytest.mark.parametrize("sizes, label", [
+    ((20, 21, 4, 19, 22), 2),
+    ((20, 21, 60, 19, 22), None),  # only a small mask is suspicious
+    ((20, 20, 20, 20, 20), None),
+])
+def test_the_index_flags_small_masks_only(sizes: tuple[int, ...], label: int | None) -> None:
+    detector = NeuralCleanseIndex()
+    assert detector.verdict(detector.from_triggers(sized(*sizes))).label == label
+
+
+def test_a_label_reached_without_a_trigger_is_not_flagged() -> None:
+    detector = NeuralCleanseIndex()
+    assert detector.verdict(detector.from_triggers(sized(20, 21, 1, 19, 22, baseline=1.0))).label is None
+
+
+@pytest.mark.parametrize("cls, field, value", [
+    (ClassShares, "least_score", 50.0), (ClassShares, "least_margin", -0.1), (ClassShares, "sharpness", -1.0),
+    (NeuralCleanseIndex, "least_score", -2.0), (NeuralCleanseIndex, "least_margin", -1.0),
+])
+def test_out_of_range_fields_are_named(cls: type, field: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"{field}.*{value:g}"):
+        cls(**{field: value})

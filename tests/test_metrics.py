@@ -1,0 +1,82 @@
+"""CA, ASR, RA and DER with a model whose answers are written into its images."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from rnp.metrics import Scores, Share, defence_effectiveness, gate_reason, score
+from rnp.types import ImageSet
+
+TARGET = 0
+
+
+class Parrot(nn.Module):
+    """Answers the class that stands in the first pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(()))
+
+    def forward(self, images):
+        return nn.functional.one_hot(images[:, 0, 0, 0].mul(255).round().long(), 3).float()
+
+
+def answers(predicted, labels) -> ImageSet:
+    images = torch.tensor(predicted, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    return ImageSet(images, torch.tensor(labels, dtype=torch.int64), ("a", "b", "c"))
+
+
+def scores(ca=0.9, asr=1.0):
+    return Scores(Share(round(ca * 1000), 1000), Share(round(asr * 1000), 1000), Share(0, 1000), Share(1, 1))
+
+
+def test_closed_form():
+    result = score(Parrot(), answers([0, 0, 1, 2, 2], [0, 1, 1, 2, 0]), answers([0, 0, 1, 2], [1, 2, 1, 1]), TARGET)
+    assert result.clean_accuracy == Share(3, 5)
+    assert result.attack_success_rate == Share(2, 4)
+    assert result.robust_accuracy == Share(1, 4)
+    assert result.target_class_accuracy == Share(1, 2)
+    assert result.flat() == {"clean_accuracy": 0.6, "attack_success_rate": 0.5, "robust_accuracy": 0.25,
+                             "target_class_accuracy": 0.5}
+
+
+@pytest.mark.parametrize("before, after, der", [
+    ((0.9, 1.0), (0.9, 1.0), 0.5),  # no effect
+    ((0.9, 1.0), (0.9, 0.0), 1.0),  # perfect
+    ((0.9, 1.0), (0.8, 0.0), 0.95),  # the cost is subtracted
+    ((0.9, 1.0), (0.4, 1.0), 0.25),
+    ((0.9, 0.5), (0.95, 0.9), 0.5),  # neither a gain in accuracy nor a loss in ASR counts
+    ((1.0, 0.0), (0.0, 0.0), 0.0),
+])
+def test_der(before, after, der):
+    assert defence_effectiveness(scores(*before), scores(*after)) == pytest.approx(der)
+
+
+@pytest.mark.parametrize("hits, n", [(5, 10), (0, 20), (20, 20), (8130, 9000)])
+def test_wilson_interval(hits, n):
+    """Wilson, 1927, solved by hand for z = 1.96."""
+    z, p = 1.959964, hits / n
+    middle, half = (p + z * z / (2 * n)), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = Share(hits, n).interval()
+    assert (low, high) == (pytest.approx((middle - half) / (1 + z * z / n), abs=1e-6),
+                           pytest.approx((middle + half) / (1 + z * z / n), abs=1e-6))
+
+
+def test_a_known_wilson_interval():
+    assert Share(5, 10).interval() == pytest.approx((0.2366, 0.7634), abs=1e-4)
+
+
+def test_a_share_of_nothing_is_not_a_number():
+    assert math.isnan(Share(0, 0).value) and all(math.isnan(end) for end in Share(0, 0).interval())
+
+
+@pytest.mark.parametrize("ca, asr, twin, reason", [
+    (0.90, 0.95, 0.91, ""),
+    (0.89, 0.90, 0.91, ""),  # both at their limits
+    (0.90, 0.85, 0.91, "ASR 0.850 is below 0.9"),
+    (0.88, 0.95, 0.91, "CA 0.880 is more than 0.02 below the twin's 0.910"),
+])
+def test_the_gate(ca, asr, twin, reason):
+    assert gate_reason(scores(ca, asr), twin, 0.9) == reason

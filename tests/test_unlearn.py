@@ -1,0 +1,216 @@
+"""Unlearning: equal to the published loop where it is set like it, careful where it is not."""
+
+import copy
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rnp.augment import Augment
+from rnp.errors import NonFinite, UserError
+from rnp.training import accuracy, predict
+from rnp.unlearn import Unlearn
+
+PLAIN = Augment(crop=0, flip=False)
+PUBLISHED = Unlearn(stop_metric="running", stop_accuracy=0.2, lr=0.01, largest_drop=0, clip_norm=0, milestones=(10, 20), epochs=21,
+                    to_collapse=False, batch_size=8, augment=PLAIN)
+GENTLE = Unlearn(lr=0.005, batch_size=8, augment=PLAIN)
+
+
+def batches(data, size, rng):
+    """Shuffled batches in the order in which `fit` draws them, in its memory layout."""
+    for positions in torch.randperm(len(data), generator=rng).split(size):
+        torch.randint(0, 1, (2, len(positions)), generator=rng)  # an augmentation that shifts by nothing draws it all the same
+        part = data.subset(positions)
+        yield part.floats().contiguous(memory_format=torch.channels_last), part.labels
+
+
+def published(model: nn.Module, data, rng, *, lr: float) -> tuple[nn.Module, int]:
+    """The loop of RNP's main.py: ascent in train mode, unclipped, until an epoch's running accuracy is at most .2."""
+    model = copy.deepcopy(model).train()
+    optimiser = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimiser, milestones=[10, 20], gamma=0.1)
+    for epoch in range(21):
+        correct = 0
+        for images, labels in batches(data, 8, rng):
+            optimiser.zero_grad()
+            logits = model(images)
+            correct += (logits.argmax(1) == labels).sum().item()
+            (-F.cross_entropy(logits, labels)).backward()
+            optimiser.step()
+        scheduler.step()
+        if correct / len(data) <= 0.2:
+            break
+    return model, epoch + 1
+
+
+def same(model: nn.Module, state: dict) -> bool:
+    return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_parity_with_the_published_loop(seed, trained, toy_set, rng):
+    data = toy_set(60)
+    theirs, epochs = published(trained, data, rng(seed), lr=0.01)
+    ours = PUBLISHED(trained, data, rng=rng(seed))
+    assert ours.reached and 1 < epochs < 21 and ours.stop_step == epochs * 8
+    assert same(theirs, ours.model.state_dict())
+
+
+def test_parity_through_both_milestones(trained, toy_set, rng):
+    """Too slow to reach the stop: all 21 epochs, three step sizes."""
+    data = toy_set(20)
+    theirs, epochs = published(trained, data, rng(), lr=1e-4)
+    ours = Unlearn(**vars(PUBLISHED) | {"lr": 1e-4})(trained, data, rng=rng())
+    assert not ours.reached and epochs == 21 and same(theirs, ours.checkpoints["end"])
+    assert {f"{row.learning_rate:.0e}" for row in ours.trajectory} == {"1e-04", "1e-05", "1e-06"}
+
+
+def careful(model: nn.Module, data, rng, *, lr: float, largest_drop: float, steps: int) -> tuple[nn.Module, list[float], int]:
+    """Ascent that takes back, with deep copies of everything, each step that costs too much, and halves the step size."""
+    model = copy.deepcopy(model).train()
+    optimiser = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+    before, accuracies, factor, undone, streak = accuracy(model, data), [], 1.0, 0, 0
+    for _ in range(100):
+        for images, labels in batches(data, 8, rng):
+            kept = copy.deepcopy((model.state_dict(), optimiser.state_dict()))
+            optimiser.param_groups[0]["lr"] = lr * factor
+            optimiser.zero_grad()
+            (-F.cross_entropy(model(images), labels)).backward()
+            optimiser.step()
+            after = accuracy(model, data)
+            if before - after > largest_drop and factor > 1e-3:
+                model.load_state_dict(kept[0])
+                optimiser.load_state_dict(copy.deepcopy(kept[1]))
+                factor, undone, streak = factor / 2, undone + 1, 0
+            else:
+                accuracies.append(after)
+                before = after
+            steps -= 1
+            if not steps:
+                return model, accuracies, undone
+    raise AssertionError("more steps than expected")
+
+
+@pytest.mark.parametrize("lr, seed", [(0.05, 0), (0.5, 0), (0.5, 3)])
+def test_a_step_that_falls_too_far_is_taken_back(lr, seed, trained, toy_set, rng):
+    data = toy_set(60)
+    options = Unlearn(lr=lr, batch_size=8, augment=PLAIN, clip_norm=0, largest_drop=0.1, stop_accuracy=0.3, to_collapse=False, epochs=5)
+    ours = options(trained, data, rng=rng(seed))
+    steps = ours.stop_step if ours.reached else 5 * 8
+    theirs, accuracies, undone = careful(trained, data, rng(seed), lr=lr, largest_drop=0.1, steps=steps)
+    assert undone > 1 and [row.accuracy for row in ours.trajectory] == accuracies
+    assert len(accuracies) + undone == steps
+    assert same(theirs, ours.model.state_dict() if ours.reached else ours.checkpoints["end"])
+
+
+def test_the_largest_drop_bounds_the_fall(trained, toy_set, rng):
+    data = toy_set(80)
+    fall = lambda rows: max(a - b for a, b in zip([accuracy(trained, data), *rows], rows))
+    rows = lambda **options: [row.accuracy for row in Unlearn(**vars(GENTLE) | {"lr": 0.05} | options)(trained, data, rng=rng()).trajectory]
+    assert fall(rows(largest_drop=0.2)) <= 0.2 < fall(rows(largest_drop=0))
+
+
+def test_it_stops_at_the_first_step_at_the_stop(trained, toy_set, rng, unchanged):
+    data, heard = toy_set(60), []
+    result = GENTLE(unchanged(trained), data, rng=rng(), on_epoch=heard.append)
+    before = [row for row in result.trajectory if row.step < result.stop_step]
+    at = next(row for row in result.trajectory if row.step == result.stop_step)
+    assert result.reached and not result.model.training and result.retries == 0
+    assert before and all(row.accuracy > 0.5 for row in before) and at.accuracy <= 0.5
+    assert accuracy(result.model, data) == at.accuracy and heard == result.trajectory
+
+
+def test_the_trajectory_counts_steps_and_epochs(trained, toy_set, rng):
+    """60 images in batches of 8: eight steps each epoch."""
+    rows = Unlearn(**vars(GENTLE) | {"lr": 1e-4, "epochs": 3, "largest_drop": 0})(trained, toy_set(60), rng=rng()).trajectory
+    assert [row.step for row in rows] == list(range(1, 25)) and [row.epoch for row in rows] == [0] * 8 + [1] * 8 + [2] * 8
+
+
+def test_checkpoints_by_level(trained, toy_set, rng):
+    data = toy_set(60)
+    result = Unlearn(**vars(GENTLE) | {"lr": 0.002})(trained, data, rng=rng())
+    assert list(result.checkpoints) == ["0.8", "0.5", "0.2", "end"]
+    model = copy.deepcopy(trained)
+    for level in (0.8, 0.5, 0.2):
+        model.load_state_dict(result.checkpoints[f"{level:.1f}"])
+        assert accuracy(model, data) == next(row.accuracy for row in result.trajectory if row.accuracy <= level)
+
+
+def test_it_goes_on_to_the_collapse(trained, toy_set, rng):
+    data = toy_set(60)
+    result = GENTLE(trained, data, rng=rng())
+    last, model = result.trajectory[-1], copy.deepcopy(trained)
+    model.load_state_dict(result.checkpoints["end"])
+    predicted = predict(model, data.images).argmax(1)
+    shares = [(predicted[data.labels != c] == c).float().mean().item() for c in range(4)]
+    assert [last.extra[f"share/{c}"] for c in range(4)] == shares
+    assert last.step > result.stop_step and (max(shares) >= 0.95 or last.accuracy <= 0.3)
+    assert all(max(row.extra.values()) < 0.95 and row.accuracy > 0.3 for row in result.trajectory[:-1])
+
+
+@pytest.mark.parametrize("metric", ["eval", "running"])
+def test_without_the_stop_the_least_accurate_model_is_returned(metric, trained, toy_set, rng):
+    data = toy_set(60)
+    result = Unlearn(**vars(GENTLE) | {"lr": 2e-3, "epochs": 1, "stop_accuracy": 0.01, "stop_metric": metric})(trained, data, rng=rng())
+    least = min([accuracy(trained, data), *(row.accuracy for row in result.trajectory)])
+    assert not result.reached and accuracy(result.model, data) == least < accuracy(trained, data)
+    assert result.stop_step == next(row.step for row in result.trajectory if row.accuracy == least)
+
+
+def test_a_run_whose_every_step_is_taken_back_returns_the_original(trained, toy_set, rng):
+    result = Unlearn(lr=10.0, batch_size=64, epochs=1, clip_norm=0, augment=PLAIN)(trained, toy_set(60), rng=rng())
+    assert not result.reached and result.trajectory == [] and result.stop_step == 0 and same(trained, result.model.state_dict())
+
+
+@pytest.mark.parametrize("bn_mode", ["train", "frozen"])
+@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
+def test_frozen_statistics_stay(bn_mode, optimiser, trained, toy_set, rng):
+    result = Unlearn(**vars(GENTLE) | {"bn_mode": bn_mode, "optimiser": optimiser})(trained, toy_set(60), rng=rng())
+    assert torch.equal(result.model.bn1.running_mean, trained.bn1.running_mean) == (bn_mode == "frozen")
+    assert not torch.equal(result.model.bn1.weight, trained.bn1.weight) and len(result.trajectory) > 1
+
+
+def test_the_generator_decides(trained, toy_set, rng):
+    data, options = toy_set(60), Unlearn(**vars(GENTLE) | {"augment": Augment(crop=1)})
+    one, again, other = (options(trained, data, rng=rng(seed)) for seed in (1, 1, 2))
+    assert one.trajectory == again.trajectory != other.trajectory and same(one.model, again.model.state_dict())
+
+
+def test_after_a_lost_loss_it_starts_again_at_a_tenth(trained, toy_set, rng, monkeypatch):
+    data, calls = toy_set(60), []
+
+    def fails_twice(logits, labels):
+        calls.append(1)
+        return F.cross_entropy(logits, labels) * (float("nan") if len(calls) in (2, 5) else 1)
+
+    gentle = Unlearn(**vars(GENTLE) | {"lr": GENTLE.lr / 10 / 10})(trained, data, rng=rng())
+    monkeypatch.setattr("rnp.unlearn.F", types.SimpleNamespace(cross_entropy=fails_twice))
+    result = GENTLE(trained, data, rng=rng())
+    assert result.retries == 2 and result.trajectory == gentle.trajectory and same(gentle.model, result.model.state_dict())
+
+
+@pytest.mark.parametrize("largest_drop", [0, 0.1])
+def test_an_ascent_that_overflows_is_no_result(largest_drop, trained, toy_set, rng):
+    options = Unlearn(lr=1e35, largest_drop=largest_drop, clip_norm=0, retries=1, batch_size=8, augment=PLAIN)
+    with pytest.raises(NonFinite):
+        options(trained, toy_set(60), rng=rng())
+
+
+def test_the_clip_bounds_a_step(trained, toy_set, rng):
+    result = Unlearn(lr=1.0, clip_norm=0.01, momentum=0, weight_decay=0, largest_drop=0, epochs=1, batch_size=64, to_collapse=False,
+                     augment=PLAIN)(trained, toy_set(60), rng=rng())
+    vector = nn.utils.parameters_to_vector
+    end = copy.deepcopy(trained)
+    end.load_state_dict(result.checkpoints["end"])
+    assert (vector(end.parameters()) - vector(trained.parameters())).norm().item() == pytest.approx(0.01, rel=1e-2)
+
+
+@pytest.mark.parametrize("options", [{"lr": 0}, {"epochs": 0}, {"batch_size": -1}, {"gamma": 0}, {"clip_norm": -1}, {"largest_drop": -1},
+                                     {"retries": -1}, {"stop_accuracy": 20}, {"stop_accuracy": 0}])
+def test_impossible_settings_are_refused(options):
+    ((name, value),) = options.items()
+    with pytest.raises(UserError, match=rf"unlearn\.{name} must be .*got {value:g}"):
+        Unlearn(**options)
