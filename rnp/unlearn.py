@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rnp.augment import Augment
 from rnp.errors import NonFinite, UserError
 from rnp.masks import freeze_statistics
-from rnp.training import fit, multi_step, predict
+from rnp.training import fit, multi_step, predict, steps_per_epoch
 from rnp.types import Epoch, ImageSet, OnEpoch, ignore
 
 State = dict[str, Tensor]
@@ -106,7 +106,8 @@ class _Ascent:
         self.trajectory: list[Epoch] = []
         self.checkpoints: dict[str, State] = {}
         self.factor, self.stop_step, self.at_stop = 1.0, 0, None
-        self.accuracy, self.least = self._measure()[0], (math.inf, 0, None)
+        self.accuracy = self._measure()[0]
+        self.least = (self.accuracy, 0, self._state())
         self.kept: tuple[State, dict] | None = None
         self.last_loss = 0.0
 
@@ -149,13 +150,13 @@ class _Ascent:
         accuracy, shares = self._measure()
         if o.largest_drop and self.accuracy - accuracy > o.largest_drop and self.factor > 1e-3:
             self.model.load_state_dict(self.kept[0])
-            self.optimiser.load_state_dict(self.kept[1])
+            self.optimiser.load_state_dict(copy.deepcopy(self.kept[1]))  # it would go on to change the kept momenta
             self.factor /= 2
             return False
         self.accuracy = accuracy
         if o.largest_drop:
             self._keep()
-        row = Epoch(epoch=step * o.batch_size // len(self.clean), step=step, loss=loss, accuracy=accuracy,
+        row = Epoch(epoch=(step - 1) // steps_per_epoch(len(self.clean), o.batch_size), step=step, loss=loss, accuracy=accuracy,
                     learning_rate=self.optimiser.param_groups[0]["lr"], gradient_norm=0.0,
                     extra={f"share/{c}": share for c, share in enumerate(shares)})
         self.trajectory.append(row)

@@ -19,7 +19,7 @@ def test_the_planted_corner_is_found() -> None:
     assert iou(found.mask, CORNER) == iou_top_k(found.mask, CORNER) == 1.0
     assert found.pattern[:, CORNER].min() > 0.9
     assert found.l1 < 0.5 * min(t.l1 for t in triggers if t is not found)
-    assert all(t.success > 0.9 and t.baseline == 0 for t in triggers)
+    assert all(t.success > 0.8 and t.baseline == 0 for t in triggers)
     test = images(seed=1)
     assert (predict(model, found.apply(test.floats())).argmax(1) == TARGET).float().mean() > 0.95
 

@@ -273,12 +273,11 @@ def test_model(project, monkeypatch, capsys):
     for row in rows:
         run = store.client.get_run(row)
         assert run.data.tags["rnp.model.backdoored"] == run.outputs.model_outputs[0].model_id == logged.model_id
-    monkeypatch.setattr(mlflow.tracking._tracking_service.utils, "_tracking_uri", None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     again = mlflow.pytorch.load_model(f"models:/{logged.model_id}")
     images = torch.rand(5, 1, 16, 16, generator=torch.Generator())
     torch.testing.assert_close(again(images), load_model(file)[0](images))
-    requirements = Path(mlflow.artifacts.download_artifacts(f"models:/{logged.model_id}/requirements.txt")).read_text()
+    requirements = Path(mlflow.artifacts.download_artifacts(f"models:/{logged.model_id}"), "requirements.txt").read_text()
     assert requirements.startswith("torch==") and "+" not in requirements
     assert capsys.readouterr().err == ""
 

@@ -19,7 +19,9 @@ from rnp.types import ImageSet, to_floats
 
 @dataclass(frozen=True, kw_only=True)
 class NeuralCleanse(TriggerRecovery):
-    """Drawn at random: the images of each step.
+    """The mask that is kept is the smallest of many that passed, so its success on all images lies some points lower.
+
+    Drawn at random: the images of each step.
 
     Source: Wang et al., S&P 2019, section IV; optimiser and factors on the cost as in backdoor-toolbox.
     Differs: all labels share each forward pass, every one with a mask, a cost and a success of its own. Single batches
