@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from rnp.training import Precision, predict
-from rnp.types import ImageSet
+from rnp.types import ImageSet, Labels
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,13 @@ class Share:
             return float("nan"), float("nan")
         low, high = binomtest(self.hits, self.n).proportion_ci(0.95, method="wilson")
         return float(low), float(high)
+
+
+def class_shares(predicted: Labels, labels: Labels, k: int) -> Float[Tensor, "k"]:
+    """For each class its share of the predictions for images of the *other* classes; accuracy that is left does not count."""
+    classes = torch.arange(k).unsqueeze(1)  # [k, 1]
+    other = labels != classes  # [k, n]
+    return ((predicted == classes) & other).sum(1) / other.sum(1).clamp_min(1)
 
 
 @dataclass(frozen=True)

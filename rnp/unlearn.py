@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rnp.augment import Augment
 from rnp.errors import NonFinite, UserError
 from rnp.masks import freeze_statistics
+from rnp.metrics import class_shares
 from rnp.training import fit, multi_step, predict, steps_per_epoch
 from rnp.types import Epoch, ImageSet, OnEpoch, ignore
 
@@ -134,9 +135,8 @@ class _Ascent:
     def _measure(self) -> tuple[float, list[float]]:
         """Accuracy, and for each class its share of the predictions for images of the other classes."""
         predicted = predict(self.model, self.clean.images).argmax(1)
-        labels = self.clean.labels
-        shares = [(predicted[labels != c] == c).float().mean().item() if (labels != c).any() else 0.0 for c in range(self.k)]
-        return (predicted == labels).float().mean().item(), shares
+        accuracy = (predicted == self.clean.labels).float().mean().item()
+        return accuracy, class_shares(predicted, self.clean.labels, self.k).tolist()
 
     def _keep(self) -> None:
         self.kept = copy.deepcopy((self.model.state_dict(), self.optimiser.state_dict()))

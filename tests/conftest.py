@@ -39,13 +39,14 @@ def rng():
 
 @pytest.fixture(scope="session")
 def toy_set(rng):
-    """`toy_set(n, ...)`: balanced noisy images of one colour per class; labels count 0, 1, 2, ... in turn."""
+    """`toy_set(n, ...)`: balanced noisy images, one colour per class, some faint; labels count 0, 1, 2, ... in turn."""
 
     def make(n=40, *, classes=4, size=8, channels=3, seed=0) -> ImageSet:
-        labels = torch.arange(n) % classes
-        colour = COLOURS[labels][:, :channels, None, None] * 120 + 40
-        noise = torch.randint(-40, 41, (n, channels, size, size), generator=rng(seed))
-        return ImageSet((colour + noise).to(torch.uint8), labels, tuple(f"class{c}" for c in range(classes)))
+        generator, labels = rng(seed), torch.arange(n) % classes
+        strength = 20 + 100 * torch.rand(n, 1, 1, 1, generator=generator)
+        noise = torch.randint(-40, 41, (n, channels, size, size), generator=generator)
+        images = 60 + strength * COLOURS[labels][:, :channels, None, None] + noise
+        return ImageSet(images.to(torch.uint8), labels, tuple(f"class{c}" for c in range(classes)))
 
     return make
 
@@ -54,7 +55,7 @@ def toy_set(rng):
 def toy_model():
     """`toy_model(...)`: fresh weights from the seed, with BatchNorm scales and biases that are not all 1 and 0."""
 
-    def make(*, classes=4, channels=3, width=6, seed=0) -> nn.Module:
+    def make(*, classes=4, channels=3, width=8, seed=0) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = Toy(classes, channels, width)
@@ -68,7 +69,7 @@ def toy_model():
 
 @pytest.fixture(scope="session")
 def _trained(toy_set, toy_model, rng):
-    recipe = Train(epochs=6, batch_size=8, lr=0.05, precision="fp32")
+    recipe = Train(epochs=10, batch_size=8, lr=0.1, precision="fp32")
     return recipe(toy_model(), toy_set(80), rng=rng())
 
 

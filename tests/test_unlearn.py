@@ -16,7 +16,7 @@ from rnp.unlearn import Unlearn
 PLAIN = Augment(crop=0, flip=False)
 PUBLISHED = Unlearn(stop_metric="running", stop_accuracy=0.2, lr=0.01, largest_drop=0, clip_norm=0, milestones=(10, 20), epochs=21,
                     to_collapse=False, batch_size=8, augment=PLAIN)
-GENTLE = Unlearn(lr=0.005, batch_size=8, augment=PLAIN)
+GENTLE = Unlearn(lr=0.03, batch_size=8, augment=PLAIN)  # from 1.0 to the collapse in about forty steps
 
 
 def batches(data, size, rng):
@@ -94,7 +94,7 @@ def careful(model: nn.Module, data, rng, *, lr: float, largest_drop: float, step
     raise AssertionError("more steps than expected")
 
 
-@pytest.mark.parametrize("lr, seed", [(0.05, 0), (0.5, 0), (0.5, 3)])
+@pytest.mark.parametrize("lr, seed", [(0.1, 0), (0.5, 0), (0.5, 3)])
 def test_a_step_that_falls_too_far_is_taken_back(lr, seed, trained, toy_set, rng):
     data = toy_set(60)
     options = Unlearn(lr=lr, batch_size=8, augment=PLAIN, clip_norm=0, largest_drop=0.1, stop_accuracy=0.3, to_collapse=False, epochs=5)
@@ -109,8 +109,8 @@ def test_a_step_that_falls_too_far_is_taken_back(lr, seed, trained, toy_set, rng
 def test_the_largest_drop_bounds_the_fall(trained, toy_set, rng):
     data = toy_set(80)
     fall = lambda rows: max(a - b for a, b in zip([accuracy(trained, data), *rows], rows))
-    rows = lambda **options: [row.accuracy for row in Unlearn(**vars(GENTLE) | {"lr": 0.05} | options)(trained, data, rng=rng()).trajectory]
-    assert fall(rows(largest_drop=0.2)) <= 0.2 < fall(rows(largest_drop=0))
+    rows = lambda **options: [row.accuracy for row in Unlearn(**vars(GENTLE) | {"lr": 0.1} | options)(trained, data, rng=rng()).trajectory]
+    assert fall(rows(largest_drop=0.1)) <= 0.1 < fall(rows(largest_drop=0))
 
 
 def test_it_stops_at_the_first_step_at_the_stop(trained, toy_set, rng, unchanged):
@@ -131,7 +131,7 @@ def test_the_trajectory_counts_steps_and_epochs(trained, toy_set, rng):
 
 def test_checkpoints_by_level(trained, toy_set, rng):
     data = toy_set(60)
-    result = Unlearn(**vars(GENTLE) | {"lr": 0.002})(trained, data, rng=rng())
+    result = GENTLE(trained, data, rng=rng())
     assert list(result.checkpoints) == ["0.8", "0.5", "0.2", "end"]
     model = copy.deepcopy(trained)
     for level in (0.8, 0.5, 0.2):
@@ -154,7 +154,7 @@ def test_it_goes_on_to_the_collapse(trained, toy_set, rng):
 @pytest.mark.parametrize("metric", ["eval", "running"])
 def test_without_the_stop_the_least_accurate_model_is_returned(metric, trained, toy_set, rng):
     data = toy_set(60)
-    result = Unlearn(**vars(GENTLE) | {"lr": 2e-3, "epochs": 1, "stop_accuracy": 0.01, "stop_metric": metric})(trained, data, rng=rng())
+    result = Unlearn(**vars(GENTLE) | {"epochs": 2, "stop_accuracy": 0.01, "stop_metric": metric})(trained, data, rng=rng())
     least = min([accuracy(trained, data), *(row.accuracy for row in result.trajectory)])
     assert not result.reached and accuracy(result.model, data) == least < accuracy(trained, data)
     assert result.stop_step == next(row.step for row in result.trajectory if row.accuracy == least)
