@@ -132,9 +132,12 @@ class _Ascent:
         self.last_loss = loss.detach()
         return loss, logits
 
-    def _measure(self) -> tuple[float, list[float]]:
+    def _measure(self, step: int = 0) -> tuple[float, list[float]]:
         """Accuracy, and for each class its share of the predictions for images of the other classes."""
-        predicted = predict(self.model, self.clean.images).argmax(1)
+        logits = predict(self.model, self.clean.images)
+        if not logits.isfinite().all():  # a step can overflow before any loss shows it, and NaN counts as class 0
+            raise NonFinite(step)
+        predicted = logits.argmax(1)
         accuracy = (predicted == self.clean.labels).float().mean().item()
         return accuracy, class_shares(predicted, self.clean.labels, self.k).tolist()
 
@@ -147,7 +150,7 @@ class _Ascent:
         if not math.isfinite(loss):
             raise NonFinite(step)
         o = self.options
-        accuracy, shares = self._measure()
+        accuracy, shares = self._measure(step)
         if o.largest_drop and self.accuracy - accuracy > o.largest_drop and self.factor > 1e-3:
             self.model.load_state_dict(self.kept[0])
             self.optimiser.load_state_dict(copy.deepcopy(self.kept[1]))  # it would go on to change the kept momenta

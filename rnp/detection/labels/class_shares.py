@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rnp.detection.base import LabelDetector
 from rnp.errors import UserError
+from rnp.metrics import class_shares
 from rnp.training import predict
 from rnp.types import Epoch, ImageSet
 
@@ -39,10 +40,7 @@ class ClassShares(LabelDetector):
 
     def score(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
         """`model` is the most collapsed of the unlearned checkpoints."""
-        classes = torch.arange(len(clean.classes)).unsqueeze(1)  # [k, 1]
-        other = clean.labels != classes  # [k, n]
-        there = predict(model, clean.images).argmax(1) == classes  # [k, n]
-        return (there & other).sum(1) / other.sum(1).clamp_min(1)
+        return class_shares(predict(model, clean.images).argmax(1), clean.labels, len(clean.classes))
 
     def from_trajectory(self, rows: list[Epoch]) -> Float[Tensor, "k"]:
         """The same score, averaged over an unlearning trajectory with most weight on its collapsed part."""
