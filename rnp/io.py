@@ -53,11 +53,14 @@ def write_json(path: Path, value: object) -> None:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except FileNotFoundError:
         raise missing(path) from None
     except ValueError as error:
         raise UserError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, not an object with names")
+    return value
 
 
 def missing(path: Path) -> UserError:
@@ -137,13 +140,13 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise missing(path)
     try:
         with safe_open(path, framework="pt") as file:
-            meta = (file.metadata() or {}).get(META)
+            meta = json.loads((file.metadata() or {}).get(META, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is no readable safetensors file ({error}); make it anew") from error
-    if meta is None:
+    if not isinstance(meta, dict):
         raise UserError(f"{path} was not written by rnp: it does not say what it holds")
-    return tensors, json.loads(meta)
+    return tensors, meta
 
 
 def save_model(path: Path, model: Classifier, architecture: Architecture, classes: tuple[str, ...]) -> None:
@@ -158,7 +161,12 @@ def load_model(path: Path) -> tuple[Classifier, Architecture, tuple[str, ...]]:
     state, meta = load_tensors(path)
     if meta.get("kind") != "model":
         raise UserError(f"{path} holds {meta.get('kind')!r}, not a model")
-    architecture = Architecture(arch=meta["arch"], width=meta["width"])
+    if not all(isinstance(meta.get(key), kind) for key, kind in (("arch", str), ("width", int), ("classes", list))):
+        raise UserError(f"{path} does not say of which architecture and classes it is")
+    try:
+        architecture = Architecture(arch=meta["arch"], width=meta["width"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     mean, std = state.get("mean", torch.zeros(3)).flatten(), state.get("std", torch.ones(3)).flatten()
     model = architecture.build(len(meta["classes"]), len(mean), mean, std, rng=torch.Generator())
     load_state(model, state, f"{path} ({architecture.arch}, width {architecture.width})")
@@ -198,15 +206,21 @@ def load_images(path: Path) -> ImageSet:
     images, labels = load_array(path / "images.npy"), load_array(path / "labels.npy")
     if len(images) != len(labels):
         raise UserError(f"{path} holds {len(images)} images but {len(labels)} labels; make it anew")
-    return ImageSet(images, labels, tuple(meta["classes"]))
+    if (images.dtype, images.dim(), labels.dtype, labels.dim()) != (torch.uint8, 4, torch.int64, 1):
+        raise UserError(f"{path} holds {images.dtype} {list(images.shape)} with {labels.dtype} labels, not"
+                        " uint8 [n, c, h, w] with int64; make it anew")
+    classes = tuple(meta.get("classes", ()))
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
+        raise UserError(f"{path} has labels from {labels.min()} to {labels.max()}, but {len(classes)} classes; make it anew")
+    return ImageSet(images, labels, classes)
 
 
 def load_array(path: Path) -> Tensor:
     try:
-        return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+        return torch.from_numpy(np.lib.format.open_memmap(path, mode="c"))  # reads no pickle and no zip, as np.load would
     except FileNotFoundError:
         raise missing(path) from None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); make it anew") from error
 
 
@@ -231,7 +245,13 @@ def load_trigger(path: Path) -> Trigger:
     module = str(meta.get("module"))
     if meta.get("kind") != "trigger" or not module.startswith("rnp.attacks."):
         raise UserError(f"{path} holds {meta.get('kind')!r}, not a trigger")
-    return getattr(importlib.import_module(module), meta["class"])(**buffers)
+    try:
+        kind = getattr(importlib.import_module(module), str(meta.get("class")))
+        if not issubclass(kind, Trigger):
+            raise TypeError(f"{kind.__name__} is no trigger")
+        return kind(**buffers)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} names no trigger of this version of rnp: {error}") from error
 
 
 def save_poisoned(path: Path, poisoned: Poisoned, attack: dict) -> None:
@@ -258,7 +278,10 @@ def load_mask(path: Path) -> NeuronMask:
     tensors, meta = load_tensors(path)
     if meta.get("kind") != "mask":
         raise UserError(f"{path} holds {meta.get('kind')!r}, not a neuron mask")
-    return {layer: tensors[layer] for layer in meta["layers"]}
+    layers = meta.get("layers")
+    if not isinstance(layers, list) or set(map(str, layers)) != tensors.keys():
+        raise UserError(f"{path} lacks layers of the mask, or holds others; make it anew")
+    return {layer: tensors[layer] for layer in layers}
 
 
 def mask_rows(mask: NeuronMask, model: torch.nn.Module) -> list[dict]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from rnp.errors import UserError
 from rnp.masks import Neuron, prune, ranking
-from rnp.training import predict
+from rnp.training import Precision, predict
 from rnp.types import ImageSet, NeuronMask
 
 
@@ -50,6 +50,7 @@ class Prune:
     number: Annotated[int, "number: neurons to prune"] = 30
     threshold: Annotated[float, "threshold: prune neurons whose mask is at most this"] = 0.3
     max_fraction: Annotated[float, "share of all neurons that may be pruned at most"] = 0.05
+    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = "fp32"
     zero_bias: Annotated[bool, "clear the bias of a pruned channel too; the paper does not"] = False
 
     def __post_init__(self) -> None:
@@ -64,29 +65,32 @@ class Prune:
         """Nothing is random; `model` is left unchanged."""
         order = ranking(mask, model)
         values = sorted_values(order, mask)
+        named = self.named(values)
         most = max(1, int(self.max_fraction * sum(len(v) for v in mask.values())))
-        if self.rule == "number":
-            most = max(most, self.number)
-        elif self.rule == "threshold":
-            most = max(most, int(np.searchsorted(values, self.threshold, side="right")))
-        points = sweep(model, order, values, grid(min(most, len(order)), self._must()), val, zero_bias=self.zero_bias)
-        chosen = self.choose(points, values, len(order))
+        if self.rule in ("number", "threshold"):
+            most = max(most, named)
+        points = sweep(model, order, values, grid(min(most, len(order)), (named,)), val, zero_bias=self.zero_bias,
+                       precision=self.precision)
+        chosen = self.choose(points, named)
         neurons = order[: chosen.pruned]
         return Pruned(prune(model, neurons, zero_bias=self.zero_bias), neurons, points, chosen)
 
-    def _must(self) -> tuple[int, ...]:
-        return (self.number,) if self.rule == "number" else ()
+    def named(self, values: np.ndarray) -> int:
+        """How many neurons the rules ask for that look at masks alone; `values` ascend."""
+        if self.rule == "number":
+            return self.number
+        if self.rule in ("threshold", "outlier"):
+            bound = self.threshold if self.rule == "threshold" else outlier_bound(values)
+            return int((values <= bound).sum())
+        return 0
 
-    def choose(self, points: list[Point], values: np.ndarray, neurons: int) -> Point:
+    def choose(self, points: list[Point], named: int) -> Point:
         """The point that `rule` takes, from the defender's sweep alone."""
         if self.rule == "val_drop":
             return last_within(points, self.epsilon)
         if self.rule == "knee":
             return knee(points)
-        if self.rule == "number":
-            return max((p for p in points if p.pruned <= self.number), key=lambda p: p.pruned)
-        bound = self.threshold if self.rule == "threshold" else outlier_bound(values)
-        return max((p for p in points if p.pruned == 0 or p.threshold <= bound), key=lambda p: p.pruned)
+        return max((p for p in points if p.pruned <= named), key=lambda p: p.pruned)
 
 
 def grid(most: int, extra: tuple[int, ...] = ()) -> list[int]:
@@ -104,12 +108,12 @@ def sorted_values(order: list[Neuron], mask: NeuronMask) -> np.ndarray:
 
 @torch.no_grad()
 def sweep(model: nn.Module, order: list[Neuron], values: np.ndarray, counts: list[int], data: ImageSet, *,
-          zero_bias: bool = False) -> list[Point]:
+          zero_bias: bool = False, precision: Precision = "fp32") -> list[Point]:
     """Accuracy on `data` of `model` without the first n neurons of `order`, for each n in `counts`."""
     before = None
     points = []
     for n in counts:
-        logits = predict(prune(model, order[:n], zero_bias=zero_bias), data.images)
+        logits = predict(prune(model, order[:n], zero_bias=zero_bias), data.images, precision=precision)
         right = logits.argmax(1) == data.labels
         before = right if before is None else before
         points.append(Point(pruned=n, threshold=float(values[n - 1]) if n else 0.0, accuracy=right.float().mean().item(),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rnp.augment import Augment
 from rnp.errors import UserError
 from rnp.masks import freeze_statistics, masked, ones
-from rnp.training import fit
+from rnp.training import Precision, fit
 from rnp.types import Epoch, ImageSet, NeuronMask, OnEpoch, ignore
 
 
@@ -42,6 +42,7 @@ class Recover:
     steps: Annotated[int, "optimiser steps; mask values depend on their number"] = 80
     batch_size: Annotated[int, "images per step"] = 128
     bn_mode: Annotated[Literal["train", "frozen"], "BatchNorm on batch statistics, or on its running ones, unchanged"] = "train"
+    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = "fp32"
     rank_by: Annotated[Literal["average", "final"], "the mask averaged over the steps, or after the last"] = "average"
     augment: Augment = Augment()
 
@@ -61,7 +62,7 @@ class Recover:
 
         def objective(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             logits = masked(model, images, mask)
-            return self.alpha * F.cross_entropy(logits, labels), logits
+            return self.alpha * F.cross_entropy(logits.float(), labels), logits
 
         @torch.no_grad()
         def clip() -> None:
@@ -71,7 +72,7 @@ class Recover:
 
         history = fit(model, clean, objective=objective, rng=rng, epochs=self.steps, max_steps=self.steps,
                       optimiser=torch.optim.SGD(mask.values(), lr=self.lr, momentum=self.momentum),
-                      batch_size=self.batch_size, augment=self.augment, after_step=clip, on_epoch=on_epoch)
+                      batch_size=self.batch_size, augment=self.augment, precision=self.precision, after_step=clip, on_epoch=on_epoch)
         final = {name: value.detach().cpu() for name, value in mask.items()}
         average = {name: (value / self.steps).cpu() for name, value in total.items()}
         with torch.no_grad():

@@ -33,6 +33,7 @@ PATIENCE = {  # MLflow's own defaults wait 4 to 20 minutes for a dead server; th
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 BATCH = 1000  # metrics that an MLflow server takes in one call
 
 
@@ -183,17 +184,20 @@ class StageRun:
 
 
 class Killed(SystemExit):
-    """SIGINT or SIGTERM, with the exit code that a shell would report."""
+    """One of `SIGNALS`, with the exit code that a shell would report."""
 
 
 @contextlib.contextmanager
 def stage_run(stage: str, params: dict[str, object], attack: str) -> Iterator[StageRun]:
-    """A run that ends as FINISHED, FAILED (exception, exit code) or KILLED (SIGINT, SIGTERM), as the block does."""
+    """A run that ends as FINISHED, FAILED (exception, exit code) or KILLED (signal), as the block does."""
 
     def die(number: int, _: object) -> None:
         raise Killed(128 + number)
 
-    handlers = {each: signal.signal(each, die) for each in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {each: signal.getsignal(each) for each in SIGNALS}
+    for each, handler in handlers.items():
+        if handler != signal.SIG_IGN:  # as under nohup
+            signal.signal(each, die)
     run, status, error = None, "FAILED", ""
     try:
         run = StageRun(Store(), stage, params, attack)
@@ -299,9 +303,13 @@ def brief(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
+def public(text: str) -> str:
+    """`text` without the name and password that a URI may hold."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
+
+
 def tell(message: str) -> None:
-    """One line on stderr, without the name and password that a URI may hold."""
-    print("warning:", re.sub(r"//[^/@\s]*@", "//", message), file=sys.stderr, flush=True)
+    print("warning:", public(message), file=sys.stderr, flush=True)
 
 
 def log_dataset(store: Store, run_id: str, name: str, md5: str, source: str) -> None:

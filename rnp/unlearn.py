@@ -15,7 +15,7 @@ from rnp.augment import Augment
 from rnp.errors import NonFinite, UserError
 from rnp.masks import freeze_statistics
 from rnp.metrics import class_shares
-from rnp.training import fit, multi_step, predict, steps_per_epoch
+from rnp.training import Precision, fit, multi_step, predict, steps_per_epoch
 from rnp.types import Epoch, ImageSet, OnEpoch, ignore
 
 State = dict[str, Tensor]
@@ -63,6 +63,7 @@ class Unlearn:
     stop_accuracy: Annotated[float, "accuracy on the defence set at which to stop"] = 0.5
     largest_drop: Annotated[float, "accuracy that one step may cost; beyond it the step is redone at half size; 0 allows any"] = 0.1
     to_collapse: Annotated[bool, "go on after the stop until one class takes all predictions, for detection"] = True
+    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = "fp32"
     retries: Annotated[int, "restarts at a tenth of the learning rate after a non-finite loss"] = 3
     augment: Augment = Augment()
 
@@ -123,12 +124,12 @@ class _Ascent:
         decay = multi_step(o.milestones, o.gamma)
         self._keep()
         fit(self.model, self.clean, objective=self._objective, optimiser=self.optimiser, epochs=o.epochs,
-            batch_size=o.batch_size, rng=rng, augment=o.augment, clip_norm=o.clip_norm or None,
+            batch_size=o.batch_size, rng=rng, augment=o.augment, clip_norm=o.clip_norm or None, precision=o.precision,
             schedule=lambda epoch: self.factor * decay(epoch), stop_step=self._after, stop_epoch=self._after_epoch)
 
     def _objective(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.model(images)
-        loss = -F.cross_entropy(logits, labels)
+        loss = -F.cross_entropy(logits.float(), labels)
         self.last_loss = loss.detach()
         return loss, logits
 

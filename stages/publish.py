@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import json
 import os
 import sqlite3
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from pathlib import Path
 from rnp.cli.check import leaves, read_params
 from rnp.cli.main import guard
 from rnp.errors import UserError
-from rnp.tracking import Store, database, digest, experiment_name, flat, load, log_dataset, log_model, points, store_uri, tags
+from rnp.tracking import (
+    Store, database, digest, experiment_name, flat, load, log_dataset, log_model, points, public, store_uri, tags,
+)
 from stages.summary import PAGE, summary
 
 ORDER = ("prepare", "twin", "poison", "train", "unlearn", "recover", "prune", "defend", "detect", "evaluate", "report")
@@ -62,11 +65,13 @@ def publish() -> None:
         store = Store()
         row = store.attempt(find_or_make, store, done, params, key)
         if row:
-            from rnp.io import write_json
-
-            write_json(MARKER, {"key": key, "store": digest([uri, experiment_name()]), "row": row})
+            remember({"key": key, "store": digest([uri, experiment_name()]), "row": row})
     summary({each.stage: each.run["seconds"] for each in done}, load(REPORTS / "evaluate/metrics.json"))
-    print(f"MLflow      {f'row {row[1]}; compare with `make ui`' if row else 'no row, see above' if uri else 'off'}")
+    print("MLflow     ", f"row {row[1]} in {place(uri)}" if row else "no row, see above" if uri else "off")
+
+
+def place(uri: str) -> str:
+    return f"{database(uri).name}; `make ui` compares it with others" if database(uri) else public(uri)
 
 
 def finished(defences: dict) -> list[Finished]:
@@ -83,6 +88,14 @@ def finished(defences: dict) -> list[Finished]:
     if not found:
         raise UserError(f"no stage has left anything in {REPORTS}; run `dvc repro`")
     return found
+
+
+def remember(marker: dict) -> None:
+    """As `rnp.io` writes JSON, without PyTorch."""
+    MARKER.parent.mkdir(exist_ok=True)
+    draft = MARKER.with_suffix(".part")
+    draft.write_text(json.dumps(marker))
+    draft.replace(MARKER)
 
 
 def published(key: str, uri: str | None) -> list[str] | None:

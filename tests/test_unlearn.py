@@ -184,6 +184,13 @@ def test_the_generator_decides(trained, toy_set, rng):
     assert one.trajectory == again.trajectory != other.trajectory and same(one.model, again.model.state_dict())
 
 
+def test_bf16_unlearns_as_well(trained, toy_set, rng):
+    data = toy_set(60)
+    full, half = (Unlearn(**vars(GENTLE) | {"precision": p})(trained, data, rng=rng()) for p in ("fp32", "bf16"))
+    assert half.reached and abs(half.stop_step - full.stop_step) <= 5 and half.trajectory != full.trajectory
+    assert half.model.fc.weight.dtype == torch.float32
+
+
 def test_after_a_lost_loss_it_starts_again_at_a_tenth(trained, toy_set, rng, monkeypatch):
     data, calls = toy_set(60), []
 

@@ -16,7 +16,6 @@ import stages.stage
 from rnp import tracking
 
 ROOT = Path(__file__).parents[2]
-PARAMS = {"seed": 0, "data": {"set": "shapes"}, "poison": {"attack": "badnets"}, "train": {"lr": 0.1}, "recover": {"lr": 0.2}}
 CROWD = """
 import sys
 from rnp.tracking import stage_run
@@ -38,11 +37,11 @@ def environment(monkeypatch):
 
 @pytest.fixture(scope="session")
 def crowd(tmp_path_factory):
-    """A store that three processes created at the same moment, each to write 6,000 points; their exit codes and words."""
+    """A store that two processes created at the same moment, each to write 4,000 points; their exit codes and words."""
     folder = tmp_path_factory.mktemp("crowd")
     env = {**os.environ, "DVC_ROOT": str(folder), "PYTHONPATH": str(ROOT), "MLFLOW_EXPERIMENT_NAME": "crowd"}
     writers = [subprocess.Popen([sys.executable, "-c", CROWD, f"writer{n}"], env=env, stderr=subprocess.PIPE, text=True)
-               for n in range(3)]
+               for n in range(2)]
     words = [writer.communicate()[1] for writer in writers]
     return folder, [writer.returncode for writer in writers], words
 
@@ -52,7 +51,7 @@ class Project:
 
     def __init__(self, folder: Path, monkeypatch) -> None:
         self.folder, self.monkeypatch = folder, monkeypatch
-        self.write(PARAMS)
+        self.write(toy.PARAMS)
 
     def write(self, params: dict) -> None:
         (self.folder / "params.yaml").write_text(yaml.safe_dump(params))

@@ -16,7 +16,6 @@ import toy
 import yaml
 
 import stages.publish
-from rnp import tracking
 from rnp.errors import UserError
 from rnp.io import save_model
 from rnp.models.build import Architecture
@@ -55,10 +54,9 @@ def test_first_row(project):
 
 
 def test_edit_and_revert(project):
-    params = stages.publish.read_params(Path("params.yaml"))
     project.pipeline(recover=0.2)
     shutil.copytree("reports/recover", "cached")
-    project.write({**params, "recover": {"lr": 0.5}})
+    project.write({**toy.PARAMS, "recover": {"lr": 0.5}})
     project.stage("recover", lr=0.5)
     publish()
     first, second = project.rows()
@@ -68,7 +66,7 @@ def test_edit_and_revert(project):
     assert train.data.tags[PARENT] == recover.data.tags[PARENT] == first.info.run_id
     assert again.data.tags[PARENT] == second.info.run_id
 
-    project.write(params)
+    project.write(toy.PARAMS)
     shutil.rmtree("reports/recover")
     Path("cached").rename("reports/recover")
     publish()
@@ -84,9 +82,8 @@ def test_nothing_new_asks_no_mlflow(project, capsys, monkeypatch):
     publish()
     assert f"row {name}" in capsys.readouterr().out
     code = """import sys; from stages.publish import publish; publish(); print({"torch", "mlflow", "numpy"} & set(sys.modules))"""
-    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.monotonic() - start < 2 and done.stdout.splitlines()[-1] == "set()"
+    assert done.stdout.splitlines()[-1] == "set()"
 
 
 def test_store_gone(project, crowd):
@@ -94,15 +91,17 @@ def test_store_gone(project, crowd):
     project.pipeline()
     shutil.rmtree("mlruns")
     shutil.copy(crowd[0] / "mlflow.db", project.folder)
-    for _ in range(2):  # in a new process, for this one has the old file open
-        subprocess.run([sys.executable, "-m", "stages.publish"], check=True)
-        code = """if True:
-            import json; from rnp.tracking import Store; s = Store()
-            rows = s.search("tags.`rnp.kind` = 'pipeline'"); runs = s.search("tags.`rnp.backfill` != ''")
-            print(json.dumps([len(rows), len(runs), len({r.data.tags["mlflow.parentRunId"] for r in runs})]))"""
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert json.loads(done.stdout.splitlines()[-1]) == [1, 2, 1]
+    code = """if True:
+        from rnp.tracking import Store
+        from stages.publish import MARKER, publish
+        publish()
         MARKER.unlink()
+        publish()
+        runs = Store().search("")
+        kinds = sorted((run.data.tags["rnp.kind"], "rnp.backfill" in run.data.tags) for run in runs)
+        print(kinds, len({run.data.tags.get("mlflow.parentRunId") for run in runs}))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # here the old file is open
+    assert done.stdout.splitlines()[-1] == "[('pipeline', False), ('stage', True), ('stage', True)] 2"
 
 
 def test_deleted_store_is_noticed(project):
@@ -199,7 +198,7 @@ def test_experiment_in_a_copy(project, monkeypatch, tmp_path):
     monkeypatch.setenv("DVC_EXP_NAME", "sunny-day")
     monkeypatch.chdir(copy)
     project.folder = copy
-    project.write({**stages.publish.read_params(Path(os.environ["DVC_ROOT"], "params.yaml")), "seed": 1})
+    project.write({**toy.PARAMS, "seed": 1})
     project.stage("recover")
     publish()
     assert not list(copy.glob("ml*"))
@@ -245,11 +244,10 @@ DVC = {
             "deps": deps, "outs": [f"{name}.txt", f"reports/{name}/run.json"],
             "metrics": [{f"reports/{name}/metrics.json": {"cache": False}}],
             "plots": [{f"reports/{name}/history.csv": {"cache": False}}],
-        } for name, deps in (("train", ["params.yaml"]), ("recover", ["train.txt"]))},
+        } for name, deps in (("train", ["data.txt"]), ("recover", ["train.txt"]))},
         "publish": {"cmd": f"{sys.executable} -m stages.publish", "always_changed": True, "deps": ["recover.txt"]},
     },
 }
-DVC["stages"]["train"].pop("deps")
 
 
 def dvc(*arguments):
@@ -260,6 +258,7 @@ def dvc(*arguments):
 def repository(project):
     """The toy as a DVC pipeline under git."""
     Path("dvc.yaml").write_text(yaml.safe_dump(DVC))
+    Path("data.txt").touch()
     Path(".gitignore").write_text("mlflow.db*\nmlruns\n.rnp\n")
     subprocess.run(["git", "init", "-q"], check=True)
     dvc("init", "-q")
@@ -268,29 +267,26 @@ def repository(project):
     return project
 
 
-def test_repro_edit_revert_experiment(repository):
+@pytest.mark.timeout(400)  # nine processes, each of which imports PyTorch and MLflow
+def test_repro_experiment_edit(repository):
     dvc("repro")
-    params = stages.publish.read_params(Path("params.yaml"))
-    repository.write({**params, "recover": {"lr": 0.5}})
-    dvc("repro")
-    repository.write(params)
-    assert "is cached" in dvc("repro")
-    (first, second), (train, _, _) = repository.rows(), repository.runs()
-    assert first.data.params["recover.lr"] == "0.2" and second.data.params["recover.lr"] == "0.5"
-    assert second.data.tags["rnp.run.train"] == train.info.run_id
-    start = time.monotonic()
-    assert first.info.run_name in dvc("repro")
-    assert time.monotonic() - start < 5  # two seconds when nothing else runs
-
     dvc("exp", "run", "--temp", "--name", "sunny-day", "-S", "recover.lr=0.7")
-    *_, third = repository.rows()
-    assert third.info.run_name.startswith("sunny-day-") and third.data.tags["dvc.exp_name"] == "sunny-day"
-    assert third.data.tags["rnp.run.train"] == train.info.run_id and len(repository.rows()) == 3
+    (first, second), (train, _, recover) = repository.rows(), repository.runs()
+    assert first.data.params["recover.lr"] == "0.2" and second.data.params["recover.lr"] == "0.7"
+    assert second.info.run_name.startswith("sunny-day-") and second.data.tags["dvc.exp_name"] == "sunny-day"
+    assert first.data.tags["rnp.run.train"] == second.data.tags["rnp.run.train"] == train.info.run_id
+
+    repository.write({**toy.PARAMS, "recover": {"lr": 0.7}})
+    said = dvc("repro")
+    assert "is cached" in said and second.info.run_name in said  # DVC brings back run.json with the weights
+    assert repository.run_json("recover")["run_id"] == recover.info.run_id
+    assert len(repository.rows()) == 2 and len(repository.runs()) == 3
 
 
+@pytest.mark.timeout(400)
 def test_dvc_killed_alone(repository):
     """The stage lives on and closes its run; DVC knows nothing of it and will run it again."""
-    repository.write({**stages.publish.read_params(Path("params.yaml")), "train": {"lr": 0.1, "do": "wait"}})
+    repository.write({**toy.PARAMS, "train": {"lr": 0.1, "do": "wait"}})
     waiting = Path("reports/train/waiting")
     repro = subprocess.Popen(["dvc", "repro"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not waiting.exists():

@@ -9,15 +9,16 @@ import threading
 import time
 from pathlib import Path
 
+import click
 import mlflow
-import numpy as np
 import pytest
-import stages.stage
 import torch
 import toy
 from mlflow import MlflowClient
 
+import stages.stage
 from rnp import tracking
+from rnp.cli.check import check_params
 from rnp.io import load_model, save_model
 from rnp.models.build import Architecture
 
@@ -59,7 +60,7 @@ def test_tags(project, monkeypatch):
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     monkeypatch.setenv("DVC_EXP_NAME", "sunny-day")
     project.stage("train")
-    project.write({**toy_params(project), "seed": 1})
+    project.write({**toy.PARAMS, "seed": 1})
     project.stage("recover")
     before, after = (run.data.tags for run in project.runs())
     assert (before["rnp.git"], after["rnp.git"]) == (commit, f"{commit}-dirty")
@@ -67,10 +68,6 @@ def test_tags(project, monkeypatch):
     assert after["rnp.stage"] == after["dvc.stage"] == "recover" and after["dvc.exp_name"] == "sunny-day"
     assert (after["rnp.host"], after["rnp.pid"]) == (socket.gethostname(), str(os.getpid()))
     assert before["rnp.key"] != after["rnp.key"] and "dvc.baseline_rev" not in after
-
-
-def toy_params(project):
-    return stages.stage.read_params(project.folder / "params.yaml")
 
 
 def test_a_leftover_run_id_does_not_merge_stages(project, monkeypatch):
@@ -81,10 +78,11 @@ def test_a_leftover_run_id_does_not_merge_stages(project, monkeypatch):
 
 
 @pytest.mark.parametrize("do, status, code", [
-    ("raise", "FAILED", RuntimeError), ("exit", "FAILED", 4), ("SIGTERM", "KILLED", 143), ("SIGINT", "KILLED", 130),
+    ("raise", "FAILED", RuntimeError), ("exit", "FAILED", 4),
+    ("SIGTERM", "KILLED", 143), ("SIGINT", "KILLED", 130), ("SIGHUP", "KILLED", 129),
 ])
 def test_a_stage_that_ends_early(project, do, status, code):
-    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(each) for each in tracking.SIGNALS]
     if code is RuntimeError:
         with pytest.raises(RuntimeError, match="no luck"):
             project.stage("train", do)
@@ -96,7 +94,17 @@ def test_a_stage_that_ends_early(project, do, status, code):
     if status == "FAILED":
         assert do in artifact(project.store(), run, "error.txt")
     assert not Path("reports/train/run.json").exists()
-    assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    assert handlers == [signal.getsignal(each) for each in tracking.SIGNALS]
+
+
+def test_what_nohup_ignores_stays_ignored(bare, monkeypatch):
+    monkeypatch.setenv("RNP_TRACKING", "off")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with tracking.stage_run("train", {}, "badnets"):
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_killed_without_a_word(project):
@@ -116,24 +124,20 @@ def test_killed_without_a_word(project):
     assert client.get_run(half_a_row).info.lifecycle_stage == "deleted"
 
 
-def test_usage_error_opens_no_run(project, capsys, monkeypatch):
+def test_usage_error_opens_no_run(project, capsys):
     assert project.stage("train", lr="much") == 2
     assert "much" in capsys.readouterr().err
     assert project.runs() == []
 
 
 def test_bad_parameters_end_before_the_work(project, capsys, monkeypatch):
-    from rnp.cli import check
-
-    monkeypatch.setattr(stages.stage, "check_params", check.check_params)
+    monkeypatch.setattr(stages.stage, "check_params", check_params)
     assert project.stage("train") == 2
     assert "params.yaml" in capsys.readouterr().err
     assert project.runs() == [] and not Path("train.txt").exists()
 
 
 def test_sub_command(project, monkeypatch):
-    import click
-
     group = click.Group("defend", {"fp": toy.stage("fp")})
     monkeypatch.setattr(sys, "argv", ["defend", "fp", "--lr", "1", "--out", "fp.txt", "--report", "reports/defend/fp"])
     stages.stage.run(group)
@@ -215,13 +219,13 @@ def test_a_store_that_breaks_on_the_way(project, capsys):
     assert run.info.status != "FINISHED"
 
 
-def test_many_start_at_once(crowd):
+def test_two_start_at_once(crowd):
     folder, codes, words = crowd
-    assert codes == [0, 0, 0] and words == ["", "", ""]
+    assert codes == [0, 0] and words == ["", ""]
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("crowd")
     runs = client.search_runs([experiment.experiment_id])
-    assert [run.info.status for run in runs] == ["FINISHED"] * 3
+    assert [run.info.status for run in runs] == ["FINISHED"] * 2
     assert {len(client.get_metric_history(run.info.run_id, name)) for run in runs for name in ("loss", "accuracy")} == {2000}
 
 
@@ -278,7 +282,7 @@ def test_model(project, monkeypatch, capsys):
     images = torch.rand(5, 1, 16, 16, generator=torch.Generator())
     torch.testing.assert_close(again(images), load_model(file)[0](images))
     requirements = Path(mlflow.artifacts.download_artifacts(f"models:/{logged.model_id}"), "requirements.txt").read_text()
-    assert requirements.startswith("torch==") and "+" not in requirements
+    assert f"torch=={torch.__version__.partition('+')[0]}" in requirements.splitlines()
     assert capsys.readouterr().err == ""
 
 

@@ -1,4 +1,4 @@
-"""A pipeline of three stages that take no time: `python toy.py train --lr 0.1 --out model --report reports/train`."""
+"""Stages that take no time: `python toy.py train --lr 0.1 --out model --report reports/train`."""
 
 import os
 import signal
@@ -13,8 +13,8 @@ from rnp.cli.options import PATH
 from rnp.io import History, write_json
 from rnp.types import Epoch
 
-PIXEL = bytes.fromhex("89504e470d0a1a0a0000000d4948445200000001000000010806000000"
-                      "1f15c4890000000a49444154789c6300010000050001" "0d0a2db40000000049454e44ae426082")
+PARAMS = {"seed": 0, "data": {"set": "shapes"}, "poison": {"attack": "badnets"}, "train": {"lr": 0.1}, "recover": {"lr": 0.2}}
+PICTURE = b"\x89PNG\r\n\x1a\n"
 
 
 def misbehave(how: str, report: Path) -> None:
@@ -29,7 +29,7 @@ def misbehave(how: str, report: Path) -> None:
                 time.sleep(0.05)
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)
-        case "SIGTERM" | "SIGINT":
+        case "SIGTERM" | "SIGINT" | "SIGHUP":
             os.kill(os.getpid(), getattr(signal, how))
             time.sleep(60)
 
@@ -50,7 +50,7 @@ def stage(name: str) -> click.Command:
                               gradient_norm=1.0, extra={"share of @1": 0.1}))
         misbehave(do, report)
         out.write_text(f"{name} {lr} {model and model.read_text()}")
-        (report / "curve.png").write_bytes(PIXEL)
+        (report / "curve.png").write_bytes(PICTURE)
         write_json(report / "metrics.json", {"accuracy": lr, "gate": True, "note": "text", "inner": {"asr@5": 0.25}})
 
     return command

@@ -1,0 +1,167 @@
+"""Recovery of masks: equal to the published loop, and it finds the channel that was planted."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rnp.augment import Augment
+from rnp.errors import UserError
+from rnp.masks import ranking
+from rnp.recover import Recover
+from rnp.training import accuracy, predict
+from rnp.unlearn import Unlearn
+
+PLAIN = Augment(crop=0, flip=False)
+SHORT = Recover(steps=30, batch_size=16, augment=PLAIN)
+
+
+@pytest.fixture(scope="module")
+def _unlearned(_trained, toy_set, rng):
+    return Unlearn(lr=0.03, batch_size=8, augment=PLAIN, to_collapse=False, epochs=10)(_trained, toy_set(60), rng=rng()).model
+
+
+@pytest.fixture
+def unlearned(_unlearned):
+    return copy.deepcopy(_unlearned)
+
+
+class MaskedBatchNorm(nn.Module):
+    """BatchNorm with the scale multiplied by a mask and the bias as it is, in train mode, as in the published layer."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.norm, self.mask = norm, nn.Parameter(torch.ones(norm.num_features))
+
+    def forward(self, x):
+        n = self.norm
+        n.num_batches_tracked += 1
+        return F.batch_norm(x, n.running_mean, n.running_var, n.weight * self.mask, n.bias, True, n.momentum, n.eps)
+
+
+def published(unlearned: nn.Module, data, rng, *, steps: int, batch: int) -> tuple[list, list, nn.Module]:
+    """The loop of RNP's main.py: SGD .2 with momentum .9 on .2 times the loss, masks clamped to [0, 1] after each step."""
+    model = copy.deepcopy(unlearned).train()
+    model.bn1, model.bn2 = MaskedBatchNorm(model.bn1), MaskedBatchNorm(model.bn2)
+    masks = [model.bn1.mask, model.bn2.mask]
+    optimiser = torch.optim.SGD(masks, lr=0.2, momentum=0.9)
+    sums = [torch.zeros_like(mask) for mask in masks]
+    while steps:
+        for positions in torch.randperm(len(data), generator=rng).split(batch):
+            torch.randint(0, 1, (2, len(positions)), generator=rng)  # the augmentation that shifts by nothing
+            part = data.subset(positions)
+            optimiser.zero_grad()
+            loss = 0.2 * F.cross_entropy(model(part.floats().contiguous(memory_format=torch.channels_last)), part.labels)
+            loss.backward()
+            optimiser.step()
+            for mask, total in zip(masks, sums):
+                mask.data.clamp_(0, 1)
+                total += mask.data
+            steps -= 1
+            if not steps:
+                break
+    return [mask.detach() for mask in masks], sums, model
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_parity_with_the_published_loop(seed, unlearned, toy_set, rng):
+    data = toy_set(60)
+    masks, sums, model = published(unlearned, data, rng(seed), steps=80, batch=16)
+    ours = Recover(batch_size=16, augment=PLAIN)(unlearned, data, rng=rng(seed))
+    for layer, mask, total in zip(("bn1", "bn2"), masks, sums):
+        assert torch.allclose(ours.final[layer], mask, atol=1e-6) and torch.allclose(ours.mask[layer], total / 80, atol=1e-6)
+        assert torch.allclose(ours.model.get_submodule(layer).running_var, model.get_submodule(layer).norm.running_var, rtol=1e-5)
+        assert 0 < (mask < 1).sum() and not torch.allclose(ours.final[layer], ours.mask[layer]), "something happened"
+
+
+def test_alpha_is_a_factor_on_the_step(unlearned, toy_set, rng):
+    final = lambda lr, alpha: torch.cat(list(Recover(**vars(SHORT) | {"lr": lr, "alpha": alpha})(unlearned, toy_set(60), rng=rng()).final.values()))
+    assert torch.allclose(final(0.2, 0.2), final(0.04, 1.0), atol=1e-5) and not torch.allclose(final(0.2, 0.2), final(0.2, 1.0), atol=1e-2)
+
+
+@pytest.mark.parametrize("rank_by", ["average", "final"])
+def test_masks_lie_between_0_and_1(rank_by, unlearned, toy_set, rng):
+    result = Recover(lr=5.0, steps=10, batch_size=16, augment=PLAIN, rank_by=rank_by)(unlearned, toy_set(60), rng=rng())
+    for mask in (result.mask, result.final):
+        values = torch.cat(list(mask.values()))
+        assert list(mask) == ["bn1", "bn2"] and values.min() >= 0 and values.max() <= 1 and not values.requires_grad
+    assert 0.0 in torch.cat(list(result.final.values())), "with such a step some are clipped"
+
+
+def test_rank_by(unlearned, toy_set, rng):
+    average, final = (Recover(**vars(SHORT) | {"rank_by": by})(unlearned, toy_set(60), rng=rng()) for by in ("average", "final"))
+    assert all(torch.equal(final.mask[layer], average.final[layer]) for layer in final.mask)
+    assert not torch.equal(average.mask["bn2"], final.mask["bn2"])
+
+
+def test_the_unlearned_model_is_left_alone(unlearned, unchanged, toy_set, rng):
+    result = SHORT(unchanged(unlearned), toy_set(60), rng=rng())
+    assert not unlearned.training and not result.model.training
+
+
+def test_the_recovered_model_is_the_unlearned_one_under_its_mask(unlearned, toy_set, rng):
+    """Only the scales and the running statistics may differ."""
+    result = SHORT(unlearned, toy_set(60), rng=rng())
+    before, after = unlearned.state_dict(), result.model.state_dict()
+    for layer, mask in result.final.items():
+        assert torch.equal(after[f"{layer}.weight"], before[f"{layer}.weight"] * mask)
+    same = [name for name in before if torch.equal(before[name], after[name])]
+    assert {"conv1.weight", "conv2.weight", "fc.weight", "fc.bias", "bn1.bias", "bn2.bias"} <= set(same)
+
+
+@pytest.mark.parametrize("bn_mode", ["train", "frozen"])
+def test_frozen_statistics_stay(bn_mode, unlearned, toy_set, rng):
+    result = Recover(**vars(SHORT) | {"bn_mode": bn_mode})(unlearned, toy_set(60), rng=rng())
+    assert torch.equal(result.model.bn1.running_mean, unlearned.bn1.running_mean) == (bn_mode == "frozen")
+
+
+def test_the_generator_decides(unlearned, toy_set, rng):
+    masks = [SHORT(unlearned, toy_set(60), rng=rng(seed)).mask for seed in (1, 1, 2)]
+    assert all(torch.equal(masks[0][layer], masks[1][layer]) for layer in masks[0])
+    assert not all(torch.equal(masks[0][layer], masks[2][layer]) for layer in masks[0])
+
+
+@pytest.mark.parametrize("steps, rows", [(1, 1), (4, 1), (5, 2), (80, 20)])
+def test_length_is_in_steps(steps, rows, unlearned, toy_set, rng):
+    heard = []
+    result = Recover(steps=steps, batch_size=16, augment=PLAIN)(unlearned, toy_set(60), rng=rng(), on_epoch=heard.append)
+    assert result.history == heard and len(heard) == rows and heard[-1].step == steps
+
+
+@pytest.mark.parametrize("bn_mode", ["train", "frozen"])
+@pytest.mark.parametrize("channel", [2, 5, 6])
+def test_a_planted_channel_is_found(channel, bn_mode, trained, toy_set, rng):
+    """One channel that shouts class 0 over a network that knows better: its mask sinks first, and accuracy returns."""
+    data = toy_set(60)
+    with torch.no_grad():
+        trained.bn2.weight[channel], trained.bn2.bias[channel] = 5.0, 0.0
+        trained.fc.weight[:, channel] = torch.tensor([20.0, 0, 0, 0])
+    result = Recover(**vars(SHORT) | {"lr": 0.01, "bn_mode": bn_mode})(trained, data, rng=rng())
+    assert accuracy(trained, data) <= 0.5 and accuracy(result.model, data) > 0.8
+    assert ranking(result.mask, trained)[0] == ranking(result.final, trained)[0] == ("bn2", channel)
+
+
+def test_bf16_agrees_roughly(unlearned, toy_set, rng):
+    gentle = vars(SHORT) | {"lr": 0.02}
+    full, half = (Recover(**gentle | {"precision": p})(unlearned, toy_set(60), rng=rng()) for p in ("fp32", "bf16"))
+    for layer, mask in half.mask.items():
+        assert mask.dtype == torch.float32 and torch.allclose(mask, full.mask[layer], atol=0.05) and not torch.equal(mask, full.mask[layer])
+
+
+def test_a_model_without_batchnorm_is_an_error(toy_set, rng):
+    with pytest.raises(UserError, match="no affine BatchNorm"):
+        SHORT(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), toy_set(8), rng=rng())
+
+
+@pytest.mark.parametrize("name", ["lr", "alpha", "steps", "batch_size"])
+def test_impossible_settings_are_refused(name):
+    with pytest.raises(UserError, match=rf"recover\.{name} must be above 0, got 0"):
+        Recover(**{name: 0})
+
+
+def test_predictions_under_ones_are_those_of_the_unlearned_model(unlearned, toy_set, rng):
+    """A step too small to see changes nothing but the running statistics, which `frozen` keeps."""
+    result = Recover(**vars(SHORT) | {"lr": 1e-12, "steps": 1, "bn_mode": "frozen"})(unlearned, toy_set(60), rng=rng())
+    assert torch.equal(predict(result.model, toy_set(8).images), predict(unlearned, toy_set(8).images))
