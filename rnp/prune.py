@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from rnp.errors import UserError
 from rnp.masks import Neuron, prune, ranking
@@ -30,12 +30,20 @@ class Point:
 
 @dataclass(frozen=True)
 class Pruned:
-    """`model` is the repaired copy, `sweep` what was tried on the defence set, `chosen` the row that was taken."""
+    """`model` is the repaired copy: the first `chosen.pruned` neurons of `order` are gone.
+
+    `order` is the sequence in which neurons may go and `sweep` what that did on the defence set.
+    """
 
     model: nn.Module
-    neurons: list[Neuron]
+    order: list[Neuron]
     sweep: list[Point]
     chosen: Point
+
+    @property
+    def neurons(self) -> list[Neuron]:
+        """Those that are gone."""
+        return self.order[: self.chosen.pruned]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +51,19 @@ class Prune:
     """Rank by mask, sweep on the defender's own images, choose a point, cut there.
 
     Source: Li et al., ICML 2023, Algorithm 1 (the cut). The choice of the point is ours: the published code makes none.
+    Differs: the default rule, `skip`, goes down the ranking and leaves every neuron standing that clean images need.
+    Such neurons get low masks too, above all in small networks, and one of them near the top ends every rule that prunes
+    all neurons up to a point. Need is judged by cross-entropy: accuracy on a few hundred images is too coarse, and
+    choosing neurons by it fits those images.
     """
 
-    rule: Annotated[Literal["val_drop", "knee", "outlier", "number", "threshold"], "how the point is chosen"] = "val_drop"
-    epsilon: Annotated[float, "val_drop: accuracy that pruning may cost on the defence set, as a fraction"] = 0.02
+    rule: Annotated[Literal["skip", "val_drop", "knee", "outlier", "number", "threshold"],
+                    "skip leaves out neurons that clean images need; the others prune all up to a point"] = "skip"
+    epsilon: Annotated[float, "skip, val_drop: accuracy that pruning may cost on the defence set, as a fraction"] = 0.02
+    tolerance: Annotated[float, "skip: cross-entropy on the defence set, in nats, that the loss of one neuron may cost"] = 0.001
     number: Annotated[int, "number: neurons to prune"] = 30
     threshold: Annotated[float, "threshold: prune neurons whose mask is at most this"] = 0.3
-    max_fraction: Annotated[float, "share of all neurons that may be pruned at most"] = 0.05
+    max_fraction: Annotated[float, "share of all neurons, the most suspicious ones, that may be pruned at all"] = 0.1
     precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = "fp32"
     zero_bias: Annotated[bool, "clear the bias of a pruned channel too; the paper does not"] = False
 
@@ -58,22 +72,26 @@ class Prune:
             raise UserError(f"prune.epsilon must be in [0, 1), got {self.epsilon:g}; it is a fraction, not percent")
         if not 0 < self.max_fraction <= 1:
             raise UserError(f"prune.max_fraction must be in (0, 1], got {self.max_fraction:g}")
+        if self.tolerance < 0:
+            raise UserError(f"prune.tolerance must be 0 or more nats, got {self.tolerance:g}")
         if self.number < 0:
             raise UserError(f"prune.number must be 0 or more, got {self.number}")
 
     def __call__(self, model: nn.Module, mask: NeuronMask, val: ImageSet) -> Pruned:
         """Nothing is random; `model` is left unchanged."""
         order = ranking(mask, model)
-        values = sorted_values(order, mask)
-        named = self.named(values)
-        most = max(1, int(self.max_fraction * sum(len(v) for v in mask.values())))
-        if self.rule in ("number", "threshold"):
-            most = max(most, named)
-        points = sweep(model, order, values, grid(min(most, len(order)), (named,)), val, zero_bias=self.zero_bias,
+        most = min(len(order), max(1, int(self.max_fraction * sum(len(v) for v in mask.values()))))
+        named = self.named(sorted_values(order, mask))
+        if self.rule == "skip":
+            order = harmless(model, order[:most], val, self.epsilon, self.tolerance, zero_bias=self.zero_bias,
+                             precision=self.precision)
+            most = len(order)
+        elif self.rule in ("number", "threshold"):
+            most = min(len(order), max(most, named))
+        points = sweep(model, order, sorted_values(order, mask), grid(most, (named,)), val, zero_bias=self.zero_bias,
                        precision=self.precision)
         chosen = self.choose(points, named)
-        neurons = order[: chosen.pruned]
-        return Pruned(prune(model, neurons, zero_bias=self.zero_bias), neurons, points, chosen)
+        return Pruned(prune(model, order[: chosen.pruned], zero_bias=self.zero_bias), order, points, chosen)
 
     def named(self, values: np.ndarray) -> int:
         """How many neurons the rules ask for that look at masks alone; `values` ascend."""
@@ -86,11 +104,38 @@ class Prune:
 
     def choose(self, points: list[Point], named: int) -> Point:
         """The point that `rule` takes, from the defender's sweep alone."""
+        if self.rule == "skip":
+            return points[-1]
         if self.rule == "val_drop":
             return last_within(points, self.epsilon)
         if self.rule == "knee":
             return knee(points)
         return max((p for p in points if p.pruned <= named), key=lambda p: p.pruned)
+
+
+@torch.no_grad()
+def harmless(model: nn.Module, order: list[Neuron], data: ImageSet, epsilon: float, tolerance: float, *,
+             zero_bias: bool = False, precision: Precision = "fp32", block: int = 16) -> list[Neuron]:
+    """The neurons of `order` that clean images do not need, taken in this order.
+
+    A neuron stays in the model when its loss would raise the cross-entropy on `data` by more than `tolerance`, or bring
+    the paired drop in accuracy of all that went above `epsilon`. Tried in blocks, which are halved until they pass.
+    """
+    def measure(neurons: list[Neuron]) -> tuple[float, Tensor]:
+        logits = predict(prune(model, neurons, zero_bias=zero_bias), data.images, precision=precision)
+        return F.cross_entropy(logits, data.labels).item(), (logits.argmax(1) == data.labels).float()
+
+    gone: list[Neuron] = []
+    loss, before = measure(gone)
+    waiting = [order[start : start + block] for start in range(0, len(order), block)]
+    while waiting:
+        some = waiting.pop(0)
+        raised, right = measure(gone + some)
+        if raised - loss <= tolerance * len(some) and (before - right).mean().item() <= epsilon + 1e-9:
+            gone, loss = gone + some, raised
+        elif len(some) > 1:
+            waiting[:0] = [some[: len(some) // 2], some[len(some) // 2 :]]
+    return gone
 
 
 def grid(most: int, extra: tuple[int, ...] = ()) -> list[int]:

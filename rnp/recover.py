@@ -56,7 +56,7 @@ class Recover:
 
         Raises: NonFinite when the loss is; UserError when the model has no BatchNorm.
         """
-        model = freeze_statistics(copy.deepcopy(unlearned), self.bn_mode == "frozen")
+        model = freeze_statistics(copy.deepcopy(unlearned).requires_grad_(False), self.bn_mode == "frozen")
         mask = {name: value.requires_grad_() for name, value in ones(model).items()}
         total = {name: torch.zeros_like(value) for name, value in mask.items()}
 

@@ -166,8 +166,8 @@ class _Ascent:
         self.trajectory.append(row)
         self.on_epoch(row)
         for level in self.LEVELS:
-            if accuracy <= level:
-                self.checkpoints.setdefault(f"{level:.1f}", self._state())
+            if accuracy <= level and f"{level:.1f}" not in self.checkpoints:
+                self.checkpoints[f"{level:.1f}"] = self._state()
         if self.at_stop is None and accuracy < self.least[0]:
             self.least = (accuracy, step, self._state())
         if o.stop_metric == "eval" and self.at_stop is None and accuracy <= o.stop_accuracy:

@@ -22,7 +22,7 @@ from stages.summary import PAGE, summary
 ORDER = ("prepare", "twin", "poison", "train", "unlearn", "recover", "prune", "defend", "detect", "evaluate", "report")
 PARAMS, LOCK, REPORTS, MARKER = Path("params.yaml"), Path("dvc.lock"), Path("reports"), Path(".rnp/published.json")
 IMAGES = Path("data/test/images.npy")  # they have the size that the models take
-MODELS = {"backdoored": ("train", Path("models/backdoored.safetensors")), "repaired": ("prune", Path("models/pruned.safetensors"))}
+MODELS = {"backdoored": ("train", Path("models/backdoored.safetensors")), "repaired": ("prune", Path("models/pruned/model.safetensors"))}
 ENDED = "attributes.status = 'FINISHED'"  # what is cut short does not count and is made anew
 PARENT = "mlflow.parentRunId"
 

@@ -216,7 +216,8 @@ def folder(tmp_path, model, toy_set, rng):
     return tmp_path
 
 
-LOAD = {"model": io.load_model, "mask": io.load_mask, "trigger": io.load_trigger, "images": io.load_images, "poisoned": io.load_poisoned}
+LOAD = {"model": io.load_model, "mask": io.load_mask, "trigger": io.load_trigger, "images": io.load_images,
+        "poisoned": io.load_poisoned}
 FILES = ["model", "mask", "trigger", "images/images.npy", "images/labels.npy", "images/meta.json", "poisoned/covers.npy",
          "poisoned/trigger.safetensors", "poisoned/attack.json"]
 

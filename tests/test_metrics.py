@@ -57,7 +57,8 @@ def test_der(before, after, der):
 def test_class_shares_leave_out_the_images_of_the_class_itself():
     predicted, labels = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 1, 2, 1, 2])
     assert class_shares(predicted, labels, 4).tolist() == pytest.approx([2 / 4, 1 / 3, 0, 0])
-    assert class_shares(torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), 2).tolist() == [0, 0], "one class only"
+    zeros = torch.zeros(3, dtype=torch.int64)
+    assert class_shares(zeros, zeros, 2).tolist() == [0, 0], "one class only"
 
 
 @pytest.mark.parametrize("hits, n", [(5, 10), (0, 20), (20, 20), (8130, 9000)])

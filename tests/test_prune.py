@@ -7,8 +7,9 @@ import torch.nn.functional as F
 
 from rnp.errors import UserError
 from rnp.masks import ones, prune, ranking
-from rnp.prune import Point, Prune, grid, knee, last_within, outlier_bound, sorted_values, sweep
+from rnp.prune import Point, Prune, grid, harmless, knee, last_within, outlier_bound, sorted_values, sweep
 from rnp.training import predict
+from rnp.types import ImageSet
 
 
 def points(lost=(), loss=(), threshold=(), step=1) -> list[Point]:
@@ -71,6 +72,7 @@ def val(toy_set):
 
 
 def test_the_sweep_by_hand(trained, mask, val, unchanged):
+    val = ImageSet(val.images, val.labels.where(torch.arange(40) % 3 > 0, 0), val.classes)  # so that some turn right
     order = ranking(mask, unchanged(trained))
     rows = sweep(trained, order, sorted_values(order, mask), [0, 3, 6], val)
     right = {}
@@ -83,7 +85,7 @@ def test_the_sweep_by_hand(trained, mask, val, unchanged):
         assert row.loss == pytest.approx(F.cross_entropy(logits, val.labels).item())
         turned_wrong, turned_right = (right[0] & ~right[row.pruned]).sum(), (~right[0] & right[row.pruned]).sum()
         assert row.lost == pytest.approx((turned_wrong - turned_right).item() / 40, abs=1e-6)
-    assert [row.pruned for row in rows] == [0, 3, 6] and rows[0].lost == 0 and rows[-1].accuracy < 1
+    assert turned_right > 0 and [row.pruned for row in rows] == [0, 3, 6] and rows[0].lost == 0 and rows[-1].accuracy < 1
 
 
 @pytest.mark.parametrize("zero_bias", [False, True])
@@ -107,7 +109,8 @@ def test_threshold(threshold, trained, mask, val):
     assert result.neurons == [n for n in ranking(mask, trained) if mask[n[0]][n[1]] <= threshold]
 
 
-@pytest.mark.parametrize("options", [{"rule": "threshold", "threshold": 0.5}, {"rule": "number", "number": 35}, {"rule": "outlier"}])
+@pytest.mark.parametrize("options", [{"rule": "threshold", "threshold": 0.5}, {"rule": "number", "number": 35},
+                                     {"rule": "outlier"}])
 def test_no_rule_is_blurred_by_the_grid(options, toy_model, val):
     """Beyond 32 neurons the grid has gaps, which a rule that names its neurons does not have."""
     model = toy_model(width=40)
@@ -131,32 +134,95 @@ def test_outlier_keeps_to_the_largest_share(trained, val):
 
 @pytest.mark.parametrize("fraction, most", [(0.05, 1), (0.5, 8), (1.0, 14)])
 def test_the_sweep_ends_at_the_largest_share(fraction, most, trained, mask, val):
-    assert Prune(max_fraction=fraction, epsilon=0.99)(trained, mask, val).sweep[-1].pruned == most
+    assert Prune(rule="val_drop", max_fraction=fraction, epsilon=0.99)(trained, mask, val).sweep[-1].pruned == most
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.05, 0.5])
 def test_val_drop_keeps_its_word(epsilon, trained, mask, val):
-    result = Prune(epsilon=epsilon, max_fraction=1.0)(trained, mask, val)
+    result = Prune(rule="val_drop", epsilon=epsilon, max_fraction=1.0)(trained, mask, val)
     before, after = (predict(model, val.images).argmax(1) == val.labels for model in (trained, result.model))
     assert (before.float() - after.float()).mean() <= epsilon + 1e-6
     following = [point for point in result.sweep if point.pruned > result.chosen.pruned]
     assert following and following[0].lost > epsilon, "one more would have cost too much"
 
 
-def test_a_harmless_channel_goes_and_a_needed_one_stays(trained, val):
-    """A channel that nothing reads, ranked first, and after it one without which accuracy falls."""
+@pytest.mark.parametrize("rule, gone", [("val_drop", [2]), ("skip", [2, 4])])
+def test_a_needed_channel_stays(rule, gone, trained, val):
+    """Ranked: a channel that nothing reads, one without which accuracy falls, and another that nothing reads."""
     with torch.no_grad():
-        trained.fc.weight[:, 2] = 0
+        trained.fc.weight[:, [2, 4]] = 0
+    val = ImageSet(val.images, predict(trained, val.images).argmax(1), val.classes)
     cost = lambda i: sweep(trained, [("bn2", i)], np.array([0.0]), [0, 1], val)[1].lost
-    needed = max((i for i in range(8) if i != 2), key=cost)
+    needed = max((i for i in range(8) if i not in (2, 4)), key=cost)
     mask = ones(trained)
-    mask["bn2"][2], mask["bn2"][needed] = 0.0, 0.1
-    assert cost(needed) > 0.02 and Prune(max_fraction=0.2)(trained, mask, val).neurons == [("bn2", 2)]
+    mask["bn2"][2], mask["bn2"][needed], mask["bn2"][4] = 0.0, 0.1, 0.2
+    assert cost(needed) > 0.02 and cost(4) == 0
+    assert Prune(rule=rule, max_fraction=0.2)(trained, mask, val).neurons == [("bn2", i) for i in gone]
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.05, 0.3])
+def test_harmless_one_by_one_is_greedy(epsilon, trained, mask, val):
+    order, gone = ranking(mask, trained), []
+    accuracy = lambda neurons: (predict(prune(trained, neurons), val.images).argmax(1) == val.labels).float().mean().item()
+    for neuron in order:
+        if accuracy([]) - accuracy([*gone, neuron]) <= epsilon + 1e-6:
+            gone.append(neuron)
+    assert harmless(trained, order, val, epsilon, torch.inf, block=1) == gone and 0 < len(gone) < len(order)
+
+
+@pytest.mark.parametrize("block", [1, 3, 16])
+@pytest.mark.parametrize("epsilon", [0.0, 0.05, 0.3])
+def test_harmless_keeps_its_word_in_blocks(epsilon, block, trained, mask, val):
+    order = ranking(mask, trained)
+    gone = harmless(trained, order, val, epsilon, torch.inf, block=block)
+    lost = sweep(trained, gone, sorted_values(gone, mask), [0, len(gone)], val)[-1].lost
+    assert lost <= epsilon + 1e-6 and gone == [neuron for neuron in order if neuron in gone]
+
+
+def test_harmless_tries_halves(trained, val, monkeypatch):
+    """One neuron of eight is needed: the eight, its half, its quarter, itself and the rest, seven trials and the start."""
+    tried = []
+
+    def fake(model, neurons, **_):
+        tried.append(list(neurons))
+        return trained
+
+    right = torch.nn.functional.one_hot(val.labels).float()
+    monkeypatch.setattr("rnp.prune.prune", fake)
+    monkeypatch.setattr("rnp.prune.predict", lambda *_, **__: -right if ("x", 2) in tried[-1] else right)
+    order = [("x", i) for i in range(8)]
+    assert harmless(trained, order, val, 0.1, torch.inf) == [neuron for neuron in order if neuron != ("x", 2)]
+    assert [len(each) for each in tried] == [0, 8, 4, 2, 4, 3, 3, 7]
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.3])
+def test_skip_takes_all_that_is_harmless_among_the_most_suspicious(epsilon, trained, mask, val):
+    result = Prune(epsilon=epsilon, tolerance=9.0, max_fraction=0.5)(trained, mask, val)
+    assert result.neurons == result.order == harmless(trained, ranking(mask, trained)[:8], val, epsilon, 9.0)
+    assert result.chosen == result.sweep[-1] and result.chosen.lost <= epsilon + 1e-6
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.01, 0.1])
+def test_no_neuron_that_goes_raises_the_loss_by_more_than_its_tolerance(tolerance, trained, mask, val):
+    order, gone = ranking(mask, trained), []
+    loss = lambda neurons: torch.nn.functional.cross_entropy(predict(prune(trained, neurons), val.images), val.labels).item()
+    for neuron in order:
+        if loss([*gone, neuron]) - loss(gone) <= tolerance:
+            gone.append(neuron)
+    assert harmless(trained, order, val, 1.0, tolerance, block=1) == gone and 0 < len(gone) < len(order)
+
+
+def test_skip_leaves_the_model_as_it_is_when_every_neuron_is_needed(trained, mask, val, monkeypatch):
+    monkeypatch.setattr("rnp.prune.harmless", lambda *_, **__: [])
+    result = Prune()(trained, mask, val)
+    assert result.neurons == [] and len(result.sweep) == 1 and result.chosen.pruned == 0
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in result.model.state_dict().items())
 
 
 @pytest.mark.parametrize("options, message", [
     ({"epsilon": 2}, "prune.epsilon must be in [0, 1), got 2; it is a fraction, not percent"),
     ({"epsilon": -0.1}, "prune.epsilon"),
+    ({"tolerance": -1.0}, "prune.tolerance must be 0 or more nats, got -1"),
     ({"max_fraction": 0}, "prune.max_fraction must be in (0, 1], got 0"),
     ({"max_fraction": 5}, "prune.max_fraction"),
     ({"number": -1}, "prune.number must be 0 or more, got -1"),

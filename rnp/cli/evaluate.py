@@ -12,7 +12,7 @@ from torch import nn
 from rnp.cli.options import command
 from rnp.errors import UserError
 from rnp.io import load_images, load_mask, load_model, read_json, write_json, write_rows
-from rnp.masks import Neuron, prune, ranking
+from rnp.masks import Neuron, prune
 from rnp.metrics import Scores, defence_effectiveness, score
 from rnp.plots import before_after, pruning_curve
 from rnp.prune import grid, sorted_values
@@ -24,7 +24,7 @@ from rnp.types import ImageSet
 class Evaluate:
     precision: Annotated[Precision, "arithmetic of the forward passes; auto takes bf16 where the hardware has it"] = "auto"
     sweep_images: Annotated[int, "test images, and as many triggered ones, on which the oracle's sweep is run"] = 2000
-    sweep_fraction: Annotated[float, "share of all neurons up to which the sweep goes"] = 0.05
+    sweep_fraction: Annotated[float, "share of the neurons in pruning order up to which the sweep goes, at least"] = 0.05
     oracle_epsilon: Annotated[float, "test accuracy that the oracle may give up, as a fraction"] = 0.02
     defences: Annotated[tuple[str, ...], "other defences to measure: the sections under `defences`"] = ()
 
@@ -36,13 +36,13 @@ class Evaluate:
 
 
 @command("evaluate", Evaluate, seed=False, outs=("defended",),
-         inputs=("test", "triggered", "twin", "model", "unlearned", "masks", "pruned", "pruning"))
+         inputs=("test", "triggered", "twin", "model", "unlearned", "masks", "pruned"))
 def evaluate(options: Evaluate, *, test: Path, triggered: Path, twin: Path, model: Path, unlearned: Path, masks: Path,
-             pruned: Path, pruning: Path, defended: Path, report: Path) -> None:
+             pruned: Path, defended: Path, report: Path) -> None:
     """Write metrics, the sweep over test images and the oracle point; --defended is the folder of other repaired models."""
     tests, attacked, attack = load_images(test), load_images(triggered / "test"), read_json(triggered / "attack.json")
     paths = {
-        "backdoored": model, "rnp": pruned, "unlearned": unlearned / "model.safetensors",
+        "backdoored": model, "rnp": pruned / "model.safetensors", "unlearned": unlearned / "model.safetensors",
         "recovered": masks / "model.safetensors", "twin": twin,
         **{name: defended / f"{name}.safetensors" for name in options.defences},
     }
@@ -51,14 +51,16 @@ def evaluate(options: Evaluate, *, test: Path, triggered: Path, twin: Path, mode
 
     victim, _, _ = load_model(model)
     mask = load_mask(masks / "mask.safetensors")
-    order, chosen = ranking(mask, victim), read_json(pruning)
-    rows = sweep(victim, order, sorted_values(order, mask), tests, attacked, attack, options, chosen["pruned"])
+    pruning = read_json(pruned / "order.json")
+    order, chosen = [(layer, index) for layer, index in pruning["order"]], pruning["pruned"]
+    values = sorted_values(order, mask)
+    rows = sweep(victim, order, values, tests, attacked, attack, options, chosen)
     oracle_row = choose_oracle(rows, options.oracle_epsilon)
     oracle = measure(prune(victim, order[: oracle_row["pruned"]]), tests, attacked, attack, options)
     scores["oracle"] = oracle
 
     write_rows(report / "sweep.csv", rows)
-    pruning_curve(report / "pruning.png", rows, chosen=chosen["pruned"], oracle=oracle_row["pruned"],
+    pruning_curve(report / "pruning.png", rows, chosen=chosen, oracle=oracle_row["pruned"],
                   n=min(options.sweep_images, len(attacked)))
     before_after(report / "models.png", [{"model": name, **each.flat()} for name, each in scores.items()])
     write_json(report / "metrics.json", {
@@ -68,7 +70,8 @@ def evaluate(options: Evaluate, *, test: Path, triggered: Path, twin: Path, mode
         "intervals": {name: share.interval() for name, share in vars(after).items()},
         "n_clean": len(tests), "n_triggered": len(attacked),
         "gate": attack["gate"], "gate_reason": attack["gate_reason"], "attack": attack["attack"],
-        "neurons_pruned": chosen["pruned"], "neurons": chosen["neurons"], "threshold": chosen["threshold"],
+        "neurons_pruned": chosen, "neurons": sum(len(value) for value in mask.values()),
+        "threshold": float(values[chosen - 1]) if chosen else 0.0,
         "safe_window": safe_window(rows),
         "oracle": {**oracle.flat(), "neurons_pruned": oracle_row["pruned"]},
         "models": {name: {**each.flat(), "der": defence_effectiveness(before, each)} for name, each in scores.items()},
@@ -85,7 +88,7 @@ def sweep(model: nn.Module, order: list[Neuron], values: "np.ndarray", tests: Im
     few, few_attacked = head(tests, options.sweep_images), head(attacked, options.sweep_images)
     most = max(chosen, int(options.sweep_fraction * len(order)))
     rows = []
-    for n in grid(min(most, len(order)), (chosen,)):
+    for n in grid(most, (chosen,)):
         each = measure(prune(model, order[:n]), few, few_attacked, attack, options)
         rows.append({"pruned": n, "threshold": float(values[n - 1]) if n else 0.0, **each.flat()})
     return rows

@@ -7,18 +7,20 @@ from collections import Counter
 from pathlib import Path
 
 from rnp.cli.options import command
-from rnp.io import load_defence_set, load_mask, load_model, save_model, write_json, write_rows
+from rnp.io import load_defence_set, load_mask, load_model, save_model, whole, write_json, write_rows
 from rnp.plots import sweep_curve
 from rnp.prune import Prune
 
 
 @command("prune", Prune, inputs=("model", "masks", "defence"), seed=False)
 def prune(options: Prune, *, model: Path, masks: Path, defence: Path, out: Path, report: Path) -> None:
-    """Write the repaired model to OUT."""
+    """Write to OUT the repaired model, and in which order neurons may go."""
     victim, architecture, classes = load_model(model)
     mask = load_mask(masks / "mask.safetensors")
     pruned = options(victim, mask, load_defence_set(defence).val)
-    save_model(out, pruned.model, architecture, classes)
+    with whole(out) as draft:
+        save_model(draft / "model.safetensors", pruned.model, architecture, classes)
+        write_json(draft / "order.json", {"order": pruned.order, "pruned": pruned.chosen.pruned})
     write_rows(report / "sweep.csv", [dataclasses.asdict(point) for point in pruned.sweep])
     sweep_curve(report / "sweep.png", pruned.sweep, pruned.chosen)
     write_json(report / "metrics.json", {

@@ -25,15 +25,15 @@ CHAIN = {
                " --epochs 2",
     "recover": "--unlearned models/unlearned --defence data/defence --out models/recovered --report reports/recover --steps 4",
     "prune": "--model models/backdoored.safetensors --masks models/recovered --defence data/defence"
-             " --out models/pruned.safetensors --report reports/prune",
+             " --out models/pruned --report reports/prune",
     "defend ft": "--model models/backdoored.safetensors --defence data/defence --out models/defended/ft.safetensors"
                  " --report reports/defend/ft --steps 3",
     "detect": "--model models/backdoored.safetensors --unlearned models/unlearned --defence data/defence --test data/test"
               " --triggered data/triggered --out models/triggers.safetensors --report reports/detect --images 20"
               " --neural_cleanse.steps 3 --strip.overlays 2",
     "evaluate": "--test data/test --triggered data/triggered --twin models/twin.safetensors --model models/backdoored.safetensors"
-                " --unlearned models/unlearned --masks models/recovered --pruned models/pruned.safetensors"
-                " --pruning reports/prune/metrics.json --defended models/defended --report reports/evaluate --defences ft"
+                " --unlearned models/unlearned --masks models/recovered --pruned models/pruned --defended models/defended"
+                " --report reports/evaluate --defences ft"
                 " --sweep_images 50",
 }
 
@@ -80,11 +80,11 @@ def test_metrics_of_the_whole_chain(finished):
     assert set(found["models"]) == {"backdoored", "rnp", "unlearned", "recovered", "twin", "ft", "oracle"}
     assert found["n_triggered"] < found["n_clean"]  # no image of the target class
     chosen = json.loads((finished / "reports/prune/metrics.json").read_text())
-    assert found["neurons_pruned"] == chosen["pruned"] <= found["neurons"] * 0.05
+    assert found["neurons_pruned"] == chosen["pruned"] <= found["neurons"] * 0.1
 
 
 def test_the_pruned_model_differs_in_scales_only(finished):
-    with safe_open(finished / "models/backdoored.safetensors", "pt") as a, safe_open(finished / "models/pruned.safetensors", "pt") as b:
+    with safe_open(finished / "models/backdoored.safetensors", "pt") as a, safe_open(finished / "models/pruned/model.safetensors", "pt") as b:
         changed = {k for k in a.keys() if not a.get_tensor(k).equal(b.get_tensor(k))}
         zeroed = sum(int((b.get_tensor(k) == 0).sum()) for k in changed)
     assert all(k.endswith("weight") for k in changed)
@@ -93,7 +93,7 @@ def test_the_pruned_model_differs_in_scales_only(finished):
 
 @pytest.mark.parametrize("name", ["poison", "unlearn", "recover", "prune"])
 def test_the_same_seed_gives_the_same_bytes(finished, run, name):
-    outs = {"poison": "data/poisoned", "unlearn": "models/unlearned", "recover": "models/recovered", "prune": "models/pruned.safetensors"}
+    outs = {"poison": "data/poisoned", "unlearn": "models/unlearned", "recover": "models/recovered", "prune": "models/pruned"}
     assert run(name) == 0
     fresh, old = Path(outs[name]), finished / outs[name]
     for file in [fresh] if fresh.is_file() else [f for f in fresh.rglob("*") if f.is_file()]:
@@ -173,15 +173,15 @@ def test_a_non_finite_loss_ends_in_one_line(run, capsys):
 
 
 def test_a_full_disk_leaves_the_old_files(run, capsys, monkeypatch):
-    before = Path("models/pruned.safetensors").read_bytes()
+    before = Path("models/pruned/model.safetensors").read_bytes()
 
     def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "models/pruned.safetensors")
+        raise OSError(errno.ENOSPC, "No space left on device", "models/pruned/model.safetensors")
 
     monkeypatch.setattr(rnp.io, "save_file", full)
     assert run("prune") == 1
-    assert "the disk is full: models/pruned.safetensors" in capsys.readouterr().err
-    assert Path("models/pruned.safetensors").read_bytes() == before
+    assert "the disk is full: models/pruned/model.safetensors" in capsys.readouterr().err
+    assert Path("models/pruned/model.safetensors").read_bytes() == before
     assert [f for f in Path("models").rglob(".*")] == []
 
 

@@ -79,8 +79,8 @@ def decoded(path) -> np.ndarray:
     ("grey_alpha.png", lambda p: paint(p, (90, 255), mode="LA"), (90, 90, 90)),
     ("palette.gif", lambda p: paint(p, (10, 20, 30)), (10, 20, 30)),
     ("transparent.png", lambda p: Image.new("P", (16, 16)).save(p, transparency=b"\x80\xff"), (0, 0, 0)),
-    ("sixteen.png", lambda p: Image.fromarray(np.full((16, 16), 90 * 257, np.uint16)).save(p), (90, 90, 90)),
-    ("sixteen.tif", lambda p: Image.fromarray(np.full((16, 16), 90 * 257, np.uint16)).save(p), (90, 90, 90)),
+    ("sixteen.png", lambda p: Image.fromarray(np.full((16, 16), 90 * 256 + 200, np.uint16)).save(p), (90, 90, 90)),
+    ("sixteen.tif", lambda p: Image.fromarray(np.full((16, 16), 90 * 256 + 200, np.uint16)).save(p), (90, 90, 90)),
 ])
 def test_any_kind_of_image_becomes_rgb(name, make, colour, tmp_path):
     make(tmp_path / name)

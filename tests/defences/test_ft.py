@@ -21,7 +21,8 @@ def test_the_step_size_falls_on_half_a_cosine(trained, toy_set, rng):
 
 def test_it_learns_from_the_defence_set(toy_model, toy_set, rng):
     model = toy_model()
-    repaired = FT(lr=0.1, steps=100, batch_size=8, augment=Augment(crop=0)).repair(model, DefenceSet(toy_set(80), toy_set(4)), rng=rng())
+    tune = FT(lr=0.1, steps=100, batch_size=8, augment=Augment(crop=0))
+    repaired = tune.repair(model, DefenceSet(toy_set(80), toy_set(4)), rng=rng())
     assert accuracy(model, toy_set(80, seed=9)) < 0.5 and accuracy(repaired.model, toy_set(80, seed=9)) > 0.9
 
 

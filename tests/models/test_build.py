@@ -42,8 +42,8 @@ def test_normalisation_comes_first():
     assert model(pixels).flatten().tolist() == [1.0, 2.0]
 
 
-@pytest.mark.parametrize("arch, first", [("resnet10", "stages.0.0.conv2"), ("wrn16_1", "stages.2.1.conv1")])
-def test_he_initialisation(arch, first, rng):
+@pytest.mark.parametrize("arch, first", [("resnet10", "stages.1.0.conv1"), ("wrn16_1", "stages.2.1.conv1")])
+def test_he_initialisation_by_fan_out(arch, first, rng):
     weight = build(arch, width=16, rng=rng()).net.get_submodule(first).weight
     assert weight.std().item() == pytest.approx((2 / (weight.shape[0] * 9)) ** 0.5, rel=0.1)
 
