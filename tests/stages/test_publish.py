@@ -211,7 +211,7 @@ def test_models(project):
     architecture = Architecture(arch="resnet10", width=4)
     Path("data/test").mkdir(parents=True)
     np.save("data/test/images.npy", np.zeros((3, 1, 16, 16), np.uint8))
-    for name in ("backdoored", "pruned"):
+    for name in ("backdoored", "pruned/model"):
         model = architecture.build(3, 1, torch.tensor([0.5]), torch.tensor([0.2]), rng=torch.Generator())
         save_model(Path(f"models/{name}.safetensors"), model, architecture, ("a", "b", name))
     for stage in ("train", "prune"):
