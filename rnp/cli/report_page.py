@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
 
+from rnp.cli.check import leaves
 from rnp.io import read_json, whole
 
 ORDER = ("prepare", "twin", "poison", "train", "unlearn", "recover", "prune", "defend", "detect", "evaluate")
@@ -62,8 +63,8 @@ def page(reports: Path, params: dict, out: Path) -> None:
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "words": words, "seconds": seconds}
     text = environment.get_template("report.html.j2").render(
-        metrics=metrics, figures=figures, params=dict(flat(params)), measures=MEASURES,
-        numbers={stage: dict(flat(values)) for stage, values in metrics.items()}, times=times, took=dict(took(times)),
+        metrics=metrics, figures=figures, params=dict(leaves(params)), measures=MEASURES,
+        numbers={stage: dict(leaves(values)) for stage, values in metrics.items()}, times=times, took=dict(took(times)),
         labels={name: decided(label) for name, label in labels.items()}, verdict=list(verdict(metrics)),
         seed=params.get("seed"), versions=dict(versions()),
     )
@@ -81,14 +82,6 @@ def found(reports: Path, pattern: str) -> Iterator[tuple[str, Path]]:
 def figure(stage: str, path: Path) -> dict[str, str]:
     alt, caption = FIGURES.get(f"{stage}/{path.stem}", (f"Figure {path.stem}.", f"{words(path.stem).capitalize()}."))
     return {"src": f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}", "alt": alt, "caption": caption}
-
-
-def flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def decided(verdict: dict) -> dict:
