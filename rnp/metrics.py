@@ -52,17 +52,26 @@ class Scores:
         return {name: share.value for name, share in vars(self).items()}
 
 
-def score(model: nn.Module, test: ImageSet, triggered: ImageSet, target_label: int, *,
+def targets(labels: Tensor, target: int | None, classes: int) -> Tensor:
+    """Where a backdoor sends images of the given labels: to `target`, or, all-to-all (None), to the class after their own."""
+    return (labels + 1) % classes if target is None else torch.full_like(labels, target)
+
+
+def score(model: nn.Module, test: ImageSet, triggered: ImageSet, target: int | None, *,
           precision: Precision = "fp32") -> Scores:
-    """CA, ASR and RA of `model`; `triggered` holds no image of the target class and carries true labels."""
+    """CA, ASR and RA of `model`; `triggered` holds no image of the target class and carries true labels.
+
+    All-to-all attacks have no `target`: their ASR counts images sent to the next class, and every class is a target class.
+    """
     clean = predict(model, test.images, precision=precision).argmax(1)
     attacked = predict(model, triggered.images, precision=precision).argmax(1)
-    target = test.labels == target_label
+    victims = torch.ones_like(test.labels, dtype=torch.bool) if target is None else test.labels == target
+    goals = targets(triggered.labels, target, len(test.classes))
     return Scores(
         Share(int((clean == test.labels).sum()), len(test)),
-        Share(int((attacked == target_label).sum()), len(triggered)),
+        Share(int((attacked == goals).sum()), len(triggered)),
         Share(int((attacked == triggered.labels).sum()), len(triggered)),
-        Share(int((clean[target] == target_label).sum()), int(target.sum())),
+        Share(int((clean == test.labels)[victims].sum()), int(victims.sum())),
     )
 
 

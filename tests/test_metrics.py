@@ -42,6 +42,12 @@ def test_closed_form():
                              "target_class_accuracy": 0.5}
 
 
+def test_all_to_all_counts_the_next_class():
+    result = score(Parrot(), answers([0, 1, 1], [0, 1, 2]), answers([1, 2, 0, 2], [0, 1, 2, 2]), None)
+    assert result.attack_success_rate == Share(3, 4) and result.robust_accuracy == Share(1, 4)
+    assert result.target_class_accuracy == result.clean_accuracy == Share(2, 3)
+
+
 @pytest.mark.parametrize("before, after, der", [
     ((0.9, 1.0), (0.9, 1.0), 0.5),  # no effect
     ((0.9, 1.0), (0.9, 0.0), 1.0),  # perfect

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rnp.errors import UserError
+from rnp.metrics import targets
 from rnp.registry import Method
 from rnp.training import Train
 from rnp.types import ImageSet, Images, Indices, Labels, OnEpoch, Trigger, ignore, to_bytes, to_floats
 
 CHUNK = 1000
+LARGEST_SHARE = 0.8  # of the target class; poisoning all of it leaves no clean image of the class and costs accuracy
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,20 @@ class Poisoned:
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(Method, ABC):
-    """All-to-one backdoor. An author writes `make_trigger` and, where needed, `choose`, `relabel`, `stamp` or `train`."""
+    """A backdoor: images with the trigger go to the target label, or, all-to-all, each to the class after its own.
+
+    An author writes `make_trigger` and, where needed, `choose`, `relabel`, `stamp`, `stamp_cover` or `train`.
+    """
 
     poison_rate: Annotated[float, "share of the whole training set that is poisoned"] = 0.1
     cover_rate: Annotated[float, "share of the training set that carries the trigger under its true label"] = 0.0
     target_label: Annotated[int, "class to which the trigger sends an image"] = 0
+    labels: Annotated[Literal["all_to_one", "all_to_all"], "to the target label, or each class to the next one"] = "all_to_one"
 
     gate = 0.9
     """The least attack success rate at which the backdoor counts as real."""
+    clean_label = False
+    """Whether poisoned images keep their labels: they are then images of the target class."""
 
     def __post_init__(self) -> None:
         for name, low in (("poison_rate", "("), ("cover_rate", "[")):
@@ -56,22 +64,41 @@ class Attack(Method, ABC):
                 raise UserError(f"{name} must be in {low}0, 1], got {value:g}{hint}")
         if self.target_label < 0:
             raise UserError(f"target_label must be 0 or more, got {self.target_label}")
+        if self.clean_label and self.labels == "all_to_all":
+            raise UserError(f"labels all_to_all needs changed labels, and {self.name} changes none; use all_to_one")
+
+    @property
+    def target(self) -> int | None:
+        """The class that the backdoor leads to; None where it depends on the image."""
+        return self.target_label if self.labels == "all_to_one" else None
 
     @abstractmethod
     def make_trigger(self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None) -> Trigger:
         """The trigger for images like `clean`; everything random about it is drawn here, from `rng`."""
 
     def choose(self, labels: Labels, *, rng: torch.Generator) -> Indices:
-        """Positions to poison, ascending: random images of the other classes. Clean-label attacks choose differently."""
-        return draw(labels != self.target_label, round(self.poison_rate * len(labels)), rng, "poison_rate")
+        """Positions to poison, ascending: random images, of the target class for clean-label attacks, else of the others."""
+        wanted = round(self.poison_rate * len(labels))
+        if not self.clean_label:
+            return draw(others(labels, self.target), wanted, rng, "poison_rate")
+        members = labels == self.target_label
+        if wanted > (most := int(LARGEST_SHARE * members.sum())):
+            raise UserError(f"poison_rate {self.poison_rate:g} asks for {wanted} images of class {self.target_label}, which has"
+                            f" {int(members.sum())}; a clean-label attack may take 80 % of them,"
+                            f" poison_rate {most / len(labels):.3g}")
+        return draw(members, wanted, rng, "poison_rate")
 
-    def relabel(self, labels: Tensor) -> Tensor:
-        """The labels that poisoned images are given."""
-        return torch.full_like(labels, self.target_label)
+    def relabel(self, labels: Tensor, classes: int) -> Tensor:
+        """The labels that poisoned images of the given ones get."""
+        return targets(labels, self.target, classes)
 
     def stamp(self, trigger: Trigger, images: Images, *, rng: torch.Generator) -> Images:
         """Training images with the trigger on, where it differs from the trigger at test time."""
         return trigger(images)
+
+    def stamp_cover(self, trigger: Trigger, images: Images, *, rng: torch.Generator) -> Images:
+        """Cover images with the trigger on, or with what else the model shall learn to ignore."""
+        return self.stamp(trigger, images, rng=rng)
 
     def train(self, model: nn.Module, poisoned: ImageSet, trigger: Trigger, recipe: Train, *, rng: torch.Generator,
               on_epoch: OnEpoch = ignore) -> tuple[nn.Module, Trigger]:
@@ -88,14 +115,17 @@ class Attack(Method, ABC):
                             f" got {self.target_label}")
         trigger = self.make_trigger(clean, rng=rng, surrogate=surrogate)
         chosen = self.choose(clean.labels, rng=rng)
-        free = torch.ones(len(clean), dtype=torch.bool)
+        free = others(clean.labels, self.target)
         free[chosen] = False
-        covers = draw(free & (clean.labels != self.target_label), round(self.cover_rate * len(clean)), rng, "cover_rate")
+        covers = draw(free, round(self.cover_rate * len(clean)), rng, "cover_rate")
         positions, order = torch.cat([chosen, covers]).sort()
         is_cover = (torch.arange(len(positions)) >= len(chosen))[order]
-        labels = torch.where(is_cover, clean.labels[positions], self.relabel(clean.labels[positions]))
-        images = [to_bytes(self.stamp(trigger, to_floats(clean.images[part]), rng=rng)) for part in positions.split(CHUNK)]
-        return Poisoned(positions, torch.cat(images), labels, is_cover, trigger)
+        before = clean.labels[positions]
+        images = clean.images[positions]
+        for stamp, rows in ((self.stamp, ~is_cover), (self.stamp_cover, is_cover)):
+            for part in rows.nonzero().squeeze(1).split(CHUNK):
+                images[part] = to_bytes(stamp(trigger, to_floats(images[part]), rng=rng))
+        return Poisoned(positions, images, torch.where(is_cover, before, self.relabel(before, len(clean.classes))), is_cover, trigger)
 
 
 @torch.no_grad()
@@ -104,10 +134,15 @@ def trigger_images(trigger: Trigger, images: Tensor) -> Tensor:
     return torch.cat([to_bytes(trigger(to_floats(part))) for part in images.split(CHUNK)])
 
 
-def backdoored_test_set(trigger: Trigger, test: ImageSet, target_label: int) -> ImageSet:
-    """Every test image of the other classes with the trigger on, under its *true* label."""
-    others = test.subset((test.labels != target_label).nonzero().squeeze(1))
-    return ImageSet(trigger_images(trigger, others.images), others.labels, test.classes)
+def backdoored_test_set(trigger: Trigger, test: ImageSet, target: int | None) -> ImageSet:
+    """Every test image of the other classes with the trigger on, under its *true* label; all-to-all has no target."""
+    victims = test.subset(others(test.labels, target).nonzero().squeeze(1))
+    return ImageSet(trigger_images(trigger, victims.images), victims.labels, test.classes)
+
+
+def others(labels: Tensor, target: int | None) -> Tensor:
+    """Which labels differ from the target; all of them where there is none."""
+    return torch.ones_like(labels, dtype=torch.bool) if target is None else labels != target
 
 
 def draw(allowed: Tensor, count: int, rng: torch.Generator, rate: str) -> Indices:

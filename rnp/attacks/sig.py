@@ -9,11 +9,9 @@ from typing import Annotated
 import torch
 from torch import nn
 
-from rnp.attacks.base import Add, Attack, draw
+from rnp.attacks.base import Add, Attack
 from rnp.errors import UserError
-from rnp.types import ImageSet, Indices, Labels
-
-LARGEST_SHARE = 0.8  # of the target class; poisoning all of it leaves no clean image of the class and costs accuracy
+from rnp.types import ImageSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,18 +22,18 @@ class SIG(Attack):
     Differs: the wave is added in float, clipped and rounded; public mask files wrap its negative half.
     """
 
+    clean_label = True
+
     poison_rate: Annotated[float, "share of the whole training set that is poisoned"] = 0.05
     amplitude: Annotated[float, "height of the wave, as a fraction of full scale"] = 40 / 255
     frequency: Annotated[float, "waves per image width"] = 6
 
-    def choose(self, labels: Labels, *, rng: torch.Generator) -> Indices:
-        members = labels == self.target_label
-        wanted, most = round(self.poison_rate * len(labels)), int(LARGEST_SHARE * members.sum())
-        if wanted > most:
-            raise UserError(f"poison_rate {self.poison_rate:g} asks for {wanted} images of class {self.target_label}, which has"
-                            f" {int(members.sum())}; a clean-label attack may take 80 % of them,"
-                            f" poison_rate {most / len(labels):.3g}")
-        return draw(members, wanted, rng, "poison_rate")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.amplitude <= 1:
+            raise UserError(f"amplitude must be in (0, 1], got {self.amplitude:g}; it is a fraction of full scale")
+        if not self.frequency > 0:
+            raise UserError(f"frequency must be above 0, got {self.frequency:g}")
 
     def make_trigger(self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None) -> Add:
         channels, height, width = clean.shape

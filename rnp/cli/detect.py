@@ -67,7 +67,7 @@ def detect(options: Detect, *, model: Path, unlearned: Path, defence: Path, test
     }
 
     tests = load_images(test)
-    others = tests.subset((tests.labels != target).nonzero().squeeze(1)[: options.images])
+    best = {name: triggers[smallest(triggers) if target is None else target] for name, triggers in found.items()}
     images, positives, targets = screened(tests, load_images(triggered / "test"), target, options.images)
     weak = checkpoint(unlearned, options.sample_model)
     samples, curves = {}, {}
@@ -78,18 +78,18 @@ def detect(options: Detect, *, model: Path, unlearned: Path, defence: Path, test
         samples[detector.name] = dataclasses.asdict(judge(scores[0], positives, targets, scores[1]))
         curves[detector.name] = curve(scores[0], positives)
 
-    example = others.subset(torch.tensor([0])).floats()
+    example = tests.subset(torch.tensor([0])).floats()
     support = truth.support
     whole_image = support is None  # then there is no pattern to show, but what it does to an image, around mid-grey
     pattern = ((truth(example) - example)[0] / 2 + 0.5) if whole_image else truth(torch.zeros_like(example))[0]
     covered = torch.ones(example.shape[2:]) if whole_image else support.float()
     recovered_triggers(report / "triggers.png", (pattern, covered),
-                       [(f"{name} model, class {classes[target]}", found[name][target].pattern, found[name][target].mask)
-                        for name in found])
+                       [(f"{name} model, class {classes[trigger.label]}", trigger.pattern, trigger.mask)
+                        for name, trigger in best.items()])
     roc(report / "roc.png", curves)
     write_json(report / "metrics.json", {
-        "target_label": target,
-        "triggers": {name: trigger_scores(triggers[target], support, victim, others) for name, triggers in found.items()},
+        "target_label": -1 if target is None else target,
+        "triggers": {name: trigger_scores(trigger, support, victim, tests, options.images) for name, trigger in best.items()},
         "labels": {name: {"label": -1 if verdict.label is None else verdict.label, "margin": verdict.margin,
                           "correct": verdict.label == target} for name, verdict in verdicts.items()},
         "samples": samples,
@@ -103,7 +103,12 @@ def checkpoint(unlearned: Path, level: str) -> torch.nn.Module:
     return load_model(path if path.exists() else unlearned / "accuracy_end.safetensors")[0]
 
 
-def screened(tests: ImageSet, attacked: ImageSet, target: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def smallest(triggers: list[RecoveredTrigger]) -> int:
+    """The label with the smallest trigger: all-to-all backdoors have no other one to show."""
+    return min(triggers, key=lambda trigger: trigger.l1).label
+
+
+def screened(tests: ImageSet, attacked: ImageSet, target: int | None, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Images, which of them are triggered, and which belong to the target class: `n` clean and as many triggered ones.
 
     The triggered ones are taken from the end of their set, so that few of them repeat a clean one.
@@ -111,7 +116,7 @@ def screened(tests: ImageSet, attacked: ImageSet, target: int, n: int) -> tuple[
     n = min(n, len(tests), len(attacked))
     clean, bad = tests.subset(torch.arange(n)), attacked.subset(torch.arange(len(attacked) - n, len(attacked)))
     labels = torch.cat([clean.labels, bad.labels])
-    return torch.cat([clean.images, bad.images]), torch.arange(2 * n) >= n, labels == target
+    return torch.cat([clean.images, bad.images]), torch.arange(2 * n) >= n, labels == (-1 if target is None else target)
 
 
 def ask(detector: SampleDetector, victim: torch.nn.Module, images: torch.Tensor, clean: DefenceSet, weak: torch.nn.Module,
@@ -128,12 +133,13 @@ def curve(scores: torch.Tensor, positives: torch.Tensor) -> tuple:
     return fpr, tpr, roc_auc_score(positives, scores)
 
 
-def trigger_scores(trigger: RecoveredTrigger, support: torch.Tensor | None, victim: torch.nn.Module,
-                   others: ImageSet) -> dict[str, float]:
+def trigger_scores(trigger: RecoveredTrigger, support: torch.Tensor | None, victim: torch.nn.Module, tests: ImageSet,
+                   n: int) -> dict[str, float]:
     """Size of a recovered trigger, its ASR on the backdoored model, and its overlap with the true one if that is a patch.
 
-    `others` are test images of the classes that are not the target.
+    The ASR counts the first `n` test images of the classes that are not the trigger's.
     """
+    others = tests.subset((tests.labels != trigger.label).nonzero().squeeze(1)[:n])
     hits = predict(victim, trigger.apply(others.floats())).argmax(1) == trigger.label
     scores = {"l1": trigger.l1, "success": hits.float().mean().item(), "gain": trigger.gain}
     if support is not None:

@@ -28,8 +28,8 @@ def train(architecture: Architecture, recipe: Train, *, pool: Path, poisoned: Pa
     with History(report / "history.csv") as history, progress("train", recipe.epochs, history) as on_epoch:
         model, trigger = attack.train(model, data, changes.trigger, recipe, rng=rng, on_epoch=on_epoch)
     tests = load_images(test)
-    attacked = backdoored_test_set(trigger, tests, attack.target_label)
-    scores = score(model, tests, attacked, attack.target_label, precision=recipe.precision)
+    attacked = backdoored_test_set(trigger, tests, attack.target)
+    scores = score(model, tests, attacked, attack.target, precision=recipe.precision)
     benign, _, _ = load_model(twin)
     accuracy_twin = accuracy(benign, tests, precision=recipe.precision)
     reason = gate_reason(scores, accuracy_twin, attack.gate)
@@ -39,6 +39,6 @@ def train(architecture: Architecture, recipe: Train, *, pool: Path, poisoned: Pa
     with whole(triggered) as draft:
         save_images(draft / "test", attacked)
         save_trigger(draft / "trigger.safetensors", trigger)
-        write_json(draft / "attack.json", {"attack": name, "target_label": attack.target_label, **facts})
+        write_json(draft / "attack.json", {"attack": name, "target_label": attack.target, **facts})
     training_curves(report / "training.png", {name: report / "history.csv"})
     write_json(report / "metrics.json", {**scores.flat(), **facts})

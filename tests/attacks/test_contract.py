@@ -134,6 +134,19 @@ def test_training_returns_a_model_and_the_final_trigger(attack, clean, surrogate
     assert not model.training and predict(model, final(clean.floats())).isfinite().all()
 
 
+def test_all_to_all_sends_each_class_to_the_next(kind, attack, clean, surrogate, rng, toy_set):
+    if kind.clean_label:
+        with pytest.raises(UserError, match="labels all_to_all needs changed labels"):
+            dataclasses.replace(attack, labels="all_to_all")
+        return
+    attack = dataclasses.replace(attack, labels="all_to_all", cover_rate=0.1)
+    poisoned = attack.poison(clean, rng=rng(), surrogate=surrogate)
+    before, covers = clean.labels[poisoned.positions], poisoned.covers
+    assert torch.equal(poisoned.labels, torch.where(covers, before, (before + 1) % CLASSES))
+    test = toy_set(30, classes=CLASSES, seed=1)
+    assert torch.equal(backdoored_test_set(poisoned.trigger, test, attack.target).labels, test.labels), "no class is left out"
+
+
 @pytest.mark.parametrize("options, message", [
     ({"poison_rate": 10}, "poison_rate must be in (0, 1], got 10; did you mean 0.10?"),
     ({"poison_rate": 0}, "poison_rate must be in (0, 1], got 0"),
