@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rnp.training import Precision, predict
-from rnp.types import ImageSet, Labels
+from rnp.types import ImageSet, Labels, targets
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,6 @@ class Scores:
 
     def flat(self) -> dict[str, float]:
         return {name: share.value for name, share in vars(self).items()}
-
-
-def targets(labels: Tensor, target: int | None, classes: int) -> Tensor:
-    """Where a backdoor sends images of the given labels: to `target`, or, all-to-all (None), to the class after their own."""
-    return (labels + 1) % classes if target is None else torch.full_like(labels, target)
 
 
 def score(model: nn.Module, test: ImageSet, triggered: ImageSet, target: int | None, *,

@@ -55,6 +55,11 @@ def to_bytes(images: Images) -> Bytes:
     return images.clamp(0, 1).mul(255).round_().to(torch.uint8)
 
 
+def targets(labels: Labels, target: int | None, classes: int) -> Labels:
+    """Where a backdoor sends images of the given labels: to `target`, or, all-to-all (None), to the class after their own."""
+    return (labels + 1) % classes if target is None else torch.full_like(labels, target)
+
+
 @dataclass(frozen=True)
 class DefenceSet:
     """The defender's clean images: `train` to optimise on, `val` to choose with; neither was seen by the attacker."""

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from rnp.errors import UserError
-from rnp.metrics import targets
 from rnp.registry import Method
 from rnp.training import Train
-from rnp.types import ImageSet, Images, Indices, Labels, OnEpoch, Trigger, ignore, to_bytes, to_floats
+from rnp.types import ImageSet, Images, Indices, Labels, OnEpoch, Trigger, ignore, targets, to_bytes, to_floats
 
 CHUNK = 1000
 LARGEST_SHARE = 0.8  # of the target class; poisoning all of it leaves no clean image of the class and costs accuracy
