@@ -35,6 +35,7 @@ PATIENCE = {  # MLflow's own defaults wait 4 to 20 minutes for a dead server; th
 }
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 BATCH = 1000  # metrics that an MLflow server takes in one call
+LIVE_AFTER = 60.0  # seconds after which a stage shows up in MLflow while it works
 
 
 def root() -> Path:
@@ -152,35 +153,59 @@ class Store:
 
 
 class StageRun:
-    """The run of one stage; `id` is None when there is none."""
+    """The run of one stage, opened once the stage has lasted a while; `id` is None before, and where MLflow fails.
 
-    def __init__(self, store: Store, stage: str, params: dict[str, object], attack: str) -> None:
-        self.store = store
-        self.id = store.attempt(self._create, stage, params, attack)
-        self.waiting, self.sent = [], time.monotonic()
+    Importing MLflow takes seconds, which short stages do not pay: `publish` makes their runs from the files they leave.
+    """
+
+    def __init__(self, stage: str, params: dict[str, object], attack: str) -> None:
+        self.facts, self.start = (stage, params, attack), time.monotonic()
+        self.store, self.id = None, None
+        self.waiting: list[tuple[dict[str, float], int]] = []
+        self.sent = self.start
+        self._open_when_due()
+
+    def _open_when_due(self) -> None:
+        if self.store is None and time.monotonic() - self.start >= LIVE_AFTER:
+            self._open()
+
+    def _open(self) -> None:
+        self.store = Store()
+        self.id = self.store.attempt(self._create, *self.facts)
 
     def _create(self, stage: str, params: dict[str, object], attack: str) -> str:
-        return self.store.create(f"{stage}-{attack}", tags("stage", stage, digest([stage, params])), params)
+        labels = tags("stage", stage, digest([stage, params]))
+        return self.store.create(f"{stage}-{attack}", labels, params, time.monotonic() - self.start)
 
     def row(self, row: dict[str, float]) -> None:
         """Take one row of the history; rows travel together, every other second."""
-        self.waiting += self.store.attempt(points, row, row["step"]) or []
+        self.waiting.append((row, now()))
         if len(self.waiting) >= BATCH or time.monotonic() - self.sent > 2:
+            self._open_when_due()
             self._send()
 
     def _send(self) -> None:
-        waiting, self.waiting = self.waiting, []
-        self.store.attempt(self.store.log, self.id, waiting)
+        if self.store is not None:
+            waiting, self.waiting = self.waiting, []
+            self.store.attempt(self._log, waiting)
         self.sent = time.monotonic()
+
+    def _log(self, rows: list[tuple[dict[str, float], int]]) -> None:
+        self.store.log(self.id, [point for row, when in rows for point in points(row, int(row["step"]), when=when)])
 
     def results(self, report: Path, seconds: float) -> None:
         """Log what the stage left in its report folder."""
+        self._open_when_due()
         self._send()
-        self.store.attempt(self.store.log_report, self.id, report, seconds)
+        if self.store is not None:
+            self.store.attempt(self.store.log_report, self.id, report, seconds)
 
     def close(self, status: str, error: str) -> None:
+        if self.store is None and status != "FINISHED":  # it leaves no files to make a run from
+            self._open()
         self._send()
-        self.store.attempt(self.store.close, self.id, status, error)
+        if self.store is not None:
+            self.store.attempt(self.store.close, self.id, status, error)
 
 
 class Killed(SystemExit):
@@ -200,7 +225,7 @@ def stage_run(stage: str, params: dict[str, object], attack: str) -> Iterator[St
             signal.signal(each, die)
     run, status, error = None, "FAILED", ""
     try:
-        run = StageRun(Store(), stage, params, attack)
+        run = StageRun(stage, params, attack)
         yield run
         status = "FINISHED"
     except Killed:
@@ -249,10 +274,11 @@ def git_commit() -> str:
     return done.stdout.strip()
 
 
-def points(numbers: dict[str, float], step: int = 0, prefix: str = "") -> list:
+def points(numbers: dict[str, float], step: int = 0, prefix: str = "", when: int | None = None) -> list:
     from mlflow.entities import Metric
 
-    return [Metric(clean(f"{prefix}{name}"), float(value), now(), int(step)) for name, value in numbers.items()]
+    when = now() if when is None else when
+    return [Metric(clean(f"{prefix}{name}"), float(value), when, step) for name, value in numbers.items()]
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, float]:

@@ -18,8 +18,9 @@ from rnp import tracking
 ROOT = Path(__file__).parents[2]
 CROWD = """
 import sys
-from rnp.tracking import stage_run
-with stage_run(sys.argv[1], {}, "crowd") as run:
+from rnp import tracking
+tracking.LIVE_AFTER = 0
+with tracking.stage_run(sys.argv[1], {}, "crowd") as run:
     for step in range(2000):
         run.row({"step": step, "loss": 0.5, "accuracy": 0.5})
 """
@@ -33,6 +34,7 @@ def environment(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     monkeypatch.setattr(stages.stage, "check_params", lambda params: None)
+    monkeypatch.setattr(tracking, "LIVE_AFTER", 0)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import torch
 import toy
 from mlflow import MlflowClient
 
+import stages.publish
 import stages.stage
 from rnp import tracking
 from rnp.cli.check import check_params
@@ -122,6 +123,29 @@ def test_killed_without_a_word(project):
     found = {run.info.run_id: run.info.status for run in client.search_runs([experiment])}
     assert found == {dead.info.run_id: "KILLED", living: "RUNNING", elsewhere: "RUNNING"}
     assert client.get_run(half_a_row).info.lifecycle_stage == "deleted"
+
+
+def test_a_short_stage_leaves_its_run_to_publish(project, monkeypatch):
+    monkeypatch.setattr(tracking, "LIVE_AFTER", 60)
+    assert project.stage("train", lr=0.5) == 0
+    assert project.run_json("train")["run_id"] is None and project.runs() == []
+    stages.publish.publish()
+    (run,) = project.runs()
+    assert run.data.tags["rnp.backfill"] and metrics(project.store(), run.info.run_id, "loss")[0] == (0, 0.5)
+    assert project.stage("recover", "SIGTERM") == 143
+    assert [run.info.status for run in project.runs()] == ["FINISHED", "KILLED"], "what ends early leaves no files"
+
+
+def test_a_stage_shows_up_once_it_has_lasted(project, monkeypatch):
+    monkeypatch.setattr(tracking, "LIVE_AFTER", 60)
+    with tracking.stage_run("train", {}, "badnets") as run:
+        run.row({"step": 0, "loss": 1.0})
+        assert run.id is None
+        run.start, run.sent = run.start - 100, run.sent - 100
+        run.row({"step": 1, "loss": 0.5})
+        (found,) = project.runs()
+        assert metrics(project.store(), run.id, "loss") == [(0, 1.0), (1, 0.5)]
+        assert time.time() - found.info.start_time / 1000 > 90, "it began when the stage did"
 
 
 def test_usage_error_opens_no_run(project, capsys):
