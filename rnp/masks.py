@@ -43,7 +43,7 @@ def masked(model: nn.Module, images: Images, mask: NeuronMask) -> Logits:
     return functional_call(model, scales, (images,))
 
 
-def ranking(mask: NeuronMask, model: nn.Module) -> list[Neuron]:
+def ranking(mask: NeuronMask) -> list[Neuron]:
     """All neurons, the most suspicious first; ties by layer order, then index.
 
     The last channel left in a layer is never listed: a layer without channels computes nothing.
@@ -67,12 +67,19 @@ def prune(model: nn.Module, neurons: Iterable[Neuron], *, zero_bias: bool = Fals
     Source: Wu and Wang, NeurIPS 2021 (ANP), whose convention RNP follows: the channel then puts out its bias.
     """
     pruned = copy.deepcopy(model)
-    for name, index in neurons:
-        layer = pruned.get_submodule(name)
-        layer.weight[index] = 0
-        if zero_bias:
-            layer.bias[index] = 0
+    for neuron in neurons:
+        cut(pruned, neuron, zero_bias=zero_bias)
     return pruned
+
+
+@torch.no_grad()
+def cut(model: nn.Module, neuron: Neuron, *, zero_bias: bool = False) -> None:
+    """Take one channel out of `model` itself."""
+    name, index = neuron
+    layer = model.get_submodule(name)
+    layer.weight[index] = 0
+    if zero_bias:
+        layer.bias[index] = 0
 
 
 def freeze_statistics(model: nn.Module, frozen: bool) -> nn.Module:

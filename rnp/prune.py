@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from rnp.errors import UserError
-from rnp.masks import Neuron, prune, ranking
+from rnp.masks import Neuron, cut, prune, ranking
 from rnp.training import Precision, predict
 from rnp.types import ImageSet, NeuronMask
 
@@ -79,18 +80,18 @@ class Prune:
 
     def __call__(self, model: nn.Module, mask: NeuronMask, val: ImageSet) -> Pruned:
         """Nothing is random; `model` is left unchanged."""
-        order = ranking(mask, model)
+        order = ranking(mask)
         most = min(len(order), max(1, int(self.max_fraction * sum(len(v) for v in mask.values()))))
-        named = self.named(sorted_values(order, mask))
         if self.rule == "skip":
-            order = harmless(model, order[:most], val, self.epsilon, self.tolerance, zero_bias=self.zero_bias,
-                             precision=self.precision)
-            most = len(order)
-        elif self.rule in ("number", "threshold"):
-            most = min(len(order), max(most, named))
-        points = sweep(model, order, sorted_values(order, mask), grid(most, (named,)), val, zero_bias=self.zero_bias,
-                       precision=self.precision)
-        chosen = self.choose(points, named)
+            order, points = harmless(model, order[:most], mask, val, self.epsilon, self.tolerance, zero_bias=self.zero_bias,
+                                     precision=self.precision)
+            chosen = points[-1]
+        else:
+            values = sorted_values(order, mask)
+            named = self.named(values)
+            most = min(len(order), max(most, named)) if self.rule in ("number", "threshold") else most
+            points = sweep(model, order, values, grid(most, (named,)), val, zero_bias=self.zero_bias, precision=self.precision)
+            chosen = self.choose(points, named)
         return Pruned(prune(model, order[: chosen.pruned], zero_bias=self.zero_bias), order, points, chosen)
 
     def named(self, values: np.ndarray) -> int:
@@ -104,8 +105,6 @@ class Prune:
 
     def choose(self, points: list[Point], named: int) -> Point:
         """The point that `rule` takes, from the defender's sweep alone."""
-        if self.rule == "skip":
-            return points[-1]
         if self.rule == "val_drop":
             return last_within(points, self.epsilon)
         if self.rule == "knee":
@@ -114,28 +113,41 @@ class Prune:
 
 
 @torch.no_grad()
-def harmless(model: nn.Module, order: list[Neuron], data: ImageSet, epsilon: float, tolerance: float, *,
-             zero_bias: bool = False, precision: Precision = "fp32", block: int = 16) -> list[Neuron]:
-    """The neurons of `order` that clean images do not need, taken in this order.
+def harmless(model: nn.Module, order: list[Neuron], mask: NeuronMask, data: ImageSet, epsilon: float, tolerance: float, *,
+             zero_bias: bool = False, precision: Precision = "fp32") -> tuple[list[Neuron], list[Point]]:
+    """The neurons of `order` that clean images do not need, taken in this order, and the point that each one leads to.
 
     A neuron stays in the model when its loss would raise the cross-entropy on `data` by more than `tolerance`, or bring
-    the paired drop in accuracy of all that went above `epsilon`. Tried in blocks, which are halved until they pass.
+    the paired drop in accuracy of all that went above `epsilon`.
     """
-    def measure(neurons: list[Neuron]) -> tuple[float, Tensor]:
-        logits = predict(prune(model, neurons, zero_bias=zero_bias), data.images, precision=precision)
-        return F.cross_entropy(logits, data.labels).item(), (logits.argmax(1) == data.labels).float()
+    trial, gone = copy.deepcopy(model), []
+    measure = Meter(data, precision)
+    points = [measure(trial, 0, 0.0)]
+    for neuron in order:
+        layer, index = trial.get_submodule(neuron[0]), neuron[1]
+        kept = layer.weight[index].clone(), layer.bias[index].clone()
+        cut(trial, neuron, zero_bias=zero_bias)
+        point = measure(trial, len(gone) + 1, float(mask[neuron[0]][index]))
+        if point.loss - points[-1].loss <= tolerance and point.lost <= epsilon + 1e-9:
+            gone.append(neuron)
+            points.append(point)
+        else:
+            layer.weight[index], layer.bias[index] = kept
+    return gone, points
 
-    gone: list[Neuron] = []
-    loss, before = measure(gone)
-    waiting = [order[start : start + block] for start in range(0, len(order), block)]
-    while waiting:
-        some = waiting.pop(0)
-        raised, right = measure(gone + some)
-        if raised - loss <= tolerance * len(some) and (before - right).mean().item() <= epsilon + 1e-9:
-            gone, loss = gone + some, raised
-        elif len(some) > 1:
-            waiting[:0] = [some[: len(some) // 2], some[len(some) // 2 :]]
-    return gone
+
+class Meter:
+    """Measures models on `data`; the first one is what the others are compared with."""
+
+    def __init__(self, data: ImageSet, precision: Precision) -> None:
+        self.data, self.precision, self.before = data, precision, None
+
+    def __call__(self, model: nn.Module, pruned: int, threshold: float) -> Point:
+        logits = predict(model, self.data.images, precision=self.precision)
+        right = (logits.argmax(1) == self.data.labels).float()
+        self.before = right if self.before is None else self.before
+        return Point(pruned=pruned, threshold=threshold, accuracy=right.mean().item(),
+                     loss=F.cross_entropy(logits, self.data.labels).item(), lost=(self.before - right).mean().item())
 
 
 def grid(most: int, extra: tuple[int, ...] = ()) -> list[int]:
@@ -155,16 +167,8 @@ def sorted_values(order: list[Neuron], mask: NeuronMask) -> np.ndarray:
 def sweep(model: nn.Module, order: list[Neuron], values: np.ndarray, counts: list[int], data: ImageSet, *,
           zero_bias: bool = False, precision: Precision = "fp32") -> list[Point]:
     """Accuracy on `data` of `model` without the first n neurons of `order`, for each n in `counts`."""
-    before = None
-    points = []
-    for n in counts:
-        logits = predict(prune(model, order[:n], zero_bias=zero_bias), data.images, precision=precision)
-        right = logits.argmax(1) == data.labels
-        before = right if before is None else before
-        points.append(Point(pruned=n, threshold=float(values[n - 1]) if n else 0.0, accuracy=right.float().mean().item(),
-                            loss=F.cross_entropy(logits, data.labels).item(),
-                            lost=(before.float() - right.float()).mean().item()))
-    return points
+    measure = Meter(data, precision)
+    return [measure(prune(model, order[:n], zero_bias=zero_bias), n, float(values[n - 1]) if n else 0.0) for n in counts]
 
 
 def last_within(points: list[Point], epsilon: float) -> Point:

@@ -68,13 +68,13 @@ def test_prune_changes_the_named_channels_of_a_copy(zero_bias, toy_model, unchan
     ({"b": [1, 1], "a": [1, 1]}, [("b", 0), ("a", 0)]),  # the model's layer order, not the alphabet's
     ({"a": [0.0], "b": [0.3, 0.2, 0.2]}, [("b", 1), ("b", 2)]),  # a layer of one channel
 ])
-def test_ranking(mask, order, toy_model):
-    assert ranking({name: torch.tensor(values, dtype=torch.float) for name, values in mask.items()}, toy_model()) == order
+def test_ranking(mask, order):
+    assert ranking({name: torch.tensor(values, dtype=torch.float) for name, values in mask.items()}) == order
 
 
-def test_a_small_difference_keeps_its_order(toy_model):
+def test_a_small_difference_keeps_its_order():
     values = torch.tensor([1.0, 1.0 - 2**-24, 0.5])
-    assert ranking({"a": values}, toy_model()) == [("a", 2), ("a", 1)]
+    assert ranking({"a": values}) == [("a", 2), ("a", 1)]
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.BatchNorm2d(3, affine=False)])

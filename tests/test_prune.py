@@ -71,9 +71,9 @@ def val(toy_set):
     return toy_set(40, seed=7)
 
 
-def test_the_sweep_by_hand(trained, mask, val, unchanged):
+def test_the_sweep_by_hand(trained, mask, val):
     val = ImageSet(val.images, val.labels.where(torch.arange(40) % 3 > 0, 0), val.classes)  # so that some turn right
-    order = ranking(mask, unchanged(trained))
+    order = ranking(mask)
     rows = sweep(trained, order, sorted_values(order, mask), [0, 3, 6], val)
     right = {}
     for row in rows:
@@ -91,7 +91,7 @@ def test_the_sweep_by_hand(trained, mask, val, unchanged):
 @pytest.mark.parametrize("zero_bias", [False, True])
 def test_the_cut_is_the_chosen_neurons_and_nothing_else(zero_bias, trained, mask, val, unchanged):
     result = Prune(rule="number", number=4, zero_bias=zero_bias)(unchanged(trained), mask, val)
-    assert result.neurons == ranking(mask, trained)[:4] and result.chosen.pruned == 4
+    assert result.neurons == ranking(mask)[:4] and result.chosen.pruned == 4
     expected = prune(trained, result.neurons, zero_bias=zero_bias).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in result.model.state_dict().items())
     assert torch.equal(result.model.bn1.bias, trained.bn1.bias) != zero_bias or not any(name == "bn1" for name, _ in result.neurons)
@@ -106,7 +106,7 @@ def test_number(number, pruned, trained, mask, val):
 @pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.25, 0.5, 1.0])
 def test_threshold(threshold, trained, mask, val):
     result = Prune(rule="threshold", threshold=threshold, max_fraction=0.1)(trained, mask, val)
-    assert result.neurons == [n for n in ranking(mask, trained) if mask[n[0]][n[1]] <= threshold]
+    assert result.neurons == [n for n in ranking(mask) if mask[n[0]][n[1]] <= threshold]
 
 
 @pytest.mark.parametrize("options", [{"rule": "threshold", "threshold": 0.5}, {"rule": "number", "number": 35},
@@ -161,61 +161,43 @@ def test_a_needed_channel_stays(rule, gone, trained, val):
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.05, 0.3])
-def test_harmless_one_by_one_is_greedy(epsilon, trained, mask, val):
-    order, gone = ranking(mask, trained), []
+def test_harmless_is_greedy(epsilon, trained, mask, val):
+    order, gone = ranking(mask), []
     accuracy = lambda neurons: (predict(prune(trained, neurons), val.images).argmax(1) == val.labels).float().mean().item()
     for neuron in order:
         if accuracy([]) - accuracy([*gone, neuron]) <= epsilon + 1e-6:
             gone.append(neuron)
-    assert harmless(trained, order, val, epsilon, torch.inf, block=1) == gone and 0 < len(gone) < len(order)
+    assert harmless(trained, order, mask, val, epsilon, torch.inf)[0] == gone and 0 < len(gone) < len(order)
 
 
-@pytest.mark.parametrize("block", [1, 3, 16])
-@pytest.mark.parametrize("epsilon", [0.0, 0.05, 0.3])
-def test_harmless_keeps_its_word_in_blocks(epsilon, block, trained, mask, val):
-    order = ranking(mask, trained)
-    gone = harmless(trained, order, val, epsilon, torch.inf, block=block)
-    lost = sweep(trained, gone, sorted_values(gone, mask), [0, len(gone)], val)[-1].lost
-    assert lost <= epsilon + 1e-6 and gone == [neuron for neuron in order if neuron in gone]
-
-
-def test_harmless_tries_halves(trained, val, monkeypatch):
-    """One neuron of eight is needed: the eight, its half, its quarter, itself and the rest, seven trials and the start."""
-    tried = []
-
-    def fake(model, neurons, **_):
-        tried.append(list(neurons))
-        return trained
-
-    right = torch.nn.functional.one_hot(val.labels).float()
-    monkeypatch.setattr("rnp.prune.prune", fake)
-    monkeypatch.setattr("rnp.prune.predict", lambda *_, **__: -right if ("x", 2) in tried[-1] else right)
-    order = [("x", i) for i in range(8)]
-    assert harmless(trained, order, val, 0.1, torch.inf) == [neuron for neuron in order if neuron != ("x", 2)]
-    assert [len(each) for each in tried] == [0, 8, 4, 2, 4, 3, 3, 7]
+@pytest.mark.parametrize("zero_bias", [False, True])
+def test_the_points_of_harmless_are_those_of_a_sweep_over_what_went(zero_bias, trained, mask, val, unchanged):
+    gone, points = harmless(unchanged(trained), ranking(mask), mask, val, 0.05, torch.inf, zero_bias=zero_bias)
+    assert points == sweep(trained, gone, sorted_values(gone, mask), list(range(len(gone) + 1)), val, zero_bias=zero_bias)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.3])
 def test_skip_takes_all_that_is_harmless_among_the_most_suspicious(epsilon, trained, mask, val):
     result = Prune(epsilon=epsilon, tolerance=9.0, max_fraction=0.5)(trained, mask, val)
-    assert result.neurons == result.order == harmless(trained, ranking(mask, trained)[:8], val, epsilon, 9.0)
+    assert result.neurons == result.order == harmless(trained, ranking(mask)[:8], mask, val, epsilon, 9.0)[0]
     assert result.chosen == result.sweep[-1] and result.chosen.lost <= epsilon + 1e-6
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.01, 0.1])
 def test_no_neuron_that_goes_raises_the_loss_by_more_than_its_tolerance(tolerance, trained, mask, val):
-    order, gone = ranking(mask, trained), []
+    order, gone = ranking(mask), []
     loss = lambda neurons: torch.nn.functional.cross_entropy(predict(prune(trained, neurons), val.images), val.labels).item()
     for neuron in order:
         if loss([*gone, neuron]) - loss(gone) <= tolerance:
             gone.append(neuron)
-    assert harmless(trained, order, val, 1.0, tolerance, block=1) == gone and 0 < len(gone) < len(order)
+    assert harmless(trained, order, mask, val, 1.0, tolerance)[0] == gone and 0 < len(gone) < len(order)
 
 
 def test_skip_leaves_the_model_as_it_is_when_every_neuron_is_needed(trained, mask, val, monkeypatch):
-    monkeypatch.setattr("rnp.prune.harmless", lambda *_, **__: [])
-    result = Prune()(trained, mask, val)
-    assert result.neurons == [] and len(result.sweep) == 1 and result.chosen.pruned == 0
+    needs = [i for i in range(8) if sweep(trained, [("bn2", i)], np.array([0.0]), [0, 1], val)[1].loss > 0.02]
+    monkeypatch.setattr("rnp.prune.ranking", lambda mask: [("bn2", i) for i in needs])
+    result = Prune(tolerance=0.0)(trained, mask, val)
+    assert needs and result.neurons == [] and len(result.sweep) == 1 and result.chosen.pruned == 0
     assert all(torch.equal(value, trained.state_dict()[name]) for name, value in result.model.state_dict().items())
 
 
