@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import importlib.metadata
 import json
@@ -111,7 +112,12 @@ class Store:
             raise FileNotFoundError(f"its files were in {place.path}, which is gone; after moving the project delete {file}")
 
     def search(self, condition: str) -> list:
-        return list(self.client.search_runs([self.experiment], condition))
+        found, token = [], None
+        while True:  # a server hands them out in pages
+            page = self.client.search_runs([self.experiment], condition, page_token=token)
+            found, token = [*found, *page], page.token
+            if not token:
+                return found
 
     def _reap(self) -> None:
         """End the runs whose process died without a word: a stage run was killed, an unfinished row is none."""
@@ -242,6 +248,14 @@ def stage_run(stage: str, params: dict[str, object], attack: str) -> Iterator[St
             run.close(status, error)
         for each, handler in handlers.items():
             signal.signal(each, handler)
+
+
+def finished_rows() -> list[tuple[dict[str, str], dict[str, float], str]]:
+    """Parameters, metrics and time (UTC) of the finished configurations; empty, after a warning, where MLflow fails."""
+    store = Store()
+    found = store.attempt(store.search, "tags.`rnp.kind` = 'pipeline' and attributes.status = 'FINISHED'") or []
+    when = lambda run: f"{datetime.datetime.fromtimestamp(run.info.start_time / 1000, datetime.UTC):%Y-%m-%d %H:%M:%S}"
+    return [(run.data.params, run.data.metrics, when(run)) for run in found]
 
 
 def setup() -> None:

@@ -30,6 +30,7 @@ COMMANDS = {
     "evaluate": "Measure CA, ASR, RA and DER of every model.",
     "report": "Write one self-contained page about everything.",
     "rows": "Append finished runs to a table of results.",
+    "table": "Print finished runs as one table, with means over seeds.",
 }
 
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import datetime
+import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 from pathlib import Path
 
 import click
 
-from rnp.cli.check import read_params
+from rnp.cli.check import leaves, read_params
 from rnp.errors import UserError
 from rnp.io import read_json, read_rows, write_rows
 
+MEASURES = ("clean_accuracy", "attack_success_rate", "robust_accuracy")
+STAGES = ("poison", "train", "unlearn", "recover", "prune")
 COLUMNS = (
-    "preset", "attack", "defence", "seed", "gate", "clean_accuracy_before", "attack_success_rate_before",
-    "robust_accuracy_before", "clean_accuracy", "attack_success_rate", "robust_accuracy", "der", "neurons_pruned", "neurons",
-    "threshold", "oracle_clean_accuracy", "oracle_attack_success_rate", "seconds_train", "seconds_unlearn", "seconds_recover",
-    "seconds_prune", "device", "version", "clean_accuracy_twin", "n_clean", "n_triggered", "torch",
+    "preset", "attack", "defence", "seed", "gate", *(f"{name}_before" for name in MEASURES), *MEASURES, "der",
+    "neurons_pruned", "neurons", "threshold", "oracle_clean_accuracy", "oracle_attack_success_rate",
+    *(f"seconds_{stage}" for stage in STAGES if stage != "poison"), "device", "version", "clean_accuracy_twin", "n_clean",
+    "n_triggered", "torch", "seconds_poison", "settings", "made",
 )
 KEY = ("preset", "attack", "defence", "seed")
 
@@ -35,35 +40,69 @@ def machine() -> str:
     return f"{model}, {torch.get_num_threads()} threads of {os.cpu_count()}"
 
 
+def settings(params: dict[str, object], attack: str, defence: str) -> str:
+    """Two digests: of what every attack shares (data, model, training, defence), and of the attack's own options.
+
+    `params` are flat, as MLflow keeps them. Rows are comparable where the first digest is the same.
+    """
+    own = {"rnp": ("unlearn.", "recover.", "prune."), "none": ()}.get(defence, (f"defences.{defence}.",))
+    shared = ("data.", f"datasets.{params['data.set']}.", "model.", "train.", *own)
+
+    def digest(prefixes: tuple[str, ...]) -> str:
+        chosen = {name: str(value) for name, value in params.items() if name.startswith(prefixes)}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
+
+    return f"{digest(shared)}-{digest((f'attacks.{attack}.',))}"
+
+
+def check_fresh(stage: str, options: dict[str, object], params: dict) -> None:
+    """Raises: UserError when the stage ran with other options than `params` has."""
+    sections = {"train": ("train", "model"), "poison": ("poison", "attacks")}.get(stage, (stage,))
+    wanted = {"seed": params["seed"]} | {name: value for each in sections for name, value in leaves(params.get(each, {}))}
+    used = params["poison"]["attack"] + "."
+    for name, value in options.items():
+        matters = stage != "poison" or name == "attack" or name.startswith(used)
+        if matters and name in wanted and wanted[name] != (list(value) if isinstance(value, tuple) else value):
+            raise UserError(f"{stage} ran with {name} {value}, params.yaml says {wanted[name]}; run `dvc repro` first")
+
+
 def row(reports: Path, params: dict, defence: str) -> dict[str, object]:
-    """What the reports of one complete run say about RNP (`rnp`) or another defence."""
+    """What the reports of one run say about RNP (`rnp`), another defence, or the backdoored model itself (`none`)."""
     import torch
 
-    found = read_json(reports / "evaluate" / "metrics.json")
-    seconds = {stage: read_json(reports / stage / "run.json")["seconds"] for stage in ("train", "unlearn", "recover", "prune")}
-    own = found["models"][defence]
-    rnp = defence == "rnp"
+    flat = dict(leaves(params))
+    trained, attack = read_json(reports / "train" / "metrics.json"), flat["poison.attack"]
     values = {
-        "preset": params["preset"], "attack": found["attack"], "defence": defence, "seed": params["seed"],
-        "gate": str(found["gate"]).lower(),
-        **{f"{name}_before": found[f"{name}_before"] for name in ("clean_accuracy", "attack_success_rate", "robust_accuracy")},
-        **{name: own[name] for name in ("clean_accuracy", "attack_success_rate", "robust_accuracy", "der")},
-        "neurons_pruned": found["neurons_pruned"] if rnp else "", "neurons": found["neurons"],
-        "threshold": found["threshold"] if rnp else "",
-        **{f"oracle_{name}": found["oracle"][name] if rnp else "" for name in ("clean_accuracy", "attack_success_rate")},
-        **{f"seconds_{stage}": seconds[stage] if rnp or stage == "train" else "" for stage in seconds},
-        "device": machine(), "version": importlib.metadata.version("rnp"),
-        "clean_accuracy_twin": found["clean_accuracy_twin"], "n_clean": found["n_clean"], "n_triggered": found["n_triggered"],
-        "torch": torch.__version__,
+        "preset": flat["preset"], "attack": attack, "defence": defence, "seed": flat["seed"],
+        "gate": str(trained["gate"]).lower(), "clean_accuracy_twin": trained["clean_accuracy_twin"],
+        "n_clean": trained["n_clean"], "n_triggered": trained["n_triggered"],
+        **{f"{name}_before": trained[name] for name in MEASURES},
+        "device": machine(), "version": importlib.metadata.version("rnp"), "torch": torch.__version__,
+        "settings": settings(flat, attack, defence), "made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}",
     }
-    return {name: f"{values[name]:.5g}" if isinstance(values[name], float) else values[name] for name in COLUMNS}
+    done = STAGES if defence == "rnp" else STAGES[:2]
+    for stage in done:
+        run = read_json(reports / stage / "run.json")
+        check_fresh(stage, run["params"], params)
+        values[f"seconds_{stage}"] = run["seconds"]
+    if defence == "none":
+        values |= {name: trained[name] for name in MEASURES}
+    else:
+        found = read_json(reports / "evaluate" / "metrics.json")
+        if defence not in found["models"]:
+            raise UserError(f"this run has no defence {defence!r}; choose from none, {', '.join(found['models'])}")
+        values |= {name: found["models"][defence][name] for name in (*MEASURES, "der")}
+        if defence == "rnp":
+            values |= {name: found[name] for name in ("neurons_pruned", "neurons", "threshold")}
+            values |= {f"oracle_{name}": found["oracle"][name] for name in MEASURES[:2]}
+    return {name: f"{values[name]:.5g}" if isinstance(values.get(name), float) else values.get(name, "") for name in COLUMNS}
 
 
 @click.command()
 @click.argument("table", type=click.Path(path_type=Path))
 @click.option("--reports", type=click.Path(path_type=Path, exists=True), default="reports", show_default=True)
 @click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True)
-@click.option("--defence", default="rnp", show_default=True, help="rnp, or another defence of the run")
+@click.option("--defence", default="rnp", show_default=True, help="rnp, another defence of the run, or none: the backdoored model")
 def rows(table: Path, reports: Path, params: Path, defence: str) -> None:
     """Put the finished run of this folder into TABLE (a CSV); an older row of the same preset, attack, defence and seed goes."""
     new = row(reports, read_params(params), defence)

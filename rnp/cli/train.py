@@ -33,7 +33,8 @@ def train(architecture: Architecture, recipe: Train, *, pool: Path, poisoned: Pa
     benign, _, _ = load_model(twin)
     accuracy_twin = accuracy(benign, tests, precision=recipe.precision)
     reason = gate_reason(scores, accuracy_twin, attack.gate)
-    facts = {"gate": not reason, "gate_reason": reason, "clean_accuracy_twin": accuracy_twin}
+    facts = {"gate": not reason, "gate_reason": reason, "clean_accuracy_twin": accuracy_twin, "n_clean": len(tests),
+             "n_triggered": len(attacked)}
 
     save_model(out, model, architecture, data.classes)
     with whole(triggered) as draft:

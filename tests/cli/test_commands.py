@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 import rnp.io
 from rnp.cli.main import cli, guard
+from rnp.errors import UserError
 
 NET = ["--arch", "resnet10", "--width", "4"]
 TRAIN = ["--epochs", "1", "--batch_size", "64", "--augment.crop", "0", "--precision", "fp32"]
@@ -185,17 +186,39 @@ def test_a_full_disk_leaves_the_old_files(run, capsys, monkeypatch):
     assert [f for f in Path("models").rglob(".*")] == []
 
 
-def test_rows_of_results(run, tmp_path):
-    for stage in ("train", "unlearn", "recover", "prune"):
-        Path(f"reports/{stage}/run.json").write_text('{"seconds": 1.5}')
-    Path("params.yaml").write_text("preset: demo\nseed: 3\n")
-    table = tmp_path / "rnp.csv"
-    for defence in ("rnp", "ft", "rnp"):
-        done = CliRunner().invoke(cli, ["rows", str(table), "--defence", defence], catch_exceptions=False)
-        assert done.exit_code == 0
-    rows = rnp.io.read_rows(table)
-    assert [(row["defence"], row["seed"], row["attack"]) for row in rows] == [("ft", "3", "blend"), ("rnp", "3", "blend")]
-    assert float(rows[1]["seconds_unlearn"]) == 1.5
+@pytest.fixture
+def ended(run):
+    """The finished chain with what stages leave beside it: run.json and params.yaml."""
+    for stage in ("poison", "train", "unlearn", "recover", "prune"):
+        Path(f"reports/{stage}/run.json").write_text('{"seconds": 1.5, "params": {"seed": 3}}')
+    Path("params.yaml").write_text("preset: demo\nseed: 3\ndata: {set: shapes}\npoison: {attack: blend}\nrecover: {lr: 0.2}\n")
+    return lambda *arguments: CliRunner().invoke(cli, ["rows", "rows.csv", *arguments])
+
+
+def test_rows_of_results(ended):
+    for defence in ("rnp", "ft", "none", "rnp"):
+        assert ended("--defence", defence).exit_code == 0
+    rows = {row["defence"]: row for row in rnp.io.read_rows(Path("rows.csv"))}
+    assert list(rows) == ["ft", "none", "rnp"] and {(row["seed"], row["attack"]) for row in rows.values()} == {("3", "blend")}
+    assert float(rows["rnp"]["seconds_unlearn"]) == 1.5 and rows["none"]["seconds_unlearn"] == rows["none"]["der"] == ""
+    assert rows["none"]["clean_accuracy"] == rows["rnp"]["clean_accuracy_before"] == rows["ft"]["clean_accuracy_before"]
+    assert rows["rnp"]["settings"] != rows["ft"]["settings"] and rows["rnp"]["n_clean"] != ""
+
+
+@pytest.mark.parametrize("stage, params, message", [
+    ("recover", {"lr": 0.1}, "recover ran with lr 0.1, params.yaml says 0.2; run `dvc repro` first"),
+    ("poison", {"attack": "sig"}, "poison ran with attack sig, params.yaml says blend"),
+    ("train", {"seed": 4}, "train ran with seed 4, params.yaml says 3"),
+])
+def test_reports_of_other_settings_make_no_row(stage, params, message, ended):
+    Path(f"reports/{stage}/run.json").write_text(json.dumps({"seconds": 1.5, "params": params}))
+    done = ended()
+    assert isinstance(done.exception, UserError) and message in str(done.exception) and not Path("rows.csv").exists()
+
+
+def test_no_row_for_a_defence_that_did_not_run(ended):
+    done = ended("--defence", "anp")
+    assert isinstance(done.exception, UserError) and "no defence 'anp'; choose from none, " in str(done.exception)
 
 
 def test_no_file_of_the_chain_is_a_pickle(finished):

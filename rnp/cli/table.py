@@ -1,0 +1,121 @@
+"""Collect finished runs into one table: means over seeds with 95 % intervals, as Markdown or CSV."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from pathlib import Path
+
+import click
+
+from rnp import tracking
+from rnp.cli.rows import COLUMNS, MEASURES, settings
+from rnp.errors import UserError
+from rnp.io import read_rows, write_rows
+
+GROUP = ("preset", "defence", "attack")
+NUMBERS = (*(f"{name}_before" for name in MEASURES[:2]), *MEASURES, "der")
+TITLES = {"clean_accuracy_before": "CA before", "attack_success_rate_before": "ASR before", "clean_accuracy": "CA",
+          "attack_success_rate": "ASR", "robust_accuracy": "RA", "der": "DER"}
+Row = dict[str, str]
+
+
+@click.command()
+@click.argument("tables", nargs=-1, type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--csv", "out", type=click.Path(path_type=Path), help="also write the table to this CSV file")
+def table(tables: tuple[Path, ...], out: Path | None) -> None:
+    """Print the table of the runs in TABLES (CSV files of `rnp rows`), or of the rows in MLflow when none is named.
+
+    A run counts when it is the newest of its preset, attack, defence and seed, and was made with the same settings as the
+    newest of its preset and defence; how many others there are is said below the table. A mean over attacks takes in those
+    whose gate passed for every seed.
+    """
+    found = [row for path in tables for row in read(path)] if tables else from_mlflow()
+    if not found:
+        raise UserError("there is no finished run; run `dvc repro`, or name tables that `rnp rows` wrote")
+    fresh = newest(found)
+    lines = summarise(fresh)
+    click.echo(markdown(lines))
+    if len(fresh) < len(found):
+        click.echo(f"\n{len(found) - len(fresh)} rows left out: older, or made with other settings", err=True)
+    if out:
+        write_rows(out, lines)
+
+
+def read(path: Path) -> list[Row]:
+    rows = read_rows(path)
+    if rows and not set(COLUMNS) <= set(rows[0]):
+        raise UserError(f"{path} is no table of `rnp rows`: it lacks {', '.join(sorted(set(COLUMNS) - set(rows[0])))}")
+    return rows
+
+
+def from_mlflow() -> list[Row]:
+    """One row per finished configuration and defence in the MLflow store."""
+    rows = []
+    for params, metrics, made in tracking.finished_rows():
+        attack = params["poison.attack"]
+        names = {name.split("/")[2] for name in metrics if name.startswith("evaluate/models/")}
+        for defence in sorted(names - {"backdoored", "unlearned", "recovered", "twin", "oracle"}):
+            values = {name: metrics[f"evaluate/models/{defence}/{name}"] for name in (*MEASURES, "der")}
+            values |= {f"{name}_before": metrics[f"evaluate/{name}_before"] for name in MEASURES[:2]}
+            rows.append({name: f"{value:.5g}" for name, value in values.items()} | {
+                "preset": params["preset"], "attack": attack, "defence": defence, "seed": params["seed"], "made": made,
+                "gate": str(bool(metrics["train/gate"])).lower(), "settings": settings(params, attack, defence),
+            })
+    return rows
+
+
+def newest(rows: list[Row]) -> list[Row]:
+    """Without repetitions, and without rows that other settings made than those of the newest row beside them."""
+    latest = {tuple(row[name] for name in (*GROUP, "seed")): row for row in sorted(rows, key=lambda row: row["made"])}
+    shared = {(row["preset"], row["defence"]): row["settings"].partition("-")[0] for row in latest.values()}
+    own = {tuple(row[name] for name in GROUP): row["settings"] for row in latest.values()}
+    return [row for row in latest.values() if own[tuple(row[name] for name in GROUP)] == row["settings"]
+            and shared[row["preset"], row["defence"]] == row["settings"].partition("-")[0]]
+
+
+def summarise(rows: list[Row]) -> list[dict[str, object]]:
+    """A line per preset, defence and attack, and for each preset and defence the mean over the attacks that are real."""
+    rows = sorted(rows, key=lambda row: [row[name] for name in GROUP])
+    lines = []
+    for (preset, defence), members in itertools.groupby(rows, key=lambda row: (row["preset"], row["defence"])):
+        real = []
+        for attack, some in itertools.groupby(members, key=lambda row: row["attack"]):
+            some = list(some)
+            passed = sum(row["gate"] == "true" for row in some)
+            line = {"preset": preset, "defence": defence, "attack": attack, "seeds": len(some), "gate": f"{passed} of {len(some)}"}
+            for name in NUMBERS:
+                values = [float(row[name]) for row in some if row[name]]
+                line[name], line[f"{name}_interval"] = mean(values), interval(values)
+            lines.append(line)
+            real += [line] if passed == len(some) else []
+        if len(real) > 1:
+            average = {name: mean([line[name] for line in real if line[name] is not None]) for name in NUMBERS}
+            lines.append({"preset": preset, "defence": defence, "attack": f"mean of {len(real)}", "seeds": "", "gate": ""}
+                         | {key: value for name in NUMBERS for key, value in ((name, average[name]), (f"{name}_interval", None))})
+    return lines
+
+
+def mean(values: list[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def interval(values: list[float]) -> float | None:
+    """Half the width of the 95 % t-interval of the mean; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def markdown(lines: list[dict[str, object]]) -> str:
+    head = ["preset", "defence", "attack", "seeds", "gate", *TITLES.values()]
+    body = [[*(str(line[name]) for name in head[:5]), *(cell(line, name) for name in TITLES)] for line in lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body))
+
+
+def cell(line: dict[str, object], name: str) -> str:
+    value, half = line[name], line[f"{name}_interval"]
+    return "–" if value is None else f"{value:.3f}" if half is None else f"{value:.3f} ± {half:.3f}"

@@ -1,0 +1,74 @@
+"""`rnp table` counts the newest comparable runs and nothing else."""
+
+import math
+
+import pytest
+from click.testing import CliRunner
+
+from rnp import io
+from rnp.cli.main import cli
+from rnp.cli.rows import COLUMNS, settings
+from rnp.cli.table import newest, summarise
+from rnp.errors import UserError
+
+
+def row(attack="badnets", seed=0, asr=0.0, *, gate="true", made="2026-01-01", common="a", own="b", defence="rnp"):
+    values = dict.fromkeys(COLUMNS, "") | {
+        "preset": "demo", "attack": attack, "defence": defence, "seed": str(seed), "gate": gate, "clean_accuracy_before": "0.9",
+        "attack_success_rate_before": "1", "clean_accuracy": "0.8", "attack_success_rate": str(asr), "robust_accuracy": "0.7",
+        "der": "0.95", "settings": f"{common}-{own}", "made": made,
+    }
+    return values
+
+
+def test_mean_and_interval_over_seeds():
+    (line,) = summarise([row(seed=seed, asr=asr) for seed, asr in enumerate([0.1, 0.2, 0.3])])
+    assert line["attack_success_rate"] == pytest.approx(0.2) and line["seeds"] == 3 and line["gate"] == "3 of 3"
+    assert line["attack_success_rate_interval"] == pytest.approx(4.302653 * 0.1 / math.sqrt(3))
+    assert summarise([row()])[0]["attack_success_rate_interval"] is None, "one seed has no spread"
+
+
+def test_the_mean_over_attacks_leaves_out_those_that_are_not_real():
+    rows = [row("badnets", asr=0.1), row("blend", asr=0.3), row("sig", asr=0.9, gate="false"),
+            row("wanet", asr=0.9, gate="false"), row("wanet", 1, asr=0.9)]
+    lines = summarise(rows)
+    assert [line["attack"] for line in lines] == ["badnets", "blend", "sig", "wanet", "mean of 2"]
+    assert lines[-1]["attack_success_rate"] == pytest.approx(0.2) and lines[3]["gate"] == "1 of 2"
+
+
+@pytest.mark.parametrize("old", [
+    row(asr=1.0, made="2025-12-31"),  # the same run, made before
+    row(seed=1, asr=1.0, common="x", made="2025-12-31"),  # another seed, other settings
+    row(seed=1, asr=1.0, own="x", made="2025-12-31"),  # another seed, other options of the attack
+    row("blend", asr=1.0, common="x", made="2025-12-31"),  # another attack, other settings
+])
+def test_stale_rows_are_left_out(old):
+    kept = [row(), row(seed=2), row("sig", own="c"), row(defence="ft", common="f")]
+    found = newest([old, *kept])
+    assert sorted(map(str, found)) == sorted(map(str, kept))
+
+
+def test_settings_look_at_what_the_defence_uses():
+    params = {"data.set": "shapes", "datasets.shapes.images": "9", "datasets.digits.size": "3", "attacks.sig.amplitude": "1",
+              "attacks.blend.alpha": "2", "recover.lr": "3", "defences.ft.lr": "4", "seed": "0", "detect.images": "5"}
+    change = lambda name, defence: settings(params | {name: "7"}, "sig", defence) != settings(params, "sig", defence)
+    assert {name for name in params if change(name, "rnp")} - {"data.set"} == {"datasets.shapes.images", "attacks.sig.amplitude", "recover.lr"}
+    assert change("defences.ft.lr", "ft") and not change("recover.lr", "ft") and not change("recover.lr", "none")
+    assert settings(params, "sig", "rnp") == settings(params | {"seed": 1, "recover.lr": 3}, "sig", "rnp"), "text or number"
+
+
+def test_from_files(tmp_path):
+    io.write_rows(tmp_path / "one.csv", [row(), row("blend", asr=0.25)])
+    io.write_rows(tmp_path / "two.csv", [row(made="2025-12-31", asr=1.0)])
+    done = CliRunner().invoke(cli, ["table", *(str(tmp_path / f"{n}.csv") for n in ("one", "two")), "--csv", str(tmp_path / "t.csv")])
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("| preset | defence | attack | seeds | gate | CA before | ASR before | CA | ASR |")
+    assert [line.split(" | ")[2] for line in lines[2:5]] == ["badnets", "blend", "mean of 2"] and "0.125" in lines[4]
+    assert "1 rows left out" in done.stderr
+    assert io.read_rows(tmp_path / "t.csv")[1]["attack_success_rate"] == "0.25"
+
+
+def test_a_file_of_another_kind(tmp_path):
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    done = CliRunner().invoke(cli, ["table", str(tmp_path / "x.csv")])
+    assert isinstance(done.exception, UserError) and "is no table of `rnp rows`" in str(done.exception)
