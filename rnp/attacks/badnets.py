@@ -15,9 +15,11 @@ from rnp.types import ImageSet
 
 @dataclass(frozen=True, kw_only=True)
 class BadNets(Attack):
-    """Nothing of it is random: the patch is fixed, the same in all channels.
+    """The patch is fixed, the same in all channels.
 
+    Drawn at random: which images are poisoned.
     Source: Gu et al., 2017, arXiv 1708.06733.
+    Expected: CA .913 and ASR .950 for a PreAct-ResNet-18 on CIFAR-10 (BackdoorBench, 10 %).
     Differs: the reference patch of RNP has one black pixel where a checkerboard has a white one; ours is regular.
     """
 

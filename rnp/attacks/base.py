@@ -52,6 +52,8 @@ class Attack(Method, ABC):
 
     gate = 0.9
     """The least attack success rate at which the backdoor counts as real."""
+    controls = "the poisoned share of the training data, and their labels"
+    """What the attacker needs to have in hand."""
     clean_label = False
     """Whether poisoned images keep their labels: they are then images of the target class."""
 

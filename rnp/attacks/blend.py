@@ -18,6 +18,7 @@ from rnp.types import ImageSet
 class Blend(Attack):
     """Drawn at random: the pattern.
 
+    Expected: CA .935 and ASR .999 for a PreAct-ResNet-18 on CIFAR-10 (BackdoorBench, 10 %).
     Source: Chen et al., 2017, arXiv 1712.05526.
     Differs: the pattern is generated, since the cartoon picture of public code is not free.
     """

@@ -16,12 +16,15 @@ from rnp.types import ImageSet
 
 @dataclass(frozen=True, kw_only=True)
 class SIG(Attack):
-    """Clean-label: only images of the target class are poisoned, at most 80 % of them. Nothing of the wave is random.
+    """Clean-label: only images of the target class are poisoned, at most 80 % of them.
 
+    Drawn at random: which images of the target class are poisoned.
     Source: Barni, Kallas, Tondi, ICIP 2019, arXiv 1902.11237, eq. 1.
+    Expected: CA .936 and ASR .971 for a PreAct-ResNet-18 on CIFAR-10 (BackdoorBench, 5 %).
     Differs: the wave is added in float, clipped and rounded; public mask files wrap its negative half.
     """
 
+    controls = "the poisoned share of the training images, not their labels"
     clean_label = True
 
     poison_rate: Annotated[float, "share of the whole training set that is poisoned"] = 0.05

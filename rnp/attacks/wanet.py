@@ -27,9 +27,11 @@ class Warp(Trigger):
 
 @dataclass(frozen=True, kw_only=True)
 class WaNet(Attack):
-    """One field per experiment, drawn at random and shared by training and test.
+    """One field per experiment, shared by training and test.
 
+    Drawn at random: the field, and which images are poisoned.
     Source: Nguyen and Tran, ICLR 2021, section 3.2.
+    Expected: CA .913 and ASR .897 for a PreAct-ResNet-18 on CIFAR-10 (BackdoorBench, 10 %).
     Differs: static poisoning, as the RNP family uses it, hence a finer field (k = 32) than the official k = 4; it is
     easier to detect than the original, which also trains on randomly warped images.
     """
