@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
@@ -39,11 +41,25 @@ class ImageSet:
         return tuple(self.images.shape[1:])
 
     def subset(self, positions: Indices) -> ImageSet:
-        return ImageSet(self.images[positions], self.labels[positions], self.classes)
+        return ImageSet(gather(self.images, positions), self.labels[positions], self.classes)
 
     def floats(self) -> Images:
         """All images as floats in [0, 1]; a copy."""
         return to_floats(self.images)
+
+
+LARGE = 2**28  # bytes
+
+
+def gather(images: UInt8[Tensor, "_ c h w"], positions: Indices) -> Bytes:
+    """`images[positions]`, a copy; a large one lies behind a temporary file, so that memory stays bounded."""
+    if len(positions) * images[:1].numel() < LARGE:
+        return images[positions]
+    with tempfile.TemporaryFile() as backing:  # the map outlives the name, and nothing is left behind
+        copied = torch.from_numpy(np.memmap(backing, np.uint8, "w+", shape=(len(positions), *images.shape[1:])))
+    for start in range(0, len(positions), 1000):
+        copied[start : start + 1000] = images[positions[start : start + 1000]]
+    return copied
 
 
 def to_floats(images: UInt8[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c h w"]:

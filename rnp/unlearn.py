@@ -27,7 +27,7 @@ class Unlearned:
 
     `trajectory` has one row per step: accuracy on the defence set in eval mode and, in `extra`, the share of
     predictions that fall on each class (`share/0` ...) among the images of the *other* classes. `reached` is false
-    when the stop was never met; `model` is then the least accurate one seen.
+    when the stop was never met; `model` is then the least accurate one seen. `accuracy` is that of `model`.
     """
 
     model: nn.Module
@@ -35,6 +35,7 @@ class Unlearned:
     trajectory: list[Epoch]
     reached: bool
     stop_step: int
+    accuracy: float
     retries: int
 
 
@@ -135,7 +136,7 @@ class _Ascent:
 
     def _measure(self, step: int = 0) -> tuple[float, list[float]]:
         """Accuracy, and for each class its share of the predictions for images of the other classes."""
-        logits = predict(self.model, self.clean.images)
+        logits = predict(self.model, self.clean.images, precision=self.options.precision)
         if not logits.isfinite().all():  # a step can overflow before any loss shows it, and NaN counts as class 0
             raise NonFinite(step)
         predicted = logits.argmax(1)
@@ -181,7 +182,7 @@ class _Ascent:
         return self.at_stop is not None and not self.options.to_collapse
 
     def _stop_here(self, step: int) -> None:
-        self.stop_step, self.at_stop = step, self._state()
+        self.stop_step, self.at_stop = step, (self.accuracy, self._state())
 
     def _state(self) -> State:
         return copy.deepcopy(self.model.state_dict())
@@ -189,6 +190,7 @@ class _Ascent:
     def result(self, retries: int) -> Unlearned:
         reached = self.at_stop is not None
         self.checkpoints["end"] = self._state()
-        state, step = (self.at_stop, self.stop_step) if reached else (self.least[2], self.least[1])
+        step = self.stop_step if reached else self.least[1]
+        accuracy, state = self.at_stop if reached else (self.least[0], self.least[2])
         self.model.load_state_dict(state)
-        return Unlearned(self.model.eval(), self.checkpoints, self.trajectory, reached, step, retries)
+        return Unlearned(self.model.eval(), self.checkpoints, self.trajectory, reached, step, accuracy, retries)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rnp.types import Epoch, to_bytes, to_floats
+from rnp.types import Epoch, gather, to_bytes, to_floats
 
 
 def test_every_byte_survives():
@@ -28,3 +28,13 @@ def test_a_row_is_flat():
     row = Epoch(epoch=1, step=2, loss=3, accuracy=4, learning_rate=5, gradient_norm=6, extra={"share/0": 7}).row()
     assert list(row) == ["epoch", "step", "loss", "accuracy", "learning_rate", "gradient_norm", "share/0"]
     assert list(row.values()) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_large_copy_lies_behind_a_file(toy_set, monkeypatch, is_mapped):
+    data, positions = toy_set(2500), torch.arange(2400).flip(0)
+    monkeypatch.setattr("rnp.types.LARGE", 1000)
+    copied = gather(data.images, positions)
+    assert is_mapped(copied) and torch.equal(copied, data.images[positions])
+    copied.zero_()
+    assert data.images.float().mean() > 0
+    assert not is_mapped(gather(data.images, positions[:2]))

@@ -233,3 +233,17 @@ def test_impossible_settings_are_refused(options):
     ((name, value),) = options.items()
     with pytest.raises(UserError, match=rf"unlearn\.{name} must be .*got {value:g}"):
         Unlearn(**options)
+
+
+def test_a_model_that_only_gets_better_is_returned_as_it_was(trained, toy_set, rng, monkeypatch):
+    monkeypatch.setattr("rnp.unlearn._Ascent._objective", lambda ascent, images, labels: descend(ascent, images, labels))
+    start = Unlearn(epochs=1, batch_size=20, stop_accuracy=0.01)
+    result = start(trained, toy_set(40), rng=rng())
+    assert (result.reached, result.stop_step) == (False, 0) and result.accuracy == 1.0
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in result.model.state_dict().items())
+
+
+def descend(ascent, images, labels):
+    logits = ascent.model(images)
+    ascent.last_loss = torch.zeros(())
+    return F.cross_entropy(logits, labels), logits

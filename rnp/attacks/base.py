@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rnp.errors import UserError
 from rnp.registry import Method
 from rnp.training import Train
-from rnp.types import ImageSet, Images, Indices, Labels, OnEpoch, Trigger, ignore, targets, to_bytes, to_floats
+from rnp.types import ImageSet, Images, Indices, Labels, OnEpoch, Trigger, gather, ignore, targets, to_bytes, to_floats
 
 CHUNK = 1000
 LARGEST_SHARE = 0.8  # of the target class; poisoning all of it leaves no clean image of the class and costs accuracy
@@ -122,7 +122,7 @@ class Attack(Method, ABC):
         positions, order = torch.cat([chosen, covers]).sort()
         is_cover = (torch.arange(len(positions)) >= len(chosen))[order]
         before = clean.labels[positions]
-        images = clean.images[positions]
+        images = gather(clean.images, positions)
         for stamp, rows in ((self.stamp, ~is_cover), (self.stamp_cover, is_cover)):
             for part in rows.nonzero().squeeze(1).split(CHUNK):
                 images[part] = to_bytes(stamp(trigger, to_floats(images[part]), rng=rng))

@@ -32,9 +32,9 @@ def unlearn(options: Unlearn, *, model: Path, defence: Path, out: Path, report: 
     if not unlearned.reached:
         print(f"warning: accuracy never fell to {options.stop_accuracy:g} in {len(unlearned.trajectory)} steps;"
               " going on with the least accurate model; raise unlearn.epochs or unlearn.lr")
-    last, stop = unlearned.trajectory[-1], next(r for r in unlearned.trajectory if r.step == unlearned.stop_step)
+    last = unlearned.trajectory[-1]
     write_json(report / "metrics.json", {
-        "reached": unlearned.reached, "stop_step": unlearned.stop_step, "accuracy": stop.accuracy,
-        "learning_rate": stop.learning_rate, "retries": unlearned.retries, "steps": last.step,
+        "reached": unlearned.reached, "stop_step": unlearned.stop_step, "accuracy": unlearned.accuracy,
+        "learning_rate": last.learning_rate, "retries": unlearned.retries, "steps": last.step,
         "end_accuracy": last.accuracy, "end_top_share": max(last.extra.values()),
     })

@@ -74,7 +74,8 @@ class Architecture:
             raise UserError(f"torchvision has no classifier {name!r}{suggest(name, models.list_models(module=models))}")
         if channels != 3:
             raise UserError(f"torchvision's networks take 3 channels, the images have {channels}; choose one of our architectures")
-        return models.get_model(name, weights=None, num_classes=classes)
+        own = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}  # else they return tuples
+        return models.get_model(name, weights=None, num_classes=classes, **own)
 
 
 def initialise(net: nn.Module) -> None:

@@ -77,3 +77,8 @@ def test_statistics_by_hand():
     mean, std = statistics(ImageSet(images, torch.zeros(2, dtype=torch.int64), ("a", "b")))
     assert mean.tolist() == [0.5, 0.0]
     assert std.tolist() == pytest.approx([(8 * 0.25 / 7) ** 0.5, 1e-3])  # a constant channel divides by no zero
+
+
+def test_torchvision_networks_with_helpers_answer_with_logits(rng):
+    model = build("torchvision:googlenet", width=0, rng=rng())
+    assert model.train()(torch.rand(2, 3, 64, 64, generator=rng())).shape == (2, 5)
