@@ -78,19 +78,23 @@ class Prune:
         if self.number < 0:
             raise UserError(f"prune.number must be 0 or more, got {self.number}")
 
-    def __call__(self, model: nn.Module, mask: NeuronMask, val: ImageSet) -> Pruned:
-        """Nothing is random; `model` is left unchanged."""
+    def __call__(self, model: nn.Module, mask: NeuronMask, clean: ImageSet) -> Pruned:
+        """`clean` is all that the defender holds; nothing is random, `model` is left unchanged.
+
+        The images that the masks were optimised on count too: the model that is pruned was not. On 500 + 500 images of
+        CIFAR-10 the choice costs half the accuracy on new images that it costs when made on 500.
+        """
         order = ranking(mask)
         most = min(len(order), max(1, int(self.max_fraction * sum(len(v) for v in mask.values()))))
         if self.rule == "skip":
-            order, points = harmless(model, order[:most], mask, val, self.epsilon, self.tolerance, zero_bias=self.zero_bias,
+            order, points = harmless(model, order[:most], mask, clean, self.epsilon, self.tolerance, zero_bias=self.zero_bias,
                                      precision=self.precision)
             chosen = points[-1]
         else:
             values = sorted_values(order, mask)
             named = self.named(values)
             most = min(len(order), max(most, named)) if self.rule in ("number", "threshold") else most
-            points = sweep(model, order, values, grid(most, (named,)), val, zero_bias=self.zero_bias, precision=self.precision)
+            points = sweep(model, order, values, grid(most, (named,)), clean, zero_bias=self.zero_bias, precision=self.precision)
             chosen = self.choose(points, named)
         return Pruned(prune(model, order[: chosen.pruned], zero_bias=self.zero_bias), order, points, chosen)
 

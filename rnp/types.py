@@ -83,6 +83,12 @@ class DefenceSet:
     train: ImageSet
     val: ImageSet
 
+    @property
+    def both(self) -> ImageSet:
+        """For a model that was trained on neither."""
+        images, labels = (torch.cat([getattr(part, name) for part in (self.train, self.val)]) for name in ("images", "labels"))
+        return ImageSet(images, labels, self.train.classes)
+
 
 class Trigger(nn.Module, ABC):
     """Images -> images, each treated alone. All state lives in buffers, so that it can be saved and shared."""

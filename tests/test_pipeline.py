@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rnp.registry import names
+
 ROOT = Path(__file__).parent.parent
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 STAGES = {name: stage.get("do", stage) for name, stage in DVC.items()}
@@ -39,6 +41,11 @@ def closure(module: str) -> set[str]:
     return {str(file.relative_to(ROOT)) for file in seen}
 
 
+def others(path: str) -> bool:
+    """An attack that is not in use: options of all are read, the code of one runs. No attack imports another."""
+    return path.startswith("rnp/attacks/") and path != "rnp/attacks/base.py"
+
+
 def covered(path: str, by: list[str]) -> bool:
     return any(path == each or path.startswith(f"{each}/") for each in by)
 
@@ -49,12 +56,12 @@ def code_deps(stage: str) -> list[str]:
 
 @pytest.mark.parametrize("stage", COMPUTE)
 def test_declared_code_is_imported_code(stage):
-    needed = {path for path in closure(f"rnp.cli.{stage}") if not covered(path, list(PLUMBING))}
+    needed = {path for path in closure(f"rnp.cli.{stage}") if not covered(path, list(PLUMBING)) and not others(path)}
     incidental = [path for path, stages in INCIDENTAL.items() if stage in stages]
     missing = {p for p in needed if not covered(p, code_deps(stage)) and not covered(p, incidental)}
     assert missing == set(), f"{stage} imports these, dvc.yaml does not list them"
     unused = [d for d in code_deps(stage) if "${" not in d and not any(covered(p, [d]) for p in needed)]
-    by_name = {"prepare": ["rnp/data"], "poison": ["rnp/attacks"], "train": ["rnp/attacks"], "detect": ["rnp/attacks"]}
+    by_name = {"prepare": ["rnp/data"]} | dict.fromkeys(("poison", "train", "detect"), ["rnp/features.py"])
     assert [d for d in unused if d not in by_name.get(stage, [])] == [], f"{stage} lists these and does not import them"
 
 
@@ -69,6 +76,12 @@ def test_defenders_see_no_attack_and_no_test_image(stage):
 def test_defenders_import_no_attack(stage):
     attacks = {p for p in closure(f"rnp.cli.{stage}") if p.startswith("rnp/attacks/")} - {"rnp/attacks/base.py"}
     assert attacks == set()
+
+
+@pytest.mark.parametrize("attack", names("attack"))
+def test_no_attack_imports_another(attack):
+    """Stages depend on the file of the attack in use alone, so that a new one retrains nothing."""
+    assert {path for path in closure(f"rnp.attacks.{attack}") if others(path)} == {f"rnp/attacks/{attack}.py"}
 
 
 @pytest.mark.parametrize("stage", sorted(STAGES))

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rnp.attacks.base import Attack, Mix
-from rnp.attacks.blend import noise, waves
+from rnp.attacks.base import Attack, Mix, noise, waves
 from rnp.errors import UserError
 from rnp.types import ImageSet, Images, Trigger
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -188,3 +189,20 @@ class Add(Trigger):
 
     def forward(self, images: Images) -> Images:
         return (images + self.pattern).clamp(0, 1)
+
+
+def noise(shape: tuple[int, int, int], *, rng: torch.Generator) -> Tensor:
+    """A pattern of uniform noise."""
+    return torch.rand(shape, generator=rng)
+
+
+def waves(shape: tuple[int, int, int], *, rng: torch.Generator, count: int = 8) -> Tensor:
+    """A sum of `count` random cosines of low frequency per channel, stretched to [0, 1]."""
+    channels, height, width = shape
+    y = torch.arange(height).view(1, 1, -1, 1) / height
+    x = torch.arange(width).view(1, 1, 1, -1) / width
+    fy, fx = (torch.randint(-4, 5, (2, channels, count, 1, 1), generator=rng)).float()
+    phase = torch.rand(channels, count, 1, 1, generator=rng)
+    image = (2 * math.pi * (fy * y + fx * x + phase)).cos().sum(1)  # [c, h, w]
+    low, high = image.amin((1, 2), keepdim=True), image.amax((1, 2), keepdim=True)
+    return (image - low) / (high - low).clamp_min(1e-6)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from rnp.attacks.base import Attack, Mix
+from rnp.attacks.base import Attack, Mix, noise, waves
 from rnp.errors import UserError
 from rnp.types import ImageSet
 
@@ -35,19 +34,3 @@ class Blend(Attack):
         make = {"noise": noise, "waves": waves}[self.pattern]
         pattern = make(clean.shape, rng=rng)
         return Mix(pattern, torch.full((1, *pattern.shape[1:]), self.alpha))
-
-
-def noise(shape: tuple[int, int, int], *, rng: torch.Generator) -> Tensor:
-    return torch.rand(shape, generator=rng)
-
-
-def waves(shape: tuple[int, int, int], *, rng: torch.Generator, count: int = 8) -> Tensor:
-    """A sum of `count` random cosines of low frequency per channel, stretched to [0, 1]."""
-    channels, height, width = shape
-    y = torch.arange(height).view(1, 1, -1, 1) / height
-    x = torch.arange(width).view(1, 1, 1, -1) / width
-    fy, fx = (torch.randint(-4, 5, (2, channels, count, 1, 1), generator=rng)).float()
-    phase = torch.rand(channels, count, 1, 1, generator=rng)
-    image = (2 * math.pi * (fy * y + fx * x + phase)).cos().sum(1)  # [c, h, w]
-    low, high = image.amin((1, 2), keepdim=True), image.amax((1, 2), keepdim=True)
-    return (image - low) / (high - low).clamp_min(1e-6)

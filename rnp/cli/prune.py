@@ -17,7 +17,7 @@ def prune(options: Prune, *, model: Path, masks: Path, defence: Path, out: Path,
     """Write to OUT the repaired model, and in which order neurons may go."""
     victim, architecture, classes = load_model(model)
     mask = load_mask(masks / "mask.safetensors")
-    pruned = options(victim, mask, load_defence_set(defence).val)
+    pruned = options(victim, mask, load_defence_set(defence).both)
     with whole(out) as draft:
         save_model(draft / "model.safetensors", pruned.model, architecture, classes)
         write_json(draft / "order.json", {"order": pruned.order, "pruned": pruned.chosen.pruned})

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rnp.attacks.blend import Blend, waves
+from rnp.attacks.base import waves
+from rnp.attacks.blend import Blend
 from rnp.errors import UserError
 
 

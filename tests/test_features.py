@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rnp.errors import UserError
-from rnp.models.features import features, head
+from rnp.features import features, head
 
 
 def test_the_head_turns_them_into_logits(toy_model, toy_set):
