@@ -1,0 +1,58 @@
+"""One patch per image, each corner its share, in training by lot and at test by the image's own pixels."""
+
+import pytest
+import torch
+
+from rnp.attacks.multi import Multi
+from rnp.errors import UserError
+
+
+def corners(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """[n, 4]: whether each 3x3 corner of an 8x8 image changed, row by row; no other pixel may."""
+    changed = (before != after).any(1).float()
+    counts = torch.stack([changed[:, y, x].sum((1, 2)) for y in (slice(3), slice(5, 8)) for x in (slice(3), slice(5, 8))], 1)
+    assert torch.equal(counts.sum(1), changed.sum((1, 2)))
+    assert set(counts.flatten().tolist()) == {0, 9}, "a patch shows whole or not at all"
+    return counts > 0
+
+
+@pytest.mark.parametrize("grey", [False, True])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_at_test_each_image_has_one_patch_and_each_patch_its_share(count, grey, toy_set, rng):
+    trigger = Multi(count=count).make_trigger(toy_set(4), rng=rng())
+    levels = torch.randint(1, 255, (2000, 1 if grey else 3, 8, 8), generator=rng())  # no black, no white
+    images = (levels / 255).expand(-1, 3, -1, -1)
+    shown = corners(images, trigger(images))
+    assert (shown.sum(1) == 1).all()
+    shares = shown.float().mean(0)
+    assert (shares > 0).sum() == count and (shares[shares > 0] - 1 / count).abs().max() < 0.05
+
+
+def test_in_training_the_lot_decides(toy_set, rng):
+    attack, images = Multi(), toy_set(400).floats()
+    trigger = attack.make_trigger(toy_set(4), rng=rng())
+    one, other = (corners(images, attack.stamp(trigger, images, rng=rng(seed))) for seed in (1, 2))
+    assert (one.sum(1) == 1).all() and (one.float().mean(0) - 0.25).abs().max() < 0.08
+    assert 0.1 < (one == other).all(1).float().mean() < 0.4, "the pixels have no say"
+
+
+def test_patches_are_half_white_and_the_same_in_all_channels(toy_set, rng):
+    trigger = Multi().make_trigger(toy_set(4), rng=rng())
+    grey = torch.full((4, 3, 8, 8), 0.5)
+    stamped = trigger.place(grey, torch.arange(4))
+    assert corners(grey, stamped).sum(0).tolist() == [1] * 4
+    for value, count in ((0, 4), (1, 5)):
+        assert (stamped == value).sum((2, 3)).tolist() == [[count] * 3] * 4
+    assert (stamped == stamped[:, :1]).all() and trigger.support.sum() == 36
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_one_trigger_per_corner(count):
+    with pytest.raises(UserError, match=f"count must be from 2 to 4.*got {count}"):
+        Multi(count=count)
+
+
+@pytest.mark.parametrize("size", [0, 5])
+def test_patches_that_do_not_fit(size, toy_set, rng):
+    with pytest.raises(UserError, match=f"size {size} do not fit 8x8 images"):
+        Multi(size=size).make_trigger(toy_set(4), rng=rng())
