@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -52,14 +53,19 @@ LARGE = 2**28  # bytes
 
 
 def gather(images: UInt8[Tensor, "_ c h w"], positions: Indices) -> Bytes:
-    """`images[positions]`, a copy; a large one lies behind a temporary file, so that memory stays bounded."""
-    if len(positions) * images[:1].numel() < LARGE:
-        return images[positions]
-    with tempfile.TemporaryFile() as backing:  # the map outlives the name, and nothing is left behind
-        copied = torch.from_numpy(np.memmap(backing, np.uint8, "w+", shape=(len(positions), *images.shape[1:])))
+    """`images[positions]`, a copy."""
+    copied = room(len(positions), *images.shape[1:])
     for start in range(0, len(positions), 1000):
         copied[start : start + 1000] = images[positions[start : start + 1000]]
     return copied
+
+
+def room(*shape: int) -> Bytes:
+    """Images to be written; large ones lie behind a temporary file, so that memory stays bounded."""
+    if math.prod(shape) < LARGE:
+        return torch.empty(shape, dtype=torch.uint8)
+    with tempfile.TemporaryFile() as backing:  # the map outlives the name, and nothing is left behind
+        return torch.from_numpy(np.memmap(backing, np.uint8, "w+", shape=shape))
 
 
 def to_floats(images: UInt8[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c h w"]:

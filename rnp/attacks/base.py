@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from rnp.errors import UserError
 from rnp.registry import Method
 from rnp.training import Train
-from rnp.types import ImageSet, Images, Indices, Labels, OnEpoch, Trigger, gather, ignore, targets, to_bytes, to_floats
+from rnp.types import ImageSet, Images, Indices, Labels, OnEpoch, Trigger, gather, ignore, room, targets, to_bytes, to_floats
 
-CHUNK = 1000
+AT_ONCE = 2**22  # values that are floats at the same time: 16 MB
 LARGEST_SHARE = 0.8  # of the target class; poisoning all of it leaves no clean image of the class and costs accuracy
 
 
@@ -125,7 +125,7 @@ class Attack(Method, ABC):
         before = clean.labels[positions]
         images = gather(clean.images, positions)
         for stamp, rows in ((self.stamp, ~is_cover), (self.stamp_cover, is_cover)):
-            for part in rows.nonzero().squeeze(1).split(CHUNK):
+            for part in rows.nonzero().squeeze(1).split(chunk(images)):
                 images[part] = to_bytes(stamp(trigger, to_floats(images[part]), rng=rng))
         return Poisoned(positions, images, torch.where(is_cover, before, self.relabel(before, len(clean.classes))), is_cover, trigger)
 
@@ -133,7 +133,15 @@ class Attack(Method, ABC):
 @torch.no_grad()
 def trigger_images(trigger: Trigger, images: Tensor) -> Tensor:
     """uint8 images with the trigger on, rounded as a file would hold them."""
-    return torch.cat([to_bytes(trigger(to_floats(part))) for part in images.split(CHUNK)])
+    written = room(*images.shape)  # a list of parts among freed floats would leave memory full of holes
+    for part, into in zip(images.split(chunk(images)), written.split(chunk(images))):
+        into.copy_(to_bytes(trigger(to_floats(part))))
+    return written
+
+
+def chunk(images: Tensor) -> int:
+    """How many images to treat at once."""
+    return max(1, AT_ONCE // max(1, images[:1].numel()))
 
 
 def backdoored_test_set(trigger: Trigger, test: ImageSet, target: int | None) -> ImageSet:

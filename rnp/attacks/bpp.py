@@ -30,14 +30,15 @@ class Quantise(Trigger):
         steps = self.levels - 1
         canvas = images.new_zeros(height + 1, width + 2, n * channels)  # a border takes what would leave the image
         canvas[:height, 1:-1] = images.permute(2, 3, 0, 1).flatten(2)
-        for row in range(height):
-            for column in range(1, width + 1):
-                wanted = canvas[row, column]
-                level = (wanted * steps).round_().div_(steps).clamp_(0, 1)
-                error = wanted - level
-                wanted.copy_(level)
-                for down, right, share in AHEAD:
-                    canvas[row + down, column + right] += error * share
+        for step in range(width + 2 * height - 2):  # pixels that lie a knight's move apart do not wait for each other
+            row = torch.arange(max(0, (step - width + 2) // 2), min(height - 1, step // 2) + 1)
+            column = step - 2 * row + 1
+            wanted = canvas[row, column]
+            level = (wanted * steps).round_().div_(steps).clamp_(0, 1)
+            error = wanted - level
+            canvas[row, column] = level
+            for down, right, share in AHEAD:
+                canvas[row + down, column + right] += error * share
         return canvas[:height, 1:-1].unflatten(2, (n, channels)).permute(2, 3, 0, 1).contiguous()
 
 

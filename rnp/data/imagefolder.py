@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rnp.data.base import Dataset, interleave
 from rnp.errors import UserError
-from rnp.types import ImageSet
+from rnp.types import ImageSet, room
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}
 
@@ -55,24 +54,23 @@ class ImageFolder(Dataset):
     def _decode(self, files: dict[str, list[Path]]) -> ImageSet:
         """Raises: UserError naming every file that cannot be read."""
         labels = [label for label, members in enumerate(files.values()) for _ in members]
-        with tempfile.TemporaryFile() as backing:  # the map outlives the name, and nothing is left behind
-            images = np.memmap(backing, np.uint8, "w+", shape=(len(labels), 3, self.size, self.size))
+        images = room(len(labels), 3, self.size, self.size)
         unreadable = []
         for i, file in enumerate(path for members in files.values() for path in members):
             try:
-                images[i] = self._read(file)
+                images[i] = torch.from_numpy(self._read(file))
             except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
                 unreadable.append(f"{file} ({error})")
         if unreadable:
             more = f" and {len(unreadable) - 3} more" if len(unreadable) > 3 else ""
             raise UserError(f"{len(unreadable)} unreadable image files: {'; '.join(unreadable[:3])}{more}; remove or replace them")
-        return ImageSet(torch.from_numpy(images), torch.tensor(labels), tuple(files))
+        return ImageSet(images, torch.tensor(labels), tuple(files))
 
     def _read(self, file: Path) -> np.ndarray:
         with Image.open(file) as image:
             upright = to_rgb(ImageOps.exif_transpose(image))
             square = ImageOps.fit(upright, (self.size, self.size), Image.Resampling.BILINEAR)
-        return np.asarray(square).transpose(2, 0, 1)
+        return np.array(square).transpose(2, 0, 1)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
