@@ -42,5 +42,5 @@ class PruningDefence(Defence):
         """One value per neuron, low = suspicious."""
 
     def repair(self, model: nn.Module, defence_set: DefenceSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> Repaired:
-        pruned = self.prune(model, self.score(model, defence_set, rng=rng, on_epoch=on_epoch), defence_set.val)
+        pruned = self.prune(model, self.score(model, defence_set, rng=rng, on_epoch=on_epoch), defence_set.both)
         return Repaired(pruned.model, pruned.sweep, pruned.chosen)

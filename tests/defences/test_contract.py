@@ -69,7 +69,10 @@ def test_a_score_is_all_that_a_pruning_defence_needs(trained, defence_set, rng):
     assert repaired.chosen.pruned == 2 and repaired.chosen.threshold == pytest.approx(0.01)
 
 
-def test_the_sweep_is_measured_on_val(trained, toy_set, rng):
+def test_the_sweep_is_measured_on_all_of_the_defence_set(trained, toy_set, rng):
     data = toy_set(40)
     wrong = ImageSet(data.images, data.labels.roll(1), data.classes)
-    assert FirstChannels().repair(trained, DefenceSet(data, wrong), rng=rng()).sweep[0].accuracy == accuracy(trained, wrong) < 0.5
+    right, mistaken = accuracy(trained, data), accuracy(trained, wrong)
+    for defence_set in (DefenceSet(data, wrong), DefenceSet(wrong, data)):
+        first = FirstChannels().repair(trained, defence_set, rng=rng()).sweep[0]
+        assert first.accuracy == pytest.approx((right + mistaken) / 2) and mistaken < 0.5 < right
