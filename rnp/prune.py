@@ -13,8 +13,9 @@ from torch import nn
 
 from rnp.errors import UserError
 from rnp.masks import Neuron, cut, prune, ranking
+from rnp.replay import Replay
 from rnp.training import Precision, predict
-from rnp.types import ImageSet, NeuronMask
+from rnp.types import ImageSet, Labels, Logits, NeuronMask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,33 +126,34 @@ def harmless(model: nn.Module, order: list[Neuron], mask: NeuronMask, data: Imag
     the paired drop in accuracy of all that went above `epsilon`.
     """
     trial, gone = copy.deepcopy(model), []
-    measure = Meter(data, precision)
-    points = [measure(trial, 0, 0.0)]
+    replay, measure = Replay(trial, data.images, precision), Meter(data.labels)
+    points = [measure(replay.logits(), 0, 0.0)]
+    replay.keep()
     for neuron in order:
         layer, index = trial.get_submodule(neuron[0]), neuron[1]
-        kept = layer.weight[index].clone(), layer.bias[index].clone()
+        before = layer.weight[index].clone(), layer.bias[index].clone()
         cut(trial, neuron, zero_bias=zero_bias)
-        point = measure(trial, len(gone) + 1, float(mask[neuron[0]][index]))
+        point = measure(replay.logits(neuron[0]), len(gone) + 1, float(mask[neuron[0]][index]))
         if point.loss - points[-1].loss <= tolerance and point.lost <= epsilon + 1e-9:
             gone.append(neuron)
             points.append(point)
+            replay.keep()
         else:
-            layer.weight[index], layer.bias[index] = kept
+            layer.weight[index], layer.bias[index] = before
     return gone, points
 
 
 class Meter:
-    """Measures models on `data`; the first one is what the others are compared with."""
+    """Judges logits by their labels; the first ones are what the others are compared with."""
 
-    def __init__(self, data: ImageSet, precision: Precision) -> None:
-        self.data, self.precision, self.before = data, precision, None
+    def __init__(self, labels: Labels) -> None:
+        self.labels, self.before = labels, None
 
-    def __call__(self, model: nn.Module, pruned: int, threshold: float) -> Point:
-        logits = predict(model, self.data.images, precision=self.precision)
-        right = (logits.argmax(1) == self.data.labels).float()
+    def __call__(self, logits: Logits, pruned: int, threshold: float) -> Point:
+        right = (logits.argmax(1) == self.labels).float()
         self.before = right if self.before is None else self.before
         return Point(pruned=pruned, threshold=threshold, accuracy=right.mean().item(),
-                     loss=F.cross_entropy(logits, self.data.labels).item(), lost=(self.before - right).mean().item())
+                     loss=F.cross_entropy(logits, self.labels).item(), lost=(self.before - right).mean().item())
 
 
 def grid(most: int, extra: tuple[int, ...] = ()) -> list[int]:
@@ -171,8 +173,9 @@ def sorted_values(order: list[Neuron], mask: NeuronMask) -> np.ndarray:
 def sweep(model: nn.Module, order: list[Neuron], values: np.ndarray, counts: list[int], data: ImageSet, *,
           zero_bias: bool = False, precision: Precision = "fp32") -> list[Point]:
     """Accuracy on `data` of `model` without the first n neurons of `order`, for each n in `counts`."""
-    measure = Meter(data, precision)
-    return [measure(prune(model, order[:n], zero_bias=zero_bias), n, float(values[n - 1]) if n else 0.0) for n in counts]
+    measure = Meter(data.labels)
+    logits = (predict(prune(model, order[:n], zero_bias=zero_bias), data.images, precision=precision) for n in counts)
+    return [measure(each, n, float(values[n - 1]) if n else 0.0) for n, each in zip(counts, logits)]
 
 
 def last_within(points: list[Point], epsilon: float) -> Point:

@@ -1,0 +1,119 @@
+"""Forward passes of a network that changes one layer at a time: each starts behind the last part that stayed the same."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, fx, nn
+
+from rnp.training import EVAL_BATCH, Precision, autocast, device_of
+from rnp.types import Bytes, Logits, to_floats
+
+BUDGET = 2**30  # bytes of activations that are kept
+LEAVE_ALONE = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)  # they never change their input in place; activations may
+
+
+class Replay:
+    """Logits of the same images again and again, in eval mode.
+
+    Activations are kept where a single tensor connects what comes before with what comes after. A network that PyTorch
+    cannot trace runs as a whole each time.
+    """
+
+    def __init__(self, model: nn.Module, images: Bytes, precision: Precision) -> None:
+        self.model, self.precision, self.device = model.eval(), precision, device_of(model)
+        self.parts = images.split(EVAL_BATCH)
+        try:
+            self.graph = fx.symbolic_trace(model)
+        except Exception:  # whatever a tracer stumbles over, the network itself may work
+            self.graph = None
+        self.nodes = list(self.graph.graph.nodes) if self.graph else []
+        self.place = {node: i for i, node in enumerate(self.nodes)}
+        self.cuts = self._affordable(len(images)) if len(images) else []
+        self.kept: list[dict[fx.Node, Tensor]] = [{} for _ in self.parts]
+        self.fresh: list[dict[fx.Node, Tensor]] = [{} for _ in self.parts]
+        self.changed = 0
+
+    @torch.no_grad()
+    def logits(self, layer: str | None = None) -> Logits:
+        """Logits on the CPU; `layer` is all that has changed since the last `keep`, everything when it is None."""
+        used = [i for i, node in enumerate(self.nodes) if node.op == "call_module" and node.target == layer]
+        self.changed = min(used, default=0)
+        return torch.cat([self._run(i) for i in range(len(self.parts))])
+
+    def keep(self) -> None:
+        """The network stays as it was for the last logits."""
+        for kept, fresh in zip(self.kept, self.fresh):
+            for node in [node for node in kept if self.place[node] >= self.changed]:
+                del kept[node]
+            kept |= fresh
+
+    def _run(self, i: int) -> Logits:
+        with autocast(self.precision, self.device):
+            if self.graph is None:
+                return self.model(self._input(i)).float().cpu()
+            run = Recorder(self.graph, self.cuts)
+            valid = [node for node in self.kept[i] if self.place[node] < self.changed]
+            if valid:
+                start = max(valid, key=self.place.__getitem__)
+                done = {node: None for node in self.nodes[: self.place[start]] if node.op != "get_attr"}
+                logits = run.run(None, initial_env=done | {start: self.kept[i][start]})
+            else:
+                logits = run.run(self._input(i))
+            self.fresh[i] = run.seen
+            return logits.float().cpu()
+
+    def _input(self, i: int) -> Tensor:
+        return to_floats(self.parts[i].to(self.device)).contiguous(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def _affordable(self, n: int) -> list[fx.Node]:
+        """The places to keep, from the last ones on, as many as the budget allows for `n` images."""
+        if self.graph is None:
+            return []
+        run = Recorder(self.graph, connecting(self.nodes))
+        with autocast(self.precision, self.device):
+            run.run(self._input(0)[:1])
+        chosen, bytes_left = [], BUDGET // 2  # those of the last `keep`, and fresh ones beside them
+        for node, value in reversed(run.seen.items()):
+            bytes_left -= n * value.numel() * value.element_size()
+            if bytes_left < 0:
+                break
+            chosen.append(node)
+        return chosen
+
+
+class Recorder(fx.Interpreter):
+    """Runs a graph and remembers the values of some nodes."""
+
+    def __init__(self, graph: fx.GraphModule, wanted: list[fx.Node]) -> None:
+        super().__init__(graph)
+        self.wanted, self.seen = set(wanted), {}
+
+    def run_node(self, node: fx.Node) -> object:
+        value = super().run_node(node)
+        if node in self.wanted:
+            self.seen[node] = value
+        return value
+
+
+def connecting(nodes: list[fx.Node]) -> list[fx.Node]:
+    """Nodes whose value is all that later ones need, and that none of those changes in place."""
+    place = {node: i for i, node in enumerate(nodes)}
+    last = {node: max((place[user] for user in node.users), default=-1) for node in nodes}
+    found, reach = [], 0  # the last use of anything that came before
+    for i, node in enumerate(nodes):
+        alone = reach <= i and node.op not in ("placeholder", "get_attr", "output")
+        if alone and node.users and all(leaves_alone(user) for user in node.users):
+            found.append(node)
+        if node.op != "get_attr":
+            reach = max(reach, last[node])
+    return found
+
+
+def leaves_alone(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        module = node.graph.owning_module.get_submodule(node.target)
+        return isinstance(module, LEAVE_ALONE) or (isinstance(module, nn.Identity) and all(map(leaves_alone, node.users)))
+    return node.target is operator.add

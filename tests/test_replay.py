@@ -1,0 +1,101 @@
+"""A replay gives what a whole forward pass gives, and runs less of the network."""
+
+import jaxtyping
+import pytest
+import torch
+from torch import nn
+
+from rnp.masks import cut, maskable
+from rnp.models.build import Architecture
+from rnp.models.names import ARCHITECTURES
+from rnp.replay import Replay
+from rnp.training import predict
+
+SMALL = [*ARCHITECTURES, "torchvision:mobilenet_v3_small", "torchvision:densenet121"]  # SiLU in place; many live tensors
+
+
+@pytest.fixture(autouse=True)
+def unchecked(monkeypatch):
+    """PyTorch traces with stand-ins for tensors, which the checks of the test suite would refuse."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def build(arch, rng):
+    mean = torch.full((3,), 0.5)
+    width = 4 if arch in ARCHITECTURES else 0
+    return Architecture(arch=arch, width=width).build(4, 3, mean, mean, rng=rng()).eval()
+
+
+@pytest.mark.parametrize("arch", SMALL)
+def test_it_agrees_with_a_whole_pass(arch, rng, toy_set):
+    model, images = build(arch, rng), toy_set(6, size=32).images
+    layers, generator = list(maskable(model)), rng(1)
+    replay = Replay(model, images, "fp32")
+    assert torch.equal(replay.logits(), predict(model, images))
+    assert replay.cuts, "nowhere to start from"
+    replay.keep()
+    for step in range(8):
+        name = layers[int(torch.randint(len(layers), (), generator=generator))]
+        before = model.get_submodule(name).weight.detach().clone()
+        cut(model, (name, 0))
+        assert torch.allclose(replay.logits(name), predict(model, images), atol=1e-6)
+        if step % 2:
+            replay.keep()
+        else:
+            model.get_submodule(name).weight.data.copy_(before)
+
+
+@pytest.fixture
+def counted(rng):
+    """A small ResNet and the names of the convolutions that have run."""
+    model, ran = build("resnet10", rng), []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    return model, ran
+
+
+def test_only_what_follows_a_change_runs_again(counted, toy_set):
+    model, ran = counted
+    replay = Replay(model, toy_set(4, size=32).images, "fp32")
+    replay.logits()
+    replay.keep()
+    ran.clear()
+    replay.logits("net.stages.3.0.bn2")
+    assert set(ran) < {name for name, _ in model.named_modules() if name.startswith("net.stages.3")}
+    ran.clear()
+    replay.logits("net.stages.2.0.bn1")
+    replay.keep()
+    assert "net.stages.3.0.conv1" in ran and not any(name.startswith("net.stages.1") for name in ran)
+
+
+def test_without_room_everything_runs(counted, toy_set, monkeypatch):
+    monkeypatch.setattr("rnp.replay.BUDGET", 0)
+    model, ran = counted
+    replay = Replay(model, toy_set(4, size=32).images, "fp32")
+    replay.logits()
+    replay.keep()
+    ran.clear()
+    replay.logits("net.stages.3.0.bn2")
+    assert "net.conv1" in ran
+
+
+class Branching(nn.Module):
+    """What PyTorch cannot trace: its way depends on the values."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc = nn.BatchNorm2d(3), nn.Linear(3, 4)
+
+    def forward(self, x):
+        x = self.norm(x).mean((2, 3))
+        return self.fc(x) if x.sum() > 0 else self.fc(-x)
+
+
+def test_what_cannot_be_traced_runs_as_a_whole(toy_set):
+    model, images = Branching().eval(), toy_set(4).images
+    replay = Replay(model, images, "fp32")
+    first = replay.logits()
+    replay.keep()
+    cut(model, ("norm", 1))
+    assert torch.equal(replay.logits("norm"), predict(model, images)) and not torch.equal(first, predict(model, images))
