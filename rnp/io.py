@@ -266,7 +266,8 @@ def save_poisoned(path: Path, poisoned: Poisoned, attack: dict) -> None:
 
 def load_poisoned(path: Path) -> tuple[Poisoned, dict]:
     parts = [load_array(path / f"{name}.npy") for name in ("positions", "images", "labels", "covers")]
-    return Poisoned(*parts, load_trigger(path / "trigger.safetensors")), read_json(path / "attack.json")
+    attack = {name: tuple(value) if isinstance(value, list) else value for name, value in read_json(path / "attack.json").items()}
+    return Poisoned(*parts, load_trigger(path / "trigger.safetensors")), attack
 
 
 def save_mask(path: Path, mask: NeuronMask) -> None:

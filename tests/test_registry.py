@@ -54,7 +54,7 @@ def test_names_its_source(family, name):
     ("attack", "__init__", "choose from"),
     ("dataset", "cifar", "did you mean 'cifar10'?"),
     ("defence", "../io", "choose from"),
-    ("attack", "zzz", "choose from a_blend, badnets"),
+    ("attack", "zzz", "choose from a_blend, awp_attack, badnets"),
 ])
 def test_unknown_names_are_answered(family, typo, answer):
     with pytest.raises(UserError, match="unknown") as caught:

@@ -8,8 +8,7 @@ from typing import Annotated
 import torch
 from torch import nn
 
-from rnp.attacks.base import Attack, Mix
-from rnp.errors import UserError
+from rnp.attacks.base import Attack, Mix, checkerboard
 from rnp.types import ImageSet
 
 
@@ -27,13 +26,4 @@ class BadNets(Attack):
     margin: Annotated[int, "pixels between patch and border"] = 0
 
     def make_trigger(self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None) -> Mix:
-        channels, height, width = clean.shape
-        reach = self.size + self.margin
-        if not 1 <= self.size <= reach <= min(height, width):
-            raise UserError(f"a patch of size {self.size} with margin {self.margin} does not fit {height}x{width} images")
-        pattern, weight = torch.zeros(channels, height, width), torch.zeros(1, height, width)
-        square = (..., slice(height - reach, height - self.margin), slice(width - reach, width - self.margin))
-        line = torch.arange(self.size)
-        pattern[square] = ((line + line.unsqueeze(1)) % 2 == 0).float()
-        weight[square] = 1
-        return Mix(pattern, weight)
+        return checkerboard(clean.shape, self.size, self.margin)

@@ -214,3 +214,20 @@ def waves(shape: tuple[int, int, int], *, rng: torch.Generator, count: int = 8) 
     image = (2 * math.pi * (fy * y + fx * x + phase)).cos().sum(1)  # [c, h, w]
     low, high = image.amin((1, 2), keepdim=True), image.amax((1, 2), keepdim=True)
     return (image - low) / (high - low).clamp_min(1e-6)
+
+
+def checkerboard(shape: tuple[int, int, int], size: int, margin: int = 0) -> Mix:
+    """A black and white square in the lower right corner, `margin` pixels from the border, the same in all channels.
+
+    Raises: UserError when it does not fit.
+    """
+    channels, height, width = shape
+    reach = size + margin
+    if not 1 <= size <= reach <= min(height, width):
+        raise UserError(f"a patch of size {size} with margin {margin} does not fit {height}x{width} images")
+    pattern, weight = torch.zeros(channels, height, width), torch.zeros(1, height, width)
+    square = (..., slice(height - reach, height - margin), slice(width - reach, width - margin))
+    line = torch.arange(size)
+    pattern[square] = ((line + line.unsqueeze(1)) % 2 == 0).float()
+    weight[square] = 1
+    return Mix(pattern, weight)

@@ -27,8 +27,9 @@ def poison(choice: ChooseAttack, *attacks: Attack, pool: Path, twin: Path, out: 
     poisoned = attack.poison(clean, rng=generator(seed, "poison"), surrogate=surrogate)
     save_poisoned(out, poisoned, {"attack": attack.name, **dataclasses.asdict(attack)})
     first = torch.cat([(~poisoned.covers).nonzero()[:4], poisoned.covers.nonzero()[:2]]).squeeze(1)
-    originals = to_floats(clean.images[poisoned.positions[first]])
-    trigger_grid(report / "triggers.png", originals, poisoned.trigger(originals), to_floats(poisoned.images[first]))
+    stored = to_floats(poisoned.images[first]) if len(first) else None  # an attack on the weights changes no image
+    originals = to_floats(clean.images[poisoned.positions[first]] if len(first) else clean.images[:6])
+    trigger_grid(report / "triggers.png", originals, poisoned.trigger(originals), stored)
     write_json(report / "metrics.json", {
         "poisoned": int((~poisoned.covers).sum()), "covers": int(poisoned.covers.sum()), "pool": len(clean),
         "largest_change": float((poisoned.trigger(originals) - originals).abs().max()),

@@ -14,6 +14,10 @@ from rnp.types import ImageSet
 N, CLASSES, TARGET = 100, 5, 2
 
 
+# For what is said of poisoned images: the attack on weights has none, and tests/attacks/test_awp_attack.py says so.
+poisons = pytest.mark.parametrize("kind", [name for name in registry.names("attack") if name != "awp_attack"], indirect=True)
+
+
 @pytest.fixture(params=registry.names("attack"))
 def kind(request):
     return registry.load("attack", request.param)
@@ -50,6 +54,7 @@ def test_only_chosen_images_change(attack, clean, surrogate, rng):
     assert torch.equal(after.images[poisoned.positions], poisoned.images) and after.classes == clean.classes
 
 
+@poisons
 @pytest.mark.parametrize("rate", [0.1, 0.03, 0.15])
 def test_the_rate_is_a_share_of_the_whole_set(rate, attack, clean, surrogate, rng):
     attack = dataclasses.replace(attack, poison_rate=rate, cover_rate=0.05)
@@ -58,6 +63,7 @@ def test_the_rate_is_a_share_of_the_whole_set(rate, attack, clean, surrogate, rn
     assert poisoned.positions.diff().min() > 0, "positions ascend, none comes twice"
 
 
+@poisons
 def test_labels(attack, clean, surrogate, rng):
     """Covers keep theirs; the others get the target label, which clean-label attacks find there already."""
     attack = dataclasses.replace(attack, cover_rate=0.1)
@@ -75,6 +81,7 @@ def test_the_input_and_the_global_generator_stay_as_they_are(attack, clean, surr
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@poisons
 def test_the_seed_decides(attack, clean, surrogate, rng):
     one, same, other = (attack.poison(clean, rng=rng(seed), surrogate=surrogate) for seed in (1, 1, 2))
     for name in ("positions", "images", "labels", "covers"):
@@ -134,6 +141,7 @@ def test_training_returns_a_model_and_the_final_trigger(attack, clean, surrogate
     assert not model.training and predict(model, final(clean.floats())).isfinite().all()
 
 
+@poisons
 def test_all_to_all_sends_each_class_to_the_next(kind, attack, clean, surrogate, rng, toy_set):
     if kind.clean_label:
         with pytest.raises(UserError, match="labels all_to_all needs changed labels"):

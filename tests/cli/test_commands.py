@@ -101,6 +101,18 @@ def test_the_same_seed_gives_the_same_bytes(finished, run, name):
         assert file.read_bytes() == (old / file.relative_to(fresh) if fresh.is_dir() else old).read_bytes(), file
 
 
+def test_an_attack_that_poisons_no_image(run):
+    """Poisoning writes no image and shows clean ones with the trigger; training edits the model that it then writes."""
+    attack = ["--attack", "awp_attack", "--awp_attack.poison_rate", "0.1", "--awp_attack.steps", "2"]
+    assert run("poison", *attack) == 0
+    found = json.loads(Path("reports/poison/metrics.json").read_text())
+    assert found["poisoned"] == found["covers"] == 0 and 0.4 < found["largest_change"] <= 0.51
+    assert len(np.load("data/poisoned/positions.npy")) == 0 and Path("reports/poison/triggers.png").exists()
+    assert run("train") == 0
+    rows = rnp.io.read_rows(Path("reports/train/history.csv"))
+    assert len(rows) > 1 and json.loads(Path("data/triggered/attack.json").read_text())["attack"] == "awp_attack"
+
+
 def test_another_seed_gives_another_mask(finished, run):
     assert run("recover", "--seed", "1") == 0
     assert Path("models/recovered/mask.safetensors").read_bytes() != (finished / "models/recovered/mask.safetensors").read_bytes()
