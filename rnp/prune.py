@@ -82,8 +82,8 @@ class Prune:
     def __call__(self, model: nn.Module, mask: NeuronMask, clean: ImageSet) -> Pruned:
         """`clean` is all that the defender holds; nothing is random, `model` is left unchanged.
 
-        The images that the masks were optimised on count too: the model that is pruned was not. On 500 + 500 images of
-        CIFAR-10 the choice costs half the accuracy on new images that it costs when made on 500.
+        The images that the masks were optimised on count too: the model that is pruned was trained on none of them, and the
+        more images judge it, the less the choice fits them.
         """
         order = ranking(mask)
         most = min(len(order), max(1, int(self.max_fraction * sum(len(v) for v in mask.values()))))

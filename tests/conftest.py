@@ -1,6 +1,7 @@
 """Toys that the tests share: generators, images that colour alone tells apart, a network with two BatchNorm layers."""
 
 import copy
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,15 @@ from rnp.types import ImageSet
 COLOURS = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 1.0]])
 
 torch.set_num_threads(1)  # the toys are too small to share
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_environment():
+    """What a user has set for real runs does not reach the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("RNP_")]:
+            patch.delenv(name)
+        yield
 
 
 class Toy(nn.Module):
