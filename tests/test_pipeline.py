@@ -62,6 +62,7 @@ def test_declared_code_is_imported_code(stage):
     assert missing == set(), f"{stage} imports these, dvc.yaml does not list them"
     unused = [d for d in code_deps(stage) if "${" not in d and not any(covered(p, [d]) for p in needed)]
     by_name = {"prepare": ["rnp/data"]} | dict.fromkeys(("poison", "train", "detect"), ["rnp/features.py"])
+    by_name["defend"] = [path for name in names("defence") for path in closure(f"rnp.defences.{name}")]
     assert [d for d in unused if d not in by_name.get(stage, [])] == [], f"{stage} lists these and does not import them"
 
 
@@ -82,6 +83,12 @@ def test_defenders_import_no_attack(stage):
 def test_no_attack_imports_another(attack):
     """Stages depend on the file of the attack in use alone, so that a new one retrains nothing."""
     assert {path for path in closure(f"rnp.attacks.{attack}") if others(path)} == {f"rnp/attacks/{attack}.py"}
+
+
+@pytest.mark.parametrize("defence", names("defence"))
+def test_the_code_of_every_defence_is_declared(defence):
+    declared = [dep.replace("${key}", defence) for dep in code_deps("defend")]
+    assert {path for path in closure(f"rnp.defences.{defence}") if not covered(path, [*declared, *PLUMBING])} == set()
 
 
 @pytest.mark.parametrize("stage", sorted(STAGES))

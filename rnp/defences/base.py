@@ -44,3 +44,9 @@ class PruningDefence(Defence):
     def repair(self, model: nn.Module, defence_set: DefenceSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> Repaired:
         pruned = self.prune(model, self.score(model, defence_set, rng=rng, on_epoch=on_epoch), defence_set.both)
         return Repaired(pruned.model, pruned.sweep, pruned.chosen)
+
+
+def highest_first(values: NeuronMask) -> NeuronMask:
+    """A score from values that are high where suspicious: deviations below the mean of the layer, so that layers compare."""
+    below = lambda value: (value.mean() - value) / value.std(correction=0).clamp_min(1e-12)
+    return {name: below(value).cpu() for name, value in values.items()}

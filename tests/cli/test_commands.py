@@ -113,6 +113,18 @@ def test_an_attack_that_poisons_no_image(run):
     assert len(rows) > 1 and json.loads(Path("data/triggered/attack.json").read_text())["attack"] == "awp_attack"
 
 
+def test_a_defence_that_trains_nothing(run):
+    """It has no epoch to tell of; DVC wants the history all the same."""
+    assert run("defend ft", "--steps", "1") == 0 and rnp.io.read_rows(Path("reports/defend/ft/history.csv"))
+    with guard():
+        cli(["defend", "bnp", "--model", "models/backdoored.safetensors", "--defence", "data/defence",
+             "--out", "bnp.safetensors", "--report", "reports/defend/bnp"], standalone_mode=False)
+    assert rnp.io.read_rows(Path("reports/defend/bnp/history.csv")) == []
+    found = json.loads(Path("reports/defend/bnp/metrics.json").read_text())
+    rows = rnp.io.read_rows(Path("reports/defend/bnp/sweep.csv"))
+    assert found["pruned"] == int(rows[-1]["pruned"]) and Path("bnp.safetensors").exists()
+
+
 def test_another_seed_gives_another_mask(finished, run):
     assert run("recover", "--seed", "1") == 0
     assert Path("models/recovered/mask.safetensors").read_bytes() != (finished / "models/recovered/mask.safetensors").read_bytes()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rnp import registry
-from rnp.defences.base import PruningDefence
+from rnp.defences.base import PruningDefence, highest_first
 from rnp.masks import maskable, ones, prune
 from rnp.prune import Prune
 from rnp.training import accuracy
@@ -76,3 +76,10 @@ def test_the_sweep_is_measured_on_all_of_the_defence_set(trained, toy_set, rng):
     for defence_set in (DefenceSet(data, wrong), DefenceSet(wrong, data)):
         first = FirstChannels().repair(trained, defence_set, rng=rng()).sweep[0]
         assert first.accuracy == pytest.approx((right + mistaken) / 2) and mistaken < 0.5 < right
+
+
+def test_high_values_become_low_scores_that_compare_across_layers():
+    values = {"a": [0.0, 2.0], "b": [100.0, 100.0, 100.0, 500.0], "c": [7.0]}
+    found = highest_first({name: torch.tensor(each) for name, each in values.items()})
+    assert found["a"].tolist() == [1, -1] and found["c"].tolist() == [0]
+    assert found["b"].tolist() == pytest.approx([3**-0.5] * 3 + [-(3**0.5)])

@@ -1,0 +1,45 @@
+"""Which convolution feeds which BatchNorm: seen in a forward pass, since the order of modules does not say."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from rnp.errors import UserError
+from rnp.masks import maskable
+from rnp.training import predict
+from rnp.types import Bytes
+
+
+def feeding(model: nn.Module, images: Bytes) -> dict[str, str]:
+    """For each maskable layer the name of the convolution whose output it normalises, and nothing but that output.
+
+    `images` are any that the model takes; one is enough. `model` is left unchanged.
+
+    Raises: UserError when a layer normalises anything else; those of pre-activation networks normalise sums.
+    """
+    made: dict[int, tuple[Tensor, int, str]] = {}  # the tensors are kept, so that no id serves twice
+    fed: dict[str, str] = {}
+
+    def leave(name: str, output: Tensor) -> None:
+        made[id(output)] = output, output._version, name
+
+    def enter(name: str, given: Tensor) -> None:
+        output, version, convolution = made.get(id(given), (None, 0, ""))
+        if output is not None and version == given._version:  # a sum in place is the same tensor in a later version
+            fed[name] = convolution
+
+    layers = maskable(model)
+    handles = [module.register_forward_hook(lambda _, inputs, output, name=name: leave(name, output))
+               for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    handles += [layer.register_forward_pre_hook(lambda _, inputs, name=name: enter(name, inputs[0]))
+                for name, layer in layers.items()]
+    try:
+        predict(model, images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in layers:
+        if name not in fed:
+            raise UserError(f"layer {name} does not normalise the output of a convolution, so its channels have no kernel;"
+                            " choose a defence that needs none, or an architecture with BatchNorm after each convolution")
+    return {name: fed[name] for name in layers}

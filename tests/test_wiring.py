@@ -1,0 +1,59 @@
+"""Which convolution feeds which BatchNorm."""
+
+import pytest
+import torch
+from torch import nn
+
+from rnp.errors import UserError
+from rnp.masks import maskable
+from rnp.models.build import Architecture
+from rnp.wiring import feeding
+
+
+@pytest.mark.parametrize("arch", ["resnet10", "resnet50", "mobilenet_v2", "vgg19_bn"])
+def test_the_names_say_who_feeds_whom(arch, toy_set, rng, unchanged):
+    """`bn2` belongs to `conv2`, the shortcut's second module to its first."""
+    model = Architecture(arch=arch, width=2).build(4, 3, torch.zeros(3), torch.ones(3), rng=rng()).train()
+    found = feeding(unchanged(model), toy_set(1, size=32).images)
+    assert list(found) == list(maskable(model)) and model.training
+    for layer, convolution in found.items():
+        name = layer.rpartition(".")[2]
+        expected = str(int(name) - 1) if name.isdigit() else name.replace("bn", "conv")
+        assert convolution.rpartition(".")[2] == expected and convolution.rpartition(".")[0] == layer.rpartition(".")[0]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Crossed(nn.Module):
+    """Built in another order than it runs; `how` is what happens between the first convolution and its BatchNorm."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.norm_b, self.norm_a = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.b, self.a = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.how, self.same = how, nn.Identity()
+
+    def forward(self, x):
+        y = self.a(x)
+        if self.how == "in place":
+            y += x
+        elif self.how == "sum":
+            y = y + x
+        return self.norm_b(self.b(self.norm_a(self.same(y)))).mean((2, 3))
+
+
+def test_the_order_of_modules_does_not_matter(toy_set):
+    assert feeding(Crossed("nothing"), toy_set(1).images) == {"norm_b": "b", "norm_a": "a"}
+
+
+@pytest.mark.parametrize("how", ["in place", "sum"])
+def test_a_sum_has_no_kernel(how, toy_set):
+    model = Crossed(how)
+    with pytest.raises(UserError, match="layer norm_a does not normalise the output of a convolution"):
+        feeding(model, toy_set(1).images)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_pre_activation_networks_are_refused(toy_set, rng):
+    model = Architecture(arch="preactresnet18", width=2).build(4, 3, torch.zeros(3), torch.ones(3), rng=rng())
+    with pytest.raises(UserError, match=r"layer net\.stages\.0\.1\.bn1 .* choose a defence that needs none"):
+        feeding(model, toy_set(1, size=32).images)
