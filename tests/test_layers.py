@@ -15,7 +15,7 @@ LAYERS = (
     ("rnp.io", "rnp.plots", "rnp.tracking"),
     ("rnp.attacks", "rnp.defences", "rnp.detection"),
     ("rnp.unlearn", "rnp.recover", "rnp.prune"),
-    ("rnp.training", "rnp.augment", "rnp.masks", "rnp.replay", "rnp.wiring", "rnp.metrics", "rnp.features",
+    ("rnp.training", "rnp.augment", "rnp.masks", "rnp.replay", "rnp.wiring", "rnp.metrics", "rnp.features", "rnp.unet",
      "rnp.models", "rnp.data"),
     ("rnp.types", "rnp.registry", "rnp.errors", "rnp.memory"),
 )

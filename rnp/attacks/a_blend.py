@@ -16,7 +16,7 @@ from rnp.types import ImageSet, Images, Trigger
 
 @dataclass(frozen=True, kw_only=True)
 class ABlend(Attack):
-    """Drawn at random: the pattern, which images are poisoned, and for every poisoned or cover image which pieces of it show.
+    """Drawn at random: the pattern, which images are poisoned, and for each of them and of the covers which pieces show.
 
     Expected: CA near the twin's, ASR lower than Blend's and different from seed to seed.
     Source: Qi et al., ICLR 2023, Revisiting the assumption of latent separability, section 4.2.

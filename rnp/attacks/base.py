@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -231,3 +232,13 @@ def checkerboard(shape: tuple[int, int, int], size: int, margin: int = 0) -> Mix
     pattern[square] = ((line + line.unsqueeze(1)) % 2 == 0).float()
     weight[square] = 1
     return Mix(pattern, weight)
+
+
+def trainable_copy(surrogate: nn.Module | None, attack: str) -> nn.Module:
+    """A copy in training mode, every weight free.
+
+    Raises: UserError when there is none to copy.
+    """
+    if surrogate is None:
+        raise UserError(f"{attack} trains its generator against a benign model; pass surrogate=")
+    return copy.deepcopy(surrogate).requires_grad_().train()

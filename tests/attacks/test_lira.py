@@ -1,0 +1,100 @@
+"""The noise is as large as `eps` allows, differs from image to image, and is learnt by a model that never saw its making."""
+
+import pytest
+import torch
+
+from rnp.attacks.base import backdoored_test_set
+from rnp.attacks.lira import LIRA, Noise
+from rnp.errors import UserError
+from rnp.training import Train, accuracy, predict
+from rnp.unet import DEPTH, draw_unet, unet
+
+LAST = f"bias{2 * DEPTH - 1}"
+
+
+@pytest.fixture
+def weights(rng):
+    return {name: value.detach() for name, value in draw_unet(3, 3, 4, rng=rng(), device=torch.device("cpu")).items()}
+
+
+@pytest.mark.parametrize("bias, change", [(0.0, 0.0), (100.0, 0.1), (-100.0, -0.1), (0.5, 0.1 * 0.46212)])
+def test_the_formula_by_hand(bias, change, weights, toy_set):
+    """With all weights at 0 the network puts out its last bias: clip(x + eps * tanh(bias))."""
+    zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
+    trigger, images = Noise(torch.tensor(0.1), **zeros | {LAST: torch.full((3,), bias)}), toy_set(4).floats()
+    images[0], images[1] = 0, 1
+    assert torch.allclose(trigger(images), (images + change).clamp(0, 1), atol=1e-5)
+
+
+def test_any_size_will_do(weights):
+    for size in ((8, 8), (9, 13), (33, 8)):
+        assert unet(torch.full((2, 3, *size), 0.3), weights).shape == (2, 3, *size)
+
+
+@pytest.mark.parametrize("border, seen", [("replicate", False), ("constant", True)])
+def test_a_flat_image_has_a_visible_border_or_none(border, seen, weights):
+    made = unet(torch.full((1, 3, 16, 16), 0.8), weights, border=border)
+    assert made.abs().max() > 0.1 and ((made.amax((2, 3)) - made.amin((2, 3))).max() > 1e-3) == seen
+
+
+def test_eps_bounds_the_change_and_train_eps_does_not(toy_set, trained, rng):
+    clean = toy_set(80)
+    trigger = LIRA(eps=0.02, train_eps=0.3).make_trigger(clean, rng=rng(), surrogate=trained)
+    change = (trigger(clean.floats()) - clean.floats()).abs()
+    assert 0.015 < change.max() <= 0.02 + 1e-6
+
+
+def test_every_image_gets_its_own_noise(toy_set, trained, rng):
+    clean = toy_set(80)
+    images = clean.floats()
+    change = LIRA().make_trigger(clean, rng=rng(), surrogate=trained)(images) - images
+    assert (change - change.roll(1, 0)).flatten(1).abs().amax(1).min() > 0.01
+
+
+def test_a_fresh_model_learns_the_backdoor_in_eval_mode(toy_set, toy_model, trained, rng):
+    """Public code splits clean and triggered batches, whereupon clean accuracy holds in train mode alone."""
+    clean, test = toy_set(160), toy_set(80, seed=1)
+    attack = LIRA(poison_rate=0.25, target_label=1, eps=0.1, epochs=10, surrogate_lr=1e-2)
+    poisoned = attack.poison(clean, rng=rng(), surrogate=trained)
+    recipe = Train(epochs=15, batch_size=8, lr=0.1, precision="fp32")
+    model = recipe(toy_model(seed=1, width=16), poisoned.apply(clean), rng=rng())
+    triggered = backdoored_test_set(poisoned.trigger, test, 1)
+    assert accuracy(model, test) >= 0.95
+    assert (predict(model, triggered.images).argmax(1) == 1).float().mean() >= 0.9
+    assert (predict(trained, triggered.images).argmax(1) == 1).float().mean() <= 0.3, "the noise alone is no attack"
+
+
+def test_clean_and_triggered_images_share_a_forward_pass(toy_set, toy_model, rng):
+    seen = []
+
+    class Watched(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = toy_model()
+
+        def forward(self, images):
+            seen.append((len(images), self.training))
+            return self.net(images)
+
+    LIRA(batch_size=20, epochs=1).make_trigger(toy_set(40), rng=rng(), surrogate=Watched().eval())
+    assert seen == [(40, True)] * 2
+
+
+@pytest.mark.parametrize("epochs, steps, expected", [(2, 100, 8), (100, 3, 3)])
+def test_cost_is_bounded_by_passes_and_by_steps(epochs, steps, expected, toy_set, trained, rng, monkeypatch):
+    calls = []
+    monkeypatch.setattr(Noise, "forward", lambda self, images: calls.append(1) or images + 0 * self.bias0.sum())
+    LIRA(epochs=epochs, steps=steps, batch_size=10).make_trigger(toy_set(40), rng=rng(), surrogate=trained)
+    assert len(calls) == expected
+
+
+def test_a_surrogate_is_needed(toy_set, rng):
+    with pytest.raises(UserError, match="lira trains its generator against a benign model; pass surrogate="):
+        LIRA().make_trigger(toy_set(40), rng=rng())
+
+
+@pytest.mark.parametrize("options", [{"eps": 0}, {"eps": 13}, {"train_eps": 2}, {"alpha": 1}, {"alpha": -0.1}, {"steps": 0},
+                                     {"lr": 0}, {"width": 0}])
+def test_impossible_settings_are_refused(options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        LIRA(**options)
