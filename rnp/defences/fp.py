@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from rnp.augment import Augment
-from rnp.defences.base import Defence, Repaired
+from rnp.defences.base import Repaired, TuningDefence
 from rnp.errors import UserError
 from rnp.features import features, head
 from rnp.prune import Meter, Point, last_within
-from rnp.training import EVAL_BATCH, Precision, cross_entropy, device_of, fit, steps_per_epoch
+from rnp.training import EVAL_BATCH, device_of
 from rnp.types import DefenceSet, ImageSet, OnEpoch, ignore, to_floats
 
 
 @dataclass(frozen=True, kw_only=True)
-class FP(Defence):
+class FP(TuningDefence):
     """Fine-pruning: the channels that feed the classifier, by mean activation; what is pruned stays so in fine-tuning.
 
     Source: Liu et al., RAID 2018, "Fine-pruning"; the fine-tuning is that of the defence `ft`, but shorter.
@@ -30,24 +28,16 @@ class FP(Defence):
 
     epsilon: Annotated[float, "accuracy that pruning may cost on the defence set, as a fraction"] = 0.04
     max_fraction: Annotated[float, "share of the features that may be pruned at all"] = 0.6
-    lr: Annotated[float, "learning rate at the start"] = 0.01
-    momentum: Annotated[float, "SGD momentum"] = 0.9
-    weight_decay: Annotated[float, "SGD weight decay"] = 5e-4
-    batch_size: Annotated[int, "images per step"] = 64
-    steps: Annotated[int, "optimiser steps"] = 200
-    precision: Annotated[Precision, "arithmetic of the fine-tuning; auto takes bf16 where the hardware has it"] = "auto"
-    augment: Augment = Augment()
+    steps: Annotated[int, "optimiser steps of the fine-tuning"] = 200
 
     def __post_init__(self) -> None:
-        for name in ("lr", "batch_size", "steps"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"fp.{name} must be above 0, got {getattr(self, name):g}")
+        super().__post_init__()
         for name in ("epsilon", "max_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"fp.{name} must be in [0, 1), got {getattr(self, name):g}; it is a fraction, not percent")
 
     def repair(self, model: nn.Module, defence_set: DefenceSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> Repaired:
-        tuned, per_epoch = copy.deepcopy(model), steps_per_epoch(len(defence_set.train), self.batch_size)
+        tuned = copy.deepcopy(model)
         kept, chosen = self.prune(tuned.eval(), defence_set.both)
 
         @torch.no_grad()
@@ -55,12 +45,7 @@ class FP(Defence):
             head(tuned).weight.mul_(kept)
 
         cut()
-        optimiser = torch.optim.SGD(tuned.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-        fit(tuned.train(), defence_set.train, objective=cross_entropy(tuned), optimiser=optimiser, epochs=self.steps,
-            max_steps=self.steps, batch_size=self.batch_size, rng=rng, augment=self.augment, precision=self.precision,
-            schedule=lambda epoch: (1 + math.cos(math.pi * min(1.0, epoch * per_epoch / self.steps))) / 2, after_step=cut,
-            on_epoch=on_epoch)
-        return Repaired(tuned.eval(), chosen=chosen)
+        return Repaired(self.tune(tuned, defence_set.train, rng=rng, after_step=cut, on_epoch=on_epoch), chosen=chosen)
 
     @torch.no_grad()
     def prune(self, model: nn.Module, clean: ImageSet) -> tuple[Tensor, Point]:

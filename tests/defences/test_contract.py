@@ -12,6 +12,8 @@ from rnp.prune import Prune
 from rnp.training import accuracy
 from rnp.types import DefenceSet, ImageSet
 
+TOY = {"fst": {"steps": 200, "alpha": 0.02}}  # a fresh classifier needs its steps, and finds only eight features
+
 
 @pytest.fixture(params=registry.names("defence"))
 def defence(request):
@@ -19,7 +21,7 @@ def defence(request):
     method = registry.load("defence", request.param)()
     short = {field.name: min(getattr(method, field.name), 20) for field in dataclasses.fields(method)
              if field.name in ("steps", "epochs", "rounds")}
-    return dataclasses.replace(method, **short)
+    return dataclasses.replace(method, **(short | TOY.get(request.param, {})))
 
 
 @pytest.fixture
