@@ -355,6 +355,8 @@ def test_an_array_of_objects_is_never_unpickled(file, folder):
 
 
 def test_the_source_knows_no_unpickling():
-    word = re.compile(r"\btorch\.(load|save)\b|\b(import|from) (pickle|joblib|dill)\b|allow_pickle=True")
+    word = re.compile(r"\btorch\.(?:load|save)\([^\n]*|\b(?:import|from) (?:pickle|joblib|dill)\b|allow_pickle=True")
     files = list((Path(io.__file__).parent).rglob("*.py"))
-    assert len(files) > 30 and [f.name for f in files if word.search(f.read_text())] == []
+    found = {file.name: word.findall(file.read_text()) for file in files}
+    (opened,) = found.pop("quarantine.py")  # the one place for strangers' files
+    assert "weights_only=True" in opened and len(found) > 30 and not any(found.values())

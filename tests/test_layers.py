@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("stages",),
     ("rnp.cli", "rnp.__main__"),
-    ("rnp.io", "rnp.plots", "rnp.tracking"),
+    ("rnp.io", "rnp.plots", "rnp.tracking", "rnp.quarantine"),
     ("rnp.attacks", "rnp.defences"),
     ("rnp.detection",),
     ("rnp.unlearn", "rnp.recover", "rnp.prune"),
@@ -76,7 +76,7 @@ def external(file: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("module", ["rnp.cli.main", "rnp.registry", "rnp.cli.list", "stages.publish"])
+@pytest.mark.parametrize("module", ["rnp.cli.main", "rnp.registry", "rnp.cli.list", "rnp.quarantine", "stages.publish"])
 def test_light_modules_import_nothing_heavy(module):
     code = f"import sys, {module}; print(sorted({{'torch', 'mlflow', 'matplotlib', 'scipy', 'numpy'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
