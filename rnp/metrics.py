@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,16 @@ class Share:
             return float("nan"), float("nan")
         low, high = binomtest(self.hits, self.n).proportion_ci(0.95, method="wilson")
         return float(low), float(high)
+
+
+def paired_interval(worse: int, better: int, n: int) -> tuple[float, float]:
+    """95 % interval of (worse - better) / n, where of `n` pairs `worse` turned wrong and `better` turned right.
+
+    Source: Bonett and Price, Journal of Educational and Behavioral Statistics, 2012: one is added to each of the two counts.
+    """
+    a, b, m = worse + 1, better + 1, n + 2
+    difference, half = (a - b) / m, 1.959964 * math.sqrt((a + b) / m - ((a - b) / m) ** 2) / math.sqrt(m)
+    return max(-1.0, difference - half), min(1.0, difference + half)
 
 
 def class_shares(predicted: Labels, labels: Labels, k: int) -> Float[Tensor, "k"]:

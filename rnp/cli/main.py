@@ -31,6 +31,8 @@ COMMANDS = {
     "report": "Write one self-contained page about everything.",
     "rows": "Append finished runs to a table of results.",
     "table": "Print finished runs as one table, with means over seeds.",
+    "purify": "Repair a stranger's model with a folder of clean images.",
+    "inspect": "Say what is odd about a stranger's model; change nothing.",
     "convert": "Take the weights out of a stranger's checkpoint, as safetensors.",
     "gallery": "Write the page that shows every attack.",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -29,11 +30,12 @@ def fields(cls: type, prefix: str = "") -> Iterator[tuple[str, object, str, obje
         yield f"{prefix}{field.name}", hint, text, default
 
 
-def options(cls: type, prefix: str = "") -> Callable:
-    """A decorator that gives a click command one option per hyperparameter of `cls`."""
+def options(cls: type, prefix: str = "", like: object = None) -> Callable:
+    """A decorator that gives a click command one option per hyperparameter of `cls`; defaults are those of `like`, if given."""
 
     def decorate(command: Callable) -> Callable:
         for name, hint, text, default in reversed(list(fields(cls, prefix))):
+            default = default if like is None else operator.attrgetter(name.removeprefix(prefix))(like)
             command = click.option(*declaration(name, hint), **settings(hint), default=default, help=text, show_default=True)(command)
         return command
 
@@ -96,12 +98,14 @@ def command(name: str, *hyperparameters: type | tuple[type, str], inputs: tuple[
         if seed:
             run = click.option("--seed", type=int, default=0, show_default=True, help="where all random numbers come from")(run)
         run = click.option("--report", type=PATH, required=True, help="folder for metrics, history and figures")(run)
-        for made in reversed(outs):
-            run = click.option(f"--{made}", type=PATH, required=True, help="what this stage makes")(run)
+        for out in reversed(outs):
+            run = click.option(f"--{out}", type=PATH, required=True, help="what this stage makes")(run)
         for read in reversed(inputs):
             run = click.option(f"--{read}", type=click.Path(path_type=Path, exists=True), required=True,
                                help="what an earlier stage made")(run)
-        return click.command(name)(run)
+        made = click.command(name)(run)
+        made.work = function  # for those who have the options already
+        return made
 
     return decorate
 

@@ -48,8 +48,10 @@ FIGURES = {  # stage/name -> what is seen, what it says
 }
 
 
-def page(reports: Path, params: dict, out: Path) -> None:
+def page(reports: Path, params: dict, out: Path, stranger: dict | None = None) -> None:
     """Write to `out` the report on `reports`, a folder per stage; stages that are absent are left out.
+
+    `stranger` is what `rnp purify` knows of a model and images that no stage made.
 
     Raises: UserError when a metrics file is damaged.
     """
@@ -60,16 +62,20 @@ def page(reports: Path, params: dict, out: Path) -> None:
     for stage, path in found(reports, "*.png"):
         figures.setdefault(stage, []).append(figure(stage, path))
     labels = metrics.get("detect", {}).get("labels", {})
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "words": words, "seconds": seconds}
-    text = environment.get_template("report.html.j2").render(
+    text = environment().get_template("report.html.j2").render(
         metrics=metrics, figures=figures, params=dict(leaves(params)), measures=MEASURES,
         numbers={stage: dict(leaves(values)) for stage, values in metrics.items()}, times=times, took=dict(took(times)),
         labels={name: decided(label) for name, label in labels.items()}, verdict=list(verdict(metrics)),
-        seed=params.get("seed"), versions=dict(versions()),
+        seed=params.get("seed"), versions=dict(versions()), stranger=stranger,
     )
     with whole(out) as draft:
         draft.write_bytes(text.encode(errors="replace"))
+
+
+def environment() -> Environment:
+    made = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    made.filters |= {"number": number, "words": words, "seconds": seconds, "signed": lambda value: f"{value:+.3f}"}
+    return made
 
 
 def found(reports: Path, pattern: str) -> Iterator[tuple[str, Path]]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 from rnp.data.base import Dataset, interleave
 from rnp.errors import UserError
 from rnp.types import ImageSet, room
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")  # others, such as EPS, start programs
+MOST_PIXELS = 50_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,19 +63,35 @@ class ImageFolder(Dataset):
         unreadable = []
         for i, file in enumerate(path for members in files.values() for path in members):
             try:
-                images[i] = torch.from_numpy(self._read(file))
-            except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+                images[i] = read_image(file, self.size)
+            except Unreadable as error:
                 unreadable.append(f"{file} ({error})")
         if unreadable:
             more = f" and {len(unreadable) - 3} more" if len(unreadable) > 3 else ""
             raise UserError(f"{len(unreadable)} unreadable image files: {'; '.join(unreadable[:3])}{more}; remove or replace them")
         return ImageSet(images, torch.tensor(labels), tuple(files))
 
-    def _read(self, file: Path) -> np.ndarray:
-        with Image.open(file) as image:
-            upright = to_rgb(ImageOps.exif_transpose(image))
-            square = ImageOps.fit(upright, (self.size, self.size), Image.Resampling.BILINEAR)
-        return np.array(square).transpose(2, 0, 1)
+
+class Unreadable(Exception):
+    """Why a file gives no image."""
+
+
+def read_image(file: Path, size: int) -> UInt8[Tensor, "3 h w"]:
+    """The file as [3, size, size]: upright, its shorter side resized, its middle cut out; the first frame of several.
+
+    Raises: Unreadable, also for more than `MOST_PIXELS`, which a small file may hold, and for formats that are no photograph's.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise Unreadable(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
+                upright = to_rgb(ImageOps.exif_transpose(image))
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning, SyntaxError,
+            ValueError, EOFError) as error:
+        raise Unreadable(" ".join(str(error).split()) or type(error).__name__) from error
+    return torch.from_numpy(np.array(ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from rnp.errors import UserError
 from rnp.models import plain, resnet
-from rnp.models.names import ARCHITECTURES, TORCHVISION
+from rnp.models.names import ARCHITECTURES, TIMM, TORCHVISION
 from rnp.registry import suggest
 from rnp.types import ImageSet
 
@@ -27,6 +29,24 @@ TABLE: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v2": plain.MobileNetV2,
 }
 assert TABLE.keys() == ARCHITECTURES.keys()
+TYPED: dict[str, Callable[..., nn.Module]] = {}
+"""Functions that the user named as `module:function`. A file that names one is not believed: it could name any code."""
+
+
+def typed(arch: str) -> None:
+    """Let `arch` be used in this process when it reads `package.module:function`; other names are left to `Architecture`.
+
+    The function returns a network and takes the number of classes as `num_classes`, if at all.
+
+    Raises: UserError when there is no such function.
+    """
+    module, _, function = arch.partition(":")
+    if not function or arch.startswith((TORCHVISION, TIMM)):
+        return
+    try:
+        TYPED[arch] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"no function {function!r} can be imported from {module!r}: {error}") from error
 
 
 class Classifier(nn.Module):
@@ -46,11 +66,13 @@ class Classifier(nn.Module):
 class Architecture:
     """Which network to build."""
 
-    arch: Annotated[str, "architecture: `rnp list` names ours; torchvision:NAME takes any torchvision classifier"] = "resnet18"
+    arch: Annotated[str, "architecture: `rnp list` names ours; torchvision:NAME and timm:NAME take those of these packages"] = "resnet18"
     width: Annotated[int, "channels of the first stage; 0 takes the published width; ours only"] = 0
 
     def __post_init__(self) -> None:
-        if not self.arch.startswith(TORCHVISION) and self.arch not in ARCHITECTURES:
+        if ":" in self.arch and not self.arch.startswith((TORCHVISION, TIMM)) and self.arch not in TYPED:
+            raise UserError(f"architecture {self.arch!r} is a function, which runs only where it is typed: --arch {self.arch}")
+        if ":" not in self.arch and self.arch not in ARCHITECTURES:
             raise UserError(f"unknown architecture {self.arch!r}{suggest(self.arch, [*ARCHITECTURES, TORCHVISION + 'resnet18'])}")
         if self.width < 0:
             raise UserError(f"width must be 0 (the published one) or more, got {self.width}")
@@ -61,6 +83,11 @@ class Architecture:
             torch.manual_seed(int(torch.randint(2**31, (), generator=rng)))
             if self.arch.startswith(TORCHVISION):
                 net = self._torchvision(classes, channels)
+            elif self.arch.startswith(TIMM):
+                net = self._timm(classes, channels)
+            elif self.arch in TYPED:
+                takes = inspect.signature(TYPED[self.arch]).parameters
+                net = TYPED[self.arch](**({"num_classes": classes} if "num_classes" in takes else {}))
             else:
                 net = TABLE[self.arch](classes, channels=channels, width=self.width or ARCHITECTURES[self.arch])
                 initialise(net)
@@ -76,6 +103,16 @@ class Architecture:
             raise UserError(f"torchvision's networks take 3 channels, the images have {channels}; choose one of our architectures")
         own = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}  # else they return tuples
         return models.get_model(name, weights=None, num_classes=classes, **own)
+
+    def _timm(self, classes: int, channels: int) -> nn.Module:
+        try:
+            import timm
+        except ImportError as error:
+            raise UserError(f"{self.arch} needs the package timm: pip install 'rnp[timm]'") from error
+        name = self.arch.removeprefix(TIMM)
+        if not timm.is_model(name):
+            raise UserError(f"timm has no network {name!r}{suggest(name, timm.list_models())}")
+        return timm.create_model(name, num_classes=classes, in_chans=channels)
 
 
 def initialise(net: nn.Module) -> None:

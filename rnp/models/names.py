@@ -1,6 +1,7 @@
 """The names of our architectures and the width of their first stage; apart, because listing them needs no torch."""
 
 TORCHVISION = "torchvision:"
+TIMM = "timm:"
 ARCHITECTURES = {
     "resnet10": 64,
     "resnet18": 64,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rnp.data.imagefolder import ImageFolder
+from rnp.data.imagefolder import ImageFolder, read_image
 from rnp.errors import UserError
 
 SIZE = 8
@@ -68,7 +68,7 @@ def test_a_large_folder_becomes_a_memory_map_that_leaves_no_file(tmp_path, monke
 
 def decoded(path) -> np.ndarray:
     """[h, w, 3] as the data set sees the file."""
-    return ImageFolder(size=SIZE)._read(path).transpose(1, 2, 0)
+    return read_image(path, SIZE).permute(1, 2, 0).numpy()
 
 
 @pytest.mark.parametrize("name, make, colour", [

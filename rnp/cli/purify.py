@@ -1,0 +1,56 @@
+"""Repair a stranger's model with a folder of clean images."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from rnp.cli.examination import PRUNE, SEARCH, Subject, summary
+from rnp.cli.examination import purify as repair
+from rnp.cli.options import build, options
+from rnp.detection.triggers.neural_cleanse import NeuralCleanse
+from rnp.prune import Prune
+from rnp.quarantine import printable
+from rnp.recover import Recover
+from rnp.unlearn import Unlearn
+
+
+def about_the_subject(function: Callable) -> Callable:
+    """The arguments and options that `purify` and `inspect` share."""
+    for decorate in (
+        options(NeuralCleanse, "search.", SEARCH), options(Unlearn, "unlearn."), options(Subject),
+        click.option("--mlflow/--no-mlflow", default=False, help="keep a run in MLflow too"),
+        click.option("--seed", type=int, default=0, show_default=True, help="where all random numbers come from"),
+        click.option("--clean", required=True, help="clean images: a folder with a folder per class, a folder of images,"
+                     " a .csv or .parquet of path and label, torchvision:NAME, or a defence set of the pipeline"),
+        click.argument("model", type=click.Path(path_type=Path)),
+    ):
+        function = decorate(function)
+    return function
+
+
+def typed_command() -> str:
+    return shlex.join(["rnp", *sys.argv[1:]])
+
+
+@click.command()
+@options(Prune, "prune.", PRUNE)
+@options(Recover, "recover.")
+@about_the_subject
+@click.option("-o", "--out", type=click.Path(path_type=Path, file_okay=False), required=True,
+              help="folder for the repaired model and the report")
+def purify(model: Path, clean: str, out: Path, seed: int, mlflow: bool, **values: object) -> None:
+    """Repair MODEL: unlearn, recover, prune, with clean images alone.
+
+    OUT gets purified.safetensors, report.html, report.json, modelcard.md and masks.csv. MODEL itself is opened once, as
+    `rnp convert` does, and never changed.
+    """
+    parts = {name: build(cls, values, f"{name}.") for name, cls in
+             (("unlearn", Unlearn), ("recover", Recover), ("prune", Prune), ("search", NeuralCleanse))}
+    result = repair(model, clean, out, subject=build(Subject, values), seed=seed, mlflow=mlflow, command=typed_command(), **parts)
+    for line in [*summary(result), f"{out / 'purified.safetensors'}, and {out / 'report.html'}, which says what was not tested"]:
+        click.echo(printable(line))

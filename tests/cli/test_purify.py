@@ -1,0 +1,180 @@
+"""A stranger's file and a folder of images, through `rnp purify` and `rnp inspect`, as a defender types them."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import rnp
+from rnp import io
+from rnp.cli.examination import Subject
+from rnp.cli.main import cli, guard
+from rnp.detection.triggers.neural_cleanse import NeuralCleanse
+from rnp.errors import UserError
+from rnp.metrics import paired_interval
+from rnp.models.build import Architecture
+from rnp.recover import Recover
+from rnp.training import Train
+from rnp.types import DefenceSet
+from rnp.unlearn import Unlearn
+
+QUICK = ["--unlearn.epochs", "6", "--unlearn.lr", "0.05", "--recover.steps", "4", "--search.steps", "3", "--search.batch_size", "2"]
+NET = ["--arch", "resnet10", "--width", "4", "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25", "--size", "16"]
+NAMES = ("bird<b>", "class1", "class2", "class3")
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory, toy_set, rng):
+    """model.safetensors with a network's own names, clean/CLASS/*.png, and a pipeline's model with its defence set."""
+    folder = tmp_path_factory.mktemp("stranger")
+    architecture, half, quarter = Architecture(arch="resnet10", width=4), torch.full((3,), 0.5), torch.full((3,), 0.25)
+    model = architecture.build(4, 3, half, quarter, rng=rng())
+    Train(epochs=6, batch_size=16, lr=0.1, precision="fp32")(model, toy_set(160, size=16), rng=rng())
+    save_file({name: value.contiguous() for name, value in model.net.state_dict().items()}, folder / "model.safetensors")
+    data = toy_set(60, size=16, seed=5)
+    for i, (image, label) in enumerate(zip(data.images, data.labels)):
+        (folder / "clean" / NAMES[label]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "clean" / NAMES[label] / f"{i}.png")
+    io.save_model(folder / "backdoored.safetensors", model, architecture, data.classes)
+    io.save_defence_set(folder / "defence", DefenceSet(data, toy_set(60, size=16, seed=6)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def purified(scene):
+    done = CliRunner().invoke(cli, ["purify", str(scene / "model.safetensors"), "--clean", str(scene / "clean"), "-o",
+                                    str(scene / "out"), *NET, *QUICK], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return scene / "out", done.output
+
+
+def test_what_is_written(purified):
+    out, _ = purified
+    assert sorted(file.name for file in out.iterdir()) == ["masks.csv", "modelcard.md", "purified.safetensors", "report.html",
+                                                           "report.json"]
+
+
+def test_only_scales_of_the_pruned_neurons_change(purified, scene):
+    out, _ = purified
+    before, after = load_file(scene / "model.safetensors"), load_file(out / "purified.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    report = json.loads((out / "report.json").read_text())
+    assert changed == {f"{layer.removeprefix('net.')}.weight" for layer in report["prune"]["layers"]}
+    zeros = sum(int(((after[name] == 0) & (before[name] != 0)).sum()) for name in changed)
+    assert zeros == report["prune"]["pruned"]
+
+
+def test_the_report_holds_what_was_measured(purified, scene):
+    out, output = purified
+    report = json.loads((out / "report.json").read_text())
+    assert report["inputs"] == {str(scene / "model.safetensors"): io.sha256(scene / "model.safetensors")}
+    assert report["outputs"] == {name: io.sha256(out / name) for name in ("purified.safetensors", "masks.csv")}
+    assert report["images"] | {"source": ""} == {"source": "", "optimised on": 30, "chosen with": 60, "labelled": True, "skipped": 0}
+    assert report["classes"] == {str(i): name for i, name in enumerate(NAMES)} and report["model"]["outputs"] == 4
+    assert report["accuracy_before"]["n"] == 60 and report["cost"]["n"] == 30 and report["seed"] == 0
+    low, high = report["cost"]["interval"]
+    assert low < report["cost"]["value"] < high and high - low > 0.05, "thirty images cannot tell more"
+    assert set(report["labels"]) == {"class_shares", "neural_cleanse_index"} and report["versions"]["rnp"]
+    assert report["settings"]["recover"]["steps"] == 4 and "Any trigger" in report["not_tested"][0]
+    assert f"pruned {report['prune']['pruned']} of {report['prune']['neurons']} neurons" in output
+
+
+def test_the_page_and_the_card(purified):
+    out, _ = purified
+    page, card = (out / "report.html").read_text(), (out / "modelcard.md").read_text()
+    assert "bird&lt;b&gt;" in page and "bird<b>" not in page and "No triggered image was tested" in page
+    assert page.count("data:image/png;base64,") == 4 and not re.search(r"""(src|href)=["']?(?!data:)\w""", page)
+    digest = io.sha256(out / "purified.safetensors")
+    assert digest in page and digest in card and "Any trigger" in card and "| before |" in card
+    for text in (page, card):  # design: what was measured, never a promise
+        assert not re.search(r"\b(is|now|model) (clean|safe|backdoor-free)\b", text, re.I)
+
+
+@pytest.mark.skipif(not (shutil.which("chromium") or shutil.which("google-chrome")), reason="needs Chromium")
+def test_the_page_opens_in_a_browser(purified, tmp_path):
+    out, _ = purified
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    probe = "<script>document.title = [...document.images].filter(i => i.complete && i.naturalWidth > 100).length + ' pictures'</script>"
+    (tmp_path / "page.html").write_text((out / "report.html").read_text().replace("</body>", f"{probe}</body>"))
+    done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+                           (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=100)
+    assert "<title>4 pictures</title>" in done.stdout, done.stderr[-500:]
+
+
+def test_the_result_is_the_pipelines(scene, tmp_path):
+    """With the defence set that the pipeline's stages read, the same settings and the same seed."""
+    model, defence = scene / "backdoored.safetensors", scene / "defence"
+    unlearn = ["--lr", "0.05", "--epochs", "6"]
+    for arguments in (["unlearn", "--model", model, "--defence", defence, "--out", tmp_path / "u", *unlearn, "--seed", 3],
+                      ["recover", "--unlearned", tmp_path / "u", "--defence", defence, "--out", tmp_path / "r", "--steps", 4, "--seed", 3],
+                      ["prune", "--model", model, "--masks", tmp_path / "r", "--defence", defence, "--out", tmp_path / "p"]):
+        done = CliRunner().invoke(cli, [*map(str, arguments), "--report", str(tmp_path / "reports" / arguments[0])], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    result = rnp.purify(model, defence, tmp_path / "out", seed=3, unlearn=Unlearn(lr=0.05, epochs=6), recover=Recover(steps=4),
+                        search=NeuralCleanse(steps=2, batch_size=2), prune=rnp.cli.examination.Prune())
+    assert result["outputs"]["purified.safetensors"] == io.sha256(tmp_path / "p" / "model.safetensors")
+    assert (tmp_path / "out" / "masks.csv").read_bytes() == (tmp_path / "r" / "mask.csv").read_bytes()
+
+
+def test_inspection_changes_nothing(scene, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["inspect", str(scene / "model.safetensors"), "--clean", str(scene / "clean"), *NET, *QUICK[:4], *QUICK[6:]]
+    done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert done.exit_code == 0 and "label by class_shares" in done.output and os.listdir() == []
+    done = CliRunner().invoke(cli, [*arguments, "-o", "report"], catch_exceptions=False)
+    assert done.exit_code == 0 and sorted(os.listdir("report")) == ["report.html", "report.json"]
+
+
+def test_images_without_labels(scene, tmp_path):
+    """The model's own confident answers serve, and the report says so."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in (scene / "clean").rglob("*.png"):
+        shutil.copy(file, flat)
+    subject = Subject(arch="resnet10", width=4, mean="0.5,0.5,0.5", std="0.25,0.25,0.25", size=16, confidence=0.3)
+    result = rnp.inspect(scene / "model.safetensors", flat, subject=subject, unlearn=Unlearn(lr=0.05, epochs=6),
+                         search=NeuralCleanse(steps=2, batch_size=2))
+    assert not result["images"]["labelled"] and "no labels" in result["warnings"][0]
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (["--size", "9", "--images", "19"], "images must be at least 20, got 19"), (["--confidence", "1"], r"confidence must be in \[0, 1\)"),
+    (["--mean", "a,b"], "--mean takes numbers"), (["--classes", "a,b"], "4 outputs, but 2 classes are named"),
+    (["--classes", "a,b,c,d"], "images of class"), (["--arch", "resnet18"], "another architecture"),
+])
+def test_mistakes_end_in_one_line(scene, tmp_path, change, words, capsys):
+    with pytest.raises(SystemExit) as end, guard():
+        cli(["purify", str(scene / "model.safetensors"), "--clean", str(scene / "clean"), "-o", str(tmp_path / "out"), *NET, *change],
+            standalone_mode=False)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and re.search(words, said) and said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_too_few_images(scene, tmp_path):
+    with pytest.raises(UserError, match="gives 15 usable images, at least 20 are needed"):
+        rnp.inspect(scene / "model.safetensors", scene / "clean" / "class1", subject=Subject(
+            arch="resnet10", width=4, mean="0.5,0.5,0.5", std="0.25,0.25,0.25", size=16, confidence=0))
+
+
+def test_the_package_lends_two_functions():
+    assert callable(rnp.purify) and callable(rnp.inspect)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        rnp.nothing
+
+
+def test_the_paired_interval_in_closed_form():
+    """(12 - 5) / 102 with a variance of (17 / 102 - (7 / 102)^2) / 102."""
+    low, high = paired_interval(11, 4, 100)
+    half = 1.959964 * ((17 / 102 - (7 / 102) ** 2) / 102) ** 0.5
+    assert (low, high) == pytest.approx((7 / 102 - half, 7 / 102 + half))
+    low, high = paired_interval(0, 0, 10)
+    assert low == -high and high > 0, "no image turned, yet ten do not prove that none would"
