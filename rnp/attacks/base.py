@@ -151,6 +151,19 @@ def backdoored_test_set(trigger: Trigger, test: ImageSet, target: int | None) ->
     return ImageSet(trigger_images(trigger, victims.images), victims.labels, test.classes)
 
 
+@torch.no_grad()
+def covered_test_set(attack: Attack, trigger: Trigger, test: ImageSet, *, rng: torch.Generator) -> ImageSet:
+    """The same images as covers, under their true labels: a model with the backdoor as it is meant still classifies them.
+
+    For `dynamic` that is the cross-trigger accuracy, for the noise mode of `wanet` that under other warps.
+    """
+    victims = test.subset(others(test.labels, attack.target).nonzero().squeeze(1))
+    images = room(*victims.images.shape)
+    for part, into in zip(victims.images.split(chunk(images)), images.split(chunk(images))):
+        into.copy_(to_bytes(attack.stamp_cover(trigger, to_floats(part), rng=rng)))
+    return ImageSet(images, victims.labels, test.classes)
+
+
 def others(labels: Tensor, target: int | None) -> Tensor:
     """Which labels differ from the target; all of them where there is none."""
     return torch.ones_like(labels, dtype=torch.bool) if target is None else labels != target

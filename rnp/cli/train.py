@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rnp.attacks.base import backdoored_test_set
+from rnp.attacks.base import backdoored_test_set, covered_test_set
 from rnp.cli.options import command, generator
 from rnp.cli.progress import progress
 from rnp.io import History, load_images, load_model, load_poisoned, save_images, save_model, save_trigger, whole, write_json
@@ -35,6 +35,9 @@ def train(architecture: Architecture, recipe: Train, *, pool: Path, poisoned: Pa
     reason = gate_reason(scores, accuracy_twin, attack.gate)
     facts = {"gate": not reason, "gate_reason": reason, "clean_accuracy_twin": accuracy_twin, "n_clean": len(tests),
              "n_triggered": len(attacked)}
+    if attack.cover_rate:
+        covered = covered_test_set(attack, trigger, tests, rng=generator(seed, "train/covers"))
+        facts["cover_accuracy"] = accuracy(model, covered, precision=recipe.precision)
 
     save_model(out, model, architecture, data.classes)
     with whole(triggered) as draft:

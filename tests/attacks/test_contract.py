@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rnp import io, registry
-from rnp.attacks.base import backdoored_test_set
+from rnp.attacks.base import backdoored_test_set, covered_test_set
 from rnp.errors import UserError
 from rnp.training import Train, predict
 from rnp.types import ImageSet
@@ -133,6 +133,16 @@ def test_the_set_for_asr_holds_the_other_classes_under_true_labels(trigger, clea
     assert triggered.images.dtype == torch.uint8
     exact = trigger(test.subset(kept.nonzero().squeeze(1)).floats()) * 255
     assert (triggered.images - exact).abs().max() <= 0.501, "rounded, not cut"
+
+
+def test_the_set_of_covers_holds_the_same_images_as_covers(attack, trigger, clean, toy_set, rng):
+    test = toy_set(24, classes=CLASSES, seed=4)
+    triggered, covered = backdoored_test_set(trigger, test, attack.target), covered_test_set(attack, trigger, test, rng=rng())
+    assert torch.equal(covered.labels, triggered.labels) and covered.images.shape == triggered.images.shape
+    again = covered_test_set(attack, trigger, test, rng=rng())
+    assert torch.equal(covered.images, again.images)
+    plain = test.subset((test.labels != attack.target).nonzero().squeeze(1)).images
+    assert not torch.equal(covered.images, plain), "a cover carries something"
 
 
 def test_training_returns_a_model_and_the_final_trigger(attack, clean, surrogate, toy_model, trigger, rng):

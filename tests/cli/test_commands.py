@@ -19,7 +19,8 @@ TRAIN = ["--epochs", "1", "--batch_size", "64", "--augment.crop", "0", "--precis
 CHAIN = {
     "prepare": "--out data --report reports/prepare --set digits --digits.size 16 --defence_train 100 --defence_val 100",
     "twin": "--pool data/pool --test data/test --out models/twin.safetensors --report reports/twin NET TRAIN",
-    "poison": "--pool data/pool --twin models/twin.safetensors --out data/poisoned --report reports/poison --attack blend",
+    "poison": "--pool data/pool --twin models/twin.safetensors --out data/poisoned --report reports/poison --attack blend"
+              " --blend.cover_rate 0.05",
     "train": "--pool data/pool --poisoned data/poisoned --test data/test --twin models/twin.safetensors"
              " --out models/backdoored.safetensors --triggered data/triggered --report reports/train NET TRAIN",
     "unlearn": "--model models/backdoored.safetensors --defence data/defence --out models/unlearned --report reports/unlearn"
@@ -80,6 +81,7 @@ def test_metrics_of_the_whole_chain(finished):
     assert set(found["oracle"]) >= {"clean_accuracy", "attack_success_rate", "neurons_pruned"}
     assert set(found["models"]) == {"backdoored", "rnp", "unlearned", "recovered", "twin", "ft", "oracle"}
     assert found["n_triggered"] < found["n_clean"]  # no image of the target class
+    assert 0 <= json.loads((finished / "reports/train/metrics.json").read_text())["cover_accuracy"] <= 1  # there were covers
     chosen = json.loads((finished / "reports/prune/metrics.json").read_text())
     assert found["neurons_pruned"] == chosen["pruned"] <= found["neurons"] * 0.1
 
