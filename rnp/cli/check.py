@@ -45,7 +45,7 @@ def read_params(path: Path) -> dict:
 def sections() -> dict[str, list[tuple[type, str]]]:
     """For each section of params.yaml the classes whose fields are its keys, with their prefixes."""
     from rnp.cli.choice import ChooseAttack, ChooseSet
-    from rnp.cli.detect import Detect
+    from rnp.cli.detect import Detect, detectors
     from rnp.cli.evaluate import Evaluate
     from rnp.data.base import Split
     from rnp.models.build import Architecture
@@ -69,7 +69,7 @@ def sections() -> dict[str, list[tuple[type, str]]]:
         "recover": [(Recover, "")],
         "prune": [(Prune, "")],
         "defences": family("defence"),
-        "detect": [(Detect, "")],
+        "detect": [(Detect, ""), *detectors()],
         "evaluate": [(Evaluate, "")],
     }
 

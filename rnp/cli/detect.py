@@ -5,8 +5,10 @@ The detectors see the defender's images and the models; the triggered test set s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,15 +16,11 @@ from typing import Annotated, Literal
 import torch
 
 from rnp.cli.options import command, generator
-from rnp.detection.base import RecoveredTrigger, SampleDetector, iou, iou_top_k, judge
-from rnp.detection.labels.class_shares import ClassShares
-from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
-from rnp.detection.samples.confidence import Confidence
-from rnp.detection.samples.strip import Strip
-from rnp.detection.triggers.neural_cleanse import NeuralCleanse
+from rnp.detection.base import LabelVerdict, RecoveredTrigger, SampleDetector, iou, iou_top_k, judge
 from rnp.errors import UserError
 from rnp.io import load_defence_set, load_images, load_model, load_trigger, read_json, read_trajectory, save_tensors, write_json
 from rnp.plots import recovered_triggers, roc
+from rnp.registry import Method, load, names, suggest
 from rnp.training import predict
 from rnp.types import DefenceSet, ImageSet
 
@@ -32,51 +30,66 @@ class Detect:
     images: Annotated[int, "clean test images, and as many triggered ones, among which the latter are to be found"] = 500
     trigger_model: Annotated[Literal["0.8", "0.5", "0.2"], "unlearned checkpoint, by its accuracy, to recover triggers from"] = "0.5"
     sample_model: Annotated[Literal["0.8", "0.5", "0.2"], "unlearned checkpoint, by its accuracy, to find samples with"] = "0.2"
-    neural_cleanse: NeuralCleanse = NeuralCleanse()
-    class_shares: ClassShares = ClassShares()
-    strip: Strip = Strip()
+    labels: Annotated[tuple[str, ...], "detectors of the label to ask"] = ("class_shares", "neural_cleanse_index", "mm_bd")
+    samples: Annotated[tuple[str, ...], "detectors of triggered images to ask"] = (
+        "confidence", "strip", "badexpert", "spectral_signatures", "activation_clustering")
 
     def __post_init__(self) -> None:
         if self.images < 10:
             raise UserError(f"detect.images must be at least 10, got {self.images}")
+        for family in ("labels", "samples"):
+            if not getattr(self, family):
+                raise UserError(f"detect.{family} must name at least one detector")
+            for name in getattr(self, family):
+                if name not in names(family):
+                    raise UserError(f"detect.{family}: unknown detector {name!r}{suggest(name, names(family))}")
 
 
-@command("detect", Detect, inputs=("model", "unlearned", "defence", "test", "triggered"))
-def detect(options: Detect, *, model: Path, unlearned: Path, defence: Path, test: Path, triggered: Path, out: Path,
+def detectors() -> list[tuple[type[Method], str]]:
+    """Every detector, with the prefix of its options."""
+    return [(load(family, name), f"{name}.") for family in ("triggers", "labels", "samples") for name in names(family)]
+
+
+@command("detect", Detect, *detectors(), inputs=("model", "unlearned", "defence", "test", "triggered"))
+def detect(options: Detect, *methods: Method, model: Path, unlearned: Path, defence: Path, test: Path, triggered: Path, out: Path,
            report: Path, seed: int) -> None:
     """Write the recovered triggers to OUT, and to REPORT how right each detector was."""
     victim, _, classes = load_model(model)
     clean, attack = load_defence_set(defence), read_json(triggered / "attack.json")
     target, truth = attack["target_label"], load_trigger(triggered / "trigger.safetensors")
-    seconds = {}
+    ask_for, clock = {method.name: method for method in methods}, Clock()
 
     found: dict[str, list[RecoveredTrigger]] = {}
-    for name, net in (("backdoored", victim), ("unlearned", checkpoint(unlearned, options.trigger_model))):
-        start = time.perf_counter()
-        found[name] = options.neural_cleanse.recover(net, clean.train, rng=generator(seed, f"triggers/{name}"))
-        seconds[f"triggers_{name}"] = time.perf_counter() - start
+    nets = {"backdoored": victim, "unlearned": checkpoint(unlearned, options.trigger_model)}
+    for name, net in nets.items():
+        with clock(f"triggers_{name}"):
+            found[name] = ask_for["neural_cleanse"].recover(net, clean.train, rng=generator(seed, f"triggers/{name}"))
     save_tensors(out, {f"{name}.{part}": torch.stack([getattr(t, part) for t in triggers])
                        for name, triggers in found.items() for part in ("mask", "pattern")}, {"kind": "recovered triggers"})
 
-    index = NeuralCleanseIndex(recovery=options.neural_cleanse)
-    shares = options.class_shares
-    verdicts = {
-        "class_shares": shares.verdict(shares.from_trajectory(read_trajectory(unlearned / "trajectory.csv"))),
-        "neural_cleanse_index": index.verdict(index.from_triggers(found["backdoored"])),
-        "neural_cleanse_index_unlearned": index.verdict(index.from_triggers(found["unlearned"])),
-    }
+    verdicts: dict[str, LabelVerdict] = {}
+    for name in options.labels:
+        detector = ask_for[name]
+        if name == "class_shares":  # it looks at the whole way to the collapse, which the unlearned model has behind it
+            verdicts[name] = detector.verdict(detector.from_trajectory(read_trajectory(unlearned / "trajectory.csv")))
+            continue
+        for net in nets:
+            with clock(f"labels_{suffixed(name, net)}"):
+                scores = (detector.from_triggers(found[net]) if name == "neural_cleanse_index" else
+                          detector.score(nets[net], clean.train, rng=generator(seed, f"labels/{name}")))
+            verdicts[suffixed(name, net)] = detector.verdict(scores)
 
     tests = load_images(test)
     best = {name: triggers[smallest(triggers) if target is None else target] for name, triggers in found.items()}
     images, positives, targets = screened(tests, load_images(triggered / "test"), target, options.images)
     weak = checkpoint(unlearned, options.sample_model)
     samples, curves = {}, {}
-    for detector in (Confidence(), options.strip):
-        start = time.perf_counter()
-        scores = ask(detector, victim, images, clean, weak, seed)
-        seconds[f"samples_{detector.name}"] = time.perf_counter() - start
-        samples[detector.name] = dataclasses.asdict(judge(scores[0], positives, targets, scores[1]))
-        curves[detector.name] = curve(scores[0], positives)
+    for name in options.samples:
+        with clock(f"samples_{name}"):
+            scores = ask(ask_for[name], victim, images, clean, weak, seed)
+        samples[name] = dataclasses.asdict(judge(scores[0], positives, targets, scores[1]))
+        samples[name]["asks_unlearned"] = ask_for[name].asks_unlearned
+        curves[name] = curve(scores[0], positives)
 
     example = tests.subset(torch.tensor([0])).floats()
     support = truth.support
@@ -94,7 +107,24 @@ def detect(options: Detect, *, model: Path, unlearned: Path, defence: Path, test
                           "correct": verdict.label == target} for name, verdict in verdicts.items()},
         "samples": samples,
     })
-    write_json(report / "seconds.json", seconds)
+    write_json(report / "seconds.json", clock.seconds)
+
+
+class Clock:
+    """Seconds by name: `with clock("name"): work`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+def suffixed(detector: str, net: str) -> str:
+    return detector if net == "backdoored" else f"{detector}_{net}"
 
 
 def checkpoint(unlearned: Path, level: str) -> torch.nn.Module:

@@ -202,7 +202,7 @@ def verdicts(case: Case, unlearned: Path, search: NeuralCleanse, seed: int, repo
     """Which label a backdoor would have, by two detectors, and the trigger that comes nearest to one for it."""
     names, model, clean = case.defence.train.classes, case.adopted.model, case.defence.train
     triggers = search.recover(model, clean, rng=generator(seed, "triggers/backdoored"))
-    shares, index = ClassShares(), NeuralCleanseIndex(recovery=search)
+    shares, index = ClassShares(), NeuralCleanseIndex()
     named = {"class_shares": shares.verdict(shares.from_trajectory(read_trajectory(unlearned / "trajectory.csv"))),
              "neural_cleanse_index": index.verdict(index.from_triggers(triggers))}
     smallest = min(triggers, key=lambda trigger: trigger.l1 if trigger.gain > 0.5 else math.inf)

@@ -25,6 +25,12 @@ COLUMNS = (
     "n_triggered", "torch", "seconds_poison", "settings", "made",
 )
 KEY = ("preset", "attack", "defence", "seed")
+DETECTION_COLUMNS = (
+    "preset", "attack", "seed", "gate", "task", "detector", "model", "label_correct", "label", "margin", "auroc", "auprc",
+    "base_rate", "tpr_at_5_fpr", "fpr", "fpr_target_class", "iou", "l1", "attack_success_rate", "gain", "seconds", "device",
+    "version", "torch", "settings", "made",
+)
+DETECTION_KEY = ("preset", "attack", "seed", "task", "detector", "model")
 
 
 def machine() -> str:
@@ -45,7 +51,8 @@ def settings(params: dict[str, object], attack: str, defence: str) -> str:
 
     `params` are flat, as MLflow keeps them. Rows are comparable where the first digest is the same.
     """
-    own = {"rnp": ("unlearn.", "recover.", "prune."), "none": ()}.get(defence, (f"defences.{defence}.",))
+    own = {"rnp": ("unlearn.", "recover.", "prune."), "none": (), "detect": ("unlearn.", "detect.")}.get(
+        defence, (f"defences.{defence}.",))
     shared = ("data.", f"datasets.{params['data.set']}.", "model.", "train.", *own)
 
     def digest(prefixes: tuple[str, ...]) -> str:
@@ -95,7 +102,41 @@ def row(reports: Path, params: dict, defence: str) -> dict[str, object]:
         if defence == "rnp":
             values |= {name: found[name] for name in ("neurons_pruned", "neurons", "threshold")}
             values |= {f"oracle_{name}": found["oracle"][name] for name in MEASURES[:2]}
-    return {name: f"{values[name]:.5g}" if isinstance(values.get(name), float) else values.get(name, "") for name in COLUMNS}
+    return written(values, COLUMNS)
+
+
+def detection_rows(reports: Path, params: dict) -> list[dict[str, object]]:
+    """What the detectors of one run found: a row per task, detector and model."""
+    import torch
+
+    flat = dict(leaves(params))
+    trained, found, attack = (read_json(reports / "train" / "metrics.json"), read_json(reports / "detect" / "metrics.json"),
+                              flat["poison.attack"])
+    for stage in ("poison", "train", "unlearn", "detect"):
+        check_fresh(stage, read_json(reports / stage / "run.json")["params"], params)
+    seconds = read_json(reports / "detect" / "seconds.json")
+    common = {
+        "preset": flat["preset"], "attack": attack, "seed": flat["seed"], "gate": str(trained["gate"]).lower(),
+        "device": machine(), "version": importlib.metadata.version("rnp"), "torch": torch.__version__,
+        "settings": settings(flat, attack, "detect"), "made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}",
+    }
+    rows = []
+    for model, values in found["triggers"].items():
+        rows.append({"task": "triggers", "detector": "neural_cleanse", "model": model, "attack_success_rate": values["success"],
+                     "seconds": seconds.get(f"triggers_{model}"), **values})
+    for name, values in found["labels"].items():
+        model = "unlearned" if name == "class_shares" or name.endswith("_unlearned") else "backdoored"
+        rows.append({"task": "labels", "detector": name.removesuffix("_unlearned"), "model": model,
+                     "label_correct": str(values["correct"]).lower(), "seconds": seconds.get(f"labels_{name}"), **values})
+    for name, values in found["samples"].items():
+        rows.append({"task": "samples", "detector": name, "model": "unlearned" if values["asks_unlearned"] else "backdoored",
+                     "seconds": seconds.get(f"samples_{name}"), **values})
+    return [written(common | each, DETECTION_COLUMNS) for each in rows]
+
+
+def written(values: dict[str, object], columns: tuple[str, ...]) -> dict[str, object]:
+    """A row as the table holds it."""
+    return {name: f"{values[name]:.5g}" if isinstance(values.get(name), float) else values.get(name, "") for name in columns}
 
 
 @click.command()
@@ -103,11 +144,15 @@ def row(reports: Path, params: dict, defence: str) -> dict[str, object]:
 @click.option("--reports", type=click.Path(path_type=Path, exists=True), default="reports", show_default=True)
 @click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True)
 @click.option("--defence", default="rnp", show_default=True, help="rnp, another defence of the run, or none: the backdoored model")
-def rows(table: Path, reports: Path, params: Path, defence: str) -> None:
-    """Put the finished run of this folder into TABLE (a CSV); an older row of the same preset, attack, defence and seed goes."""
-    new = row(reports, read_params(params), defence)
+@click.option("--detection", is_flag=True, help="what the detectors found instead: a row per task, detector and model")
+def rows(table: Path, reports: Path, params: Path, defence: str, detection: bool) -> None:
+    """Put the finished run of this folder into TABLE (a CSV), in place of its older rows there."""
+    settings = read_params(params)
+    new = detection_rows(reports, settings) if detection else [row(reports, settings, defence)]
+    columns, key = (DETECTION_COLUMNS, DETECTION_KEY) if detection else (COLUMNS, KEY)
     old = read_rows(table) if table.exists() else []
-    if old and list(old[0]) != list(COLUMNS):
+    if old and list(old[0]) != list(columns):
         raise UserError(f"{table} has other columns than rows of this version; write to a new file")
-    kept = [each for each in old if any(each[name] != str(new[name]) for name in KEY)]
-    write_rows(table, sorted([*kept, new], key=lambda each: [str(each[name]) for name in KEY]))
+    identity = lambda each: [str(each[name]) for name in key]
+    taken = [identity(each) for each in new]
+    write_rows(table, sorted([*new, *(each for each in old if identity(each) not in taken)], key=identity))

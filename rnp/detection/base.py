@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from rnp.features import head
 from rnp.registry import Method
-from rnp.types import Bytes, ImageSet, Images
+from rnp.training import predict
+from rnp.types import Bytes, ImageSet, Images, Labels
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,9 @@ class LabelDetector(Method, ABC):
 class SampleDetector(Method, ABC):
     """Which images carry a trigger? A high score is suspicious."""
 
+    asks_unlearned: ClassVar[bool] = False
+    """Whether the unlearned model is part of the method."""
+
     @abstractmethod
     def score(self, model: nn.Module, images: Bytes, clean: ImageSet, *, rng: torch.Generator,
               unlearned: nn.Module | None = None) -> Float[Tensor, "n"]:
@@ -144,6 +149,17 @@ def judge(scores: Float[Tensor, "n"], triggered: Bool[Tensor, "n"], target_class
 def threshold(defence: Float[Tensor, "m"], fpr: float = 0.05) -> float:
     """The score above which an image is flagged: it lets all but `fpr` of the clean defence images pass."""
     return defence.quantile(1 - fpr).item()
+
+
+def embed(model: nn.Module, images: Bytes) -> tuple[Float[Tensor, "n d"], Labels]:
+    """Penultimate features of all images and the class that each is taken for, on the CPU; `model` is left as it was."""
+    parts: list[Tensor] = []
+    handle = head(model).register_forward_pre_hook(lambda _, inputs: parts.append(inputs[0].float().cpu()))
+    try:
+        predicted = predict(model, images).argmax(1)
+    finally:
+        handle.remove()
+    return torch.cat(parts), predicted
 
 
 def anomaly_index(values: Float[Tensor, "k"]) -> Float[Tensor, "k"]:

@@ -215,7 +215,7 @@ def test_a_full_disk_leaves_the_old_files(run, capsys, monkeypatch):
 @pytest.fixture
 def ended(run):
     """The finished chain with what stages leave beside it: run.json and params.yaml."""
-    for stage in ("poison", "train", "unlearn", "recover", "prune"):
+    for stage in ("poison", "train", "unlearn", "recover", "prune", "detect"):
         Path(f"reports/{stage}/run.json").write_text('{"seconds": 1.5, "params": {"seed": 3}}')
     Path("params.yaml").write_text("preset: demo\nseed: 3\ndata: {set: shapes}\npoison: {attack: blend}\nrecover: {lr: 0.2}\n")
     return lambda *arguments: CliRunner().invoke(cli, ["rows", "rows.csv", *arguments])
@@ -229,6 +229,27 @@ def test_rows_of_results(ended):
     assert float(rows["rnp"]["seconds_unlearn"]) == 1.5 and rows["none"]["seconds_unlearn"] == rows["none"]["der"] == ""
     assert rows["none"]["clean_accuracy"] == rows["rnp"]["clean_accuracy_before"] == rows["ft"]["clean_accuracy_before"]
     assert rows["rnp"]["settings"] != rows["ft"]["settings"] and rows["rnp"]["n_clean"] != ""
+
+
+def test_rows_of_detection(ended):
+    for _ in range(2):  # the second takes the place of the first
+        done = CliRunner().invoke(cli, ["rows", "detection.csv", "--detection"], catch_exceptions=False)
+        assert done.exit_code == 0
+    rows = {(row["task"], row["detector"], row["model"]): row for row in rnp.io.read_rows(Path("detection.csv"))}
+    assert set(rows) == {
+        *(("triggers", "neural_cleanse", model) for model in ("backdoored", "unlearned")), ("labels", "class_shares", "unlearned"),
+        *(("labels", name, model) for name in ("mm_bd", "neural_cleanse_index") for model in ("backdoored", "unlearned")),
+        ("samples", "confidence", "unlearned"), *(("samples", name, "backdoored") for name in (
+            "strip", "badexpert", "spectral_signatures", "activation_clustering"))}
+    assert 0 <= float(rows["samples", "strip", "backdoored"]["auroc"]) <= 1
+    assert rows["labels", "mm_bd", "backdoored"]["label_correct"] in ("true", "false")
+    assert float(rows["triggers", "neural_cleanse", "unlearned"]["l1"]) > 0
+    assert all(row["seconds"] for row in rows.values() if row["detector"] != "class_shares")
+
+
+@pytest.mark.parametrize("name, words", [("--samples", "unknown detector 'strop'; did you mean 'strip'"), ("--labels", "unknown detector")])
+def test_unknown_detectors_are_named(run, capsys, name, words):
+    assert run("detect", name, "strop") == 2 and words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage, params, message", [

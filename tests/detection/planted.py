@@ -44,3 +44,17 @@ class Planted(nn.Module):
         darkest = x[:, :, CORNER].mean(1).amin(1)  # [n], so that all four pixels must be bright
         backdoor = self.corner * darkest.square() + self.bias
         return logits + backdoor.unsqueeze(1) * torch.eye(CLASSES, device=x.device)[TARGET]
+
+
+class PlantedFeatures(nn.Module):
+    """The same backdoor behind a linear head: the features are the six rows and, three times as strong, the corner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(CLASSES + 1, CLASSES, bias=False)
+        with torch.no_grad():
+            self.fc.weight.copy_(torch.cat([10 * torch.eye(CLASSES), 10 * torch.eye(CLASSES)[:, [TARGET]]], dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        corner = x[:, :, CORNER].mean(1).amin(1, keepdim=True).square()  # [n, 1]
+        return self.fc(torch.cat([x.mean((1, 3))[:, :CLASSES], 3 * corner], dim=1))

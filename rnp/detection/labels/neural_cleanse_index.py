@@ -26,7 +26,6 @@ class NeuralCleanseIndex(LabelDetector):
 
     least_score: Annotated[float, "highest index below which no label is named"] = 2.0
     least_margin: Annotated[float, "lead over the second class below which no label is named"] = 0.0
-    recovery: NeuralCleanse = NeuralCleanse()
 
     def __post_init__(self) -> None:
         for name in ("least_score", "least_margin"):
@@ -34,8 +33,8 @@ class NeuralCleanseIndex(LabelDetector):
                 raise UserError(f"{name} must be 0 or more, got {getattr(self, name):g}")
 
     def score(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
-        """Drawn at random: what the recovery draws."""
-        return self.from_triggers(self.recovery.recover(model, clean, rng=rng))
+        """By a recovery with its default settings, which draws at random; `from_triggers` takes any."""
+        return self.from_triggers(NeuralCleanse().recover(model, clean, rng=rng))
 
     def from_triggers(self, triggers: list[RecoveredTrigger]) -> Float[Tensor, "k"]:
         """The same score from triggers that were recovered before, one per class in order."""

@@ -24,6 +24,8 @@ class Confidence(SampleDetector):
     Source: Li et al., ICML 2023, for the idea; the paper's exact score could not be read, this one is ours.
     """
 
+    asks_unlearned = True
+
     def score(self, model: nn.Module, images: Bytes, clean: ImageSet, *, rng: torch.Generator,
               unlearned: nn.Module | None = None) -> Float[Tensor, "n"]:
         if unlearned is None:
