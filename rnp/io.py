@@ -286,12 +286,14 @@ def load_mask(path: Path) -> NeuronMask:
 
 
 def mask_rows(mask: NeuronMask, model: torch.nn.Module) -> list[dict]:
-    """One row per neuron, for people: layer, index, mask, and the scale and bias of its channel."""
+    """One row per neuron, for people: layer, index, mask, and the scale (of a kernel the norm) and bias of its channel."""
     rows = []
     for layer, values in mask.items():
-        norm = model.get_submodule(layer)
+        module = model.get_submodule(layer)
+        scales = module.weight.detach() if module.weight.dim() == 1 else module.weight.detach().flatten(1).norm(dim=1)
+        biases = torch.zeros_like(scales) if module.bias is None else module.bias
         rows += [
             {"layer": layer, "index": i, "mask": f"{m:.6f}", "scale": f"{s:.6g}", "bias": f"{b:.6g}"}
-            for i, (m, s, b) in enumerate(zip(values.tolist(), norm.weight.tolist(), norm.bias.tolist()))
+            for i, (m, s, b) in enumerate(zip(values.tolist(), scales.tolist(), biases.tolist()))
         ]
     return rows

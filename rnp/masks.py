@@ -1,4 +1,4 @@
-"""Neuron masks on the channels of BatchNorm layers, by functional call: no architecture is rewritten."""
+"""Neuron masks on the channels of normalisation layers, by functional call: no architecture is rewritten."""
 
 from __future__ import annotations
 
@@ -14,24 +14,46 @@ from rnp.types import Images, Logits, NeuronMask
 
 Neuron = tuple[str, int]
 """Layer name and channel index."""
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 def maskable(model: nn.Module) -> dict[str, nn.Module]:
-    """The affine BatchNorm layers by name; one neuron is one channel of one of them.
+    """The layers whose channels are the neurons, by name: every normalisation with one scale per channel (BatchNorm,
+    GroupNorm, LayerNorm), whatever it normalises; in a network without any, the convolutions, whose scale is their kernel.
 
-    Raises: UserError when there is none.
+    Raises: UserError when there is neither.
     """
-    layers = {name: module for name, module in model.named_modules()
-              if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine}
+    modules = dict(model.named_modules())
+    norms = {name: module for name, module in modules.items() if isinstance(module, NORMS)
+             and getattr(module, "weight", None) is not None and module.weight.dim() == 1}
+    layers = norms or {name: module for name, module in modules.items() if isinstance(module, nn.Conv2d)}
     if not layers:
-        raise UserError(f"{type(model).__name__} has no affine BatchNorm layer, and neurons are masked there;"
-                        " choose an architecture with BatchNorm")
+        raise UserError(f"{type(model).__name__} has neither a normalisation with a scale per channel nor a convolution, and"
+                        " neurons are masked there; choose another architecture")
     return layers
+
+
+def batch_norms(model: nn.Module, method: str) -> dict[str, nn.Module]:
+    """The same layers, for a method that reads what BatchNorm remembers of the training.
+
+    Raises: UserError when one of them is no BatchNorm, or remembers nothing.
+    """
+    layers = maskable(model)
+    for name, layer in layers.items():
+        if getattr(layer, "running_var", None) is None:
+            raise UserError(f"{method} reads BatchNorm's running statistics, which layer {name} ({type(layer).__name__}) lacks;"
+                            " choose another defence")
+    return layers
+
+
+def spread(value: Tensor, weight: Tensor) -> Tensor:
+    """`value`, one number per channel, in a shape that multiplies the channels of `weight`."""
+    return value.view(-1, *[1] * (weight.dim() - 1))
 
 
 def ones(model: nn.Module) -> NeuronMask:
     """A mask that changes nothing."""
-    return {name: torch.ones_like(layer.weight.detach()) for name, layer in maskable(model).items()}
+    return {name: torch.ones(len(layer.weight), device=layer.weight.device) for name, layer in maskable(model).items()}
 
 
 def masked(model: nn.Module, images: Images, mask: NeuronMask) -> Logits:
@@ -39,7 +61,8 @@ def masked(model: nn.Module, images: Images, mask: NeuronMask) -> Logits:
 
     In train mode the running statistics of `model` move, as they would in its own forward pass.
     """
-    scales = {f"{name}.weight": model.get_submodule(name).weight.detach() * value for name, value in mask.items()}
+    weights = {name: model.get_submodule(name).weight.detach() for name in mask}
+    scales = {f"{name}.weight": weights[name] * spread(value, weights[name]) for name, value in mask.items()}
     return functional_call(model, scales, (images,))
 
 
@@ -62,7 +85,7 @@ def ranking(mask: NeuronMask) -> list[Neuron]:
 
 @torch.no_grad()
 def prune(model: nn.Module, neurons: Iterable[Neuron], *, zero_bias: bool = False) -> nn.Module:
-    """A copy of `model` whose named channels have BatchNorm scale 0; the bias stays unless `zero_bias`.
+    """A copy of `model` whose named channels have scale 0; the bias stays unless `zero_bias`.
 
     Source: Wu and Wang, NeurIPS 2021 (ANP), whose convention RNP follows: the channel then puts out its bias.
     """
@@ -78,7 +101,7 @@ def cut(model: nn.Module, neuron: Neuron, *, zero_bias: bool = False) -> None:
     name, index = neuron
     layer = model.get_submodule(name)
     layer.weight[index] = 0
-    if zero_bias:
+    if zero_bias and layer.bias is not None:
         layer.bias[index] = 0
 
 

@@ -131,7 +131,7 @@ def harmless(model: nn.Module, order: list[Neuron], mask: NeuronMask, data: Imag
     replay.keep()
     for neuron in order:
         layer, index = trial.get_submodule(neuron[0]), neuron[1]
-        before = layer.weight[index].clone(), layer.bias[index].clone()
+        before = [(part, part[index].clone()) for part in (layer.weight, layer.bias) if part is not None]
         cut(trial, neuron, zero_bias=zero_bias)
         point = measure(replay.logits(neuron[0]), len(gone) + 1, float(mask[neuron[0]][index]))
         if point.loss - points[-1].loss <= tolerance and point.lost <= epsilon + 1e-9:
@@ -139,7 +139,8 @@ def harmless(model: nn.Module, order: list[Neuron], mask: NeuronMask, data: Imag
             points.append(point)
             replay.keep()
         else:
-            layer.weight[index], layer.bias[index] = before
+            for part, value in before:
+                part[index] = value
     return gone, points
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rnp.augment import Augment
 from rnp.errors import UserError
-from rnp.masks import freeze_statistics, masked, ones
+from rnp.masks import freeze_statistics, masked, ones, spread
 from rnp.training import Precision, fit
 from rnp.types import Epoch, ImageSet, NeuronMask, OnEpoch, ignore
 
@@ -54,7 +54,7 @@ class Recover:
     def __call__(self, unlearned: nn.Module, clean: ImageSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> Recovered:
         """Drawn at random: the order and the augmentation of the images. `unlearned` is left unchanged.
 
-        Raises: NonFinite when the loss is; UserError when the model has no BatchNorm.
+        Raises: NonFinite when the loss is; UserError when the model has no neurons to mask.
         """
         model = freeze_statistics(copy.deepcopy(unlearned).requires_grad_(False), self.bn_mode == "frozen")
         mask = {name: value.requires_grad_() for name, value in ones(model).items()}
@@ -77,5 +77,6 @@ class Recover:
         average = {name: (value / self.steps).cpu() for name, value in total.items()}
         with torch.no_grad():
             for name, value in mask.items():
-                model.get_submodule(name).weight.mul_(value)
+                weight = model.get_submodule(name).weight
+                weight.mul_(spread(value, weight))
         return Recovered(average if self.rank_by == "average" else final, final, model.eval(), history)

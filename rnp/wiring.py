@@ -1,4 +1,4 @@
-"""Which convolution feeds which BatchNorm: seen in a forward pass, since the order of modules does not say."""
+"""Which convolution feeds which normalisation: seen in a forward pass, since the order of modules does not say."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from rnp.types import Bytes
 
 
 def feeding(model: nn.Module, images: Bytes) -> dict[str, str]:
-    """For each maskable layer the name of the convolution whose output it normalises, and nothing but that output.
+    """For each maskable layer the name of the convolution whose output it normalises, and nothing but that output; a
+    convolution that is masked itself feeds itself.
 
     `images` are any that the model takes; one is enough. `model` is left unchanged.
 
@@ -38,8 +39,9 @@ def feeding(model: nn.Module, images: Bytes) -> dict[str, str]:
     finally:
         for handle in handles:
             handle.remove()
+    fed |= {name: name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
     for name in layers:
         if name not in fed:
             raise UserError(f"layer {name} does not normalise the output of a convolution, so its channels have no kernel;"
-                            " choose a defence that needs none, or an architecture with BatchNorm after each convolution")
+                            " choose a defence that needs none, or an architecture that normalises after each convolution")
     return {name: fed[name] for name in layers}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rnp.errors import UserError
-from rnp.masks import freeze_statistics, maskable, masked, ones, prune, ranking
+from rnp.masks import batch_norms, freeze_statistics, maskable, masked, ones, prune, ranking
 from rnp.models.build import Architecture
 
 
@@ -77,14 +77,75 @@ def test_a_small_difference_keeps_its_order():
     assert ranking({"a": values}) == [("a", 2), ("a", 1)]
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.BatchNorm2d(3, affine=False)])
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.BatchNorm2d(3, affine=False), nn.LayerNorm([2, 3, 3])])
 def test_a_model_without_neurons_is_an_error(model):
-    with pytest.raises(UserError, match="no affine BatchNorm"):
+    with pytest.raises(UserError, match="neither a normalisation with a scale per channel nor a convolution"):
         ones(nn.Sequential(model))
 
 
 def test_maskable_finds_every_batchnorm(toy_model):
     assert list(maskable(toy_model())) == ["bn1", "bn2"]
+
+
+def family(name: str) -> nn.Module:
+    """Small members of other families: their neurons, if all goes well, are named in FAMILIES."""
+    from torchvision.models import VisionTransformer
+    from torchvision.models.convnext import CNBlock, LayerNorm2d
+
+    end = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name == "vit":
+            return VisionTransformer(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=16, num_classes=4)
+        layers = {"groupnorm": [nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU()],
+                  "convnext": [nn.Conv2d(3, 4, 2, 2), LayerNorm2d(4), CNBlock(4, 1.0, 0.0)],
+                  "no norm": [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False), nn.ReLU()]}[name]
+        return nn.Sequential(*layers, *end)
+
+
+FAMILIES = {
+    "groupnorm": ["1"], "convnext": ["1", "2.block.2"], "no norm": ["0", "2"],
+    "vit": [f"encoder.layers.encoder_layer_{i}.ln_{j}" for i in (0, 1) for j in (1, 2)] + ["encoder.ln"],
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_neurons_of_other_families(name, images, rng):
+    """Found, masked by hand and by a mask alike, and pruned channel by channel."""
+    model = family(name).eval()
+    mask = {layer: torch.rand(len(value), generator=rng()) for layer, value in ones(model).items()}
+    assert list(mask) == FAMILIES[name]
+    by_hand = copy.deepcopy(model)
+    for layer, value in mask.items():
+        for channel, factor in enumerate(value):
+            by_hand.get_submodule(layer).weight.data[channel] *= factor
+    assert torch.allclose(masked(model, images, mask), by_hand(images), atol=1e-6)
+    first = FAMILIES[name][0]
+    pruned = prune(model, [(first, 2)], zero_bias=True).get_submodule(first)
+    assert not pruned.weight[2].any() and pruned.weight[1].any() and (pruned.bias is None or pruned.bias[2] == 0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_whole_method_runs_on_other_families(name, toy_set, rng):
+    from rnp.prune import Prune
+    from rnp.recover import Recover
+    from rnp.unlearn import Unlearn
+
+    model, data = family(name).eval(), toy_set(24)
+    unlearned = Unlearn(epochs=2, to_collapse=False)(model, data, rng=rng())
+    recovered = Recover(steps=2)(unlearned.model, data, rng=rng())
+    pruned = Prune(rule="number", number=2)(model, recovered.mask, data)
+    changed = sum(int((a != b).any(dim=tuple(range(1, a.dim()))).sum()) if a.dim() else 0
+                  for a, b in zip(model.state_dict().values(), pruned.model.state_dict().values()))
+    assert changed == 2 and len(pruned.neurons) == 2
+    skipped = Prune(tolerance=10.0, epsilon=0.99, max_fraction=0.5)(model, recovered.mask, data)
+    assert skipped.chosen.pruned == sum(len(value) for value in recovered.mask.values()) // 2, "all may go"
+
+
+def test_what_batchnorm_remembers_is_asked_of_batchnorm_alone(toy_model):
+    assert list(batch_norms(toy_model(), "bnp")) == ["bn1", "bn2"]
+    with pytest.raises(UserError, match=r"bnp reads BatchNorm's running statistics, which layer 1 \(GroupNorm\) lacks"):
+        batch_norms(family("groupnorm"), "bnp")
 
 
 @pytest.mark.parametrize("frozen", [False, True])

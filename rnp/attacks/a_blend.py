@@ -30,7 +30,7 @@ class ABlend(Attack):
     train_alpha: Annotated[float, "weight of the pattern in training"] = 0.15
     pieces: Annotated[int, "the pattern is cut into pieces x pieces"] = 4
     shown: Annotated[float, "share of the pieces that a training image carries"] = 0.5
-    pattern: Annotated[Literal["noise", "waves"], "uniform noise, or a smooth image that crops hardly change"] = "waves"
+    pattern: Annotated[Literal["noise", "waves"], "uniform noise, or a smooth image that crops hardly change"] = "noise"
 
     def __post_init__(self) -> None:
         super().__post_init__()

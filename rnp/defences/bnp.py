@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rnp.defences.base import PruningDefence, highest_first
-from rnp.masks import maskable
+from rnp.masks import batch_norms, maskable
 from rnp.training import EVAL_BATCH, device_of
 from rnp.types import DefenceSet, ImageSet, NeuronMask, OnEpoch, ignore, to_floats
 
@@ -27,8 +27,9 @@ class BNP(PruningDefence):
 
     def score(self, model: nn.Module, defence_set: DefenceSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> NeuronMask:
         """Deviations below the mean of the layer."""
+        layers = batch_norms(model, "bnp")
         clean = maskable(with_statistics_of(defence_set.both, model))
-        return highest_first({name: divergence(layer, clean[name]) for name, layer in maskable(model).items()})
+        return highest_first({name: divergence(layer, clean[name]) for name, layer in layers.items()})
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rnp.defences.base import PruningDefence, highest_first
-from rnp.masks import maskable
+from rnp.masks import batch_norms
 from rnp.types import DefenceSet, NeuronMask, OnEpoch, ignore
 from rnp.wiring import feeding
 
@@ -27,8 +27,9 @@ class CLP(PruningDefence):
 
     def score(self, model: nn.Module, defence_set: DefenceSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> NeuronMask:
         """Deviations below the mean of the layer; of `defence_set` only the shape of its images is used."""
-        convolutions, lipschitz = feeding(model, defence_set.train.images[:1]), {}
-        for name, layer in maskable(model).items():
+        layers, lipschitz = batch_norms(model, "clp"), {}
+        convolutions = feeding(model, defence_set.train.images[:1])
+        for name, layer in layers.items():
             kernel = model.get_submodule(convolutions[name]).weight.detach().flatten(2)  # [out, in, kh*kw]
             gain = layer.weight.detach().abs() / (layer.running_var + layer.eps).sqrt()
             lipschitz[name] = torch.linalg.matrix_norm(kernel, ord=2) * gain  # [out]

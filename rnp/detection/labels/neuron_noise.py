@@ -50,7 +50,7 @@ class NeuronNoise(LabelDetector):
             raise UserError(f"neuron_noise.steps must be 0 or more, got {self.steps}")
 
     def score(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
-        """Raises: UserError when the model has no BatchNorm."""
+        """Raises: UserError when the model has no neurons to disturb."""
         shares = torch.zeros(len(clean.classes))
         for _ in range(self.copies):
             predicted = predict(self._disturbed(model, clean, rng), clean.images, precision=self.precision).argmax(1)
@@ -61,7 +61,7 @@ class NeuronNoise(LabelDetector):
         """A copy whose BatchNorm scales and biases are changed by at most `strength` times themselves."""
         device = device_of(model)
         disturbed = copy.deepcopy(model).eval().requires_grad_(False)
-        free = [p for layer in maskable(disturbed).values() for p in (layer.weight, layer.bias)]
+        free = [p for layer in maskable(disturbed).values() for p in (layer.weight, layer.bias) if p is not None]
         centres, reaches = [p.clone() for p in free], [self.strength * p.abs() for p in free]
         for p, reach in zip(free, reaches):
             p += reach * (2 * torch.rand(p.shape, generator=rng) - 1).to(device)
