@@ -30,7 +30,7 @@ class IBAU(Defence):
     Source: Zeng et al., ICLR 2022, Algorithm 1; fixed-point iterations for the inverse Hessian, as in the public code.
     Differs: the public code puts the perturbation on 1 % of a batch, which is no image of a small one, and finds it in one
     pass over the images, here in `ascent` steps; the map is computed on a part of each batch, since its derivatives cost
-    some twenty passes; more rounds, each with fewer steps, and a larger step size, since there are fewer images. As
+    some twenty passes; more rounds, each with fewer steps, since there are fewer images. As
     there, the map knows nothing of the radius, at which the search mostly ends.
     """
 
@@ -42,8 +42,8 @@ class IBAU(Defence):
     contraction: Annotated[float, "step size of the map whose fixed point the iterations follow"] = 0.1
     implicit_batch: Annotated[int, "images of each batch on which that map is computed"] = 16
     share: Annotated[float, "share of a batch that carries the perturbation, at least one image"] = 0.1
-    rounds: Annotated[int, "perturbations, each followed by a pass over the images"] = 8
-    lr: Annotated[float, "learning rate of Adam"] = 5e-4
+    rounds: Annotated[int, "perturbations, each followed by a pass over the images"] = 10
+    lr: Annotated[float, "learning rate of Adam"] = 1e-4
     batch_size: Annotated[int, "images per step"] = 64
     precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = "auto"
 

@@ -178,3 +178,34 @@ def test_the_paired_interval_in_closed_form():
     assert (low, high) == pytest.approx((7 / 102 - half, 7 / 102 + half))
     low, high = paired_interval(0, 0, 10)
     assert low == -high and high > 0, "no image turned, yet ten do not prove that none would"
+
+
+def tiny(num_classes):
+    """GroupNorm, as a stranger's own module may have it."""
+    from torch import nn
+
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.GroupNorm(2, 6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.GroupNorm(2, 6), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, num_classes))
+
+
+@pytest.mark.parametrize(("arch", "classes"), [(f"{__name__}:tiny", 2), ("mobilenet_v2", 43), ("vgg19_bn", 10)])
+def test_other_architectures_and_numbers_of_classes(arch, classes, tmp_path, toy_set, rng, monkeypatch):
+    """Fresh weights: near chance, which is said; every step works all the same."""
+    monkeypatch.setattr("rnp.models.build.TYPED", {})
+    size = 16 if arch.endswith("tiny") else 32
+    subject = Subject(arch=arch, width=0 if ":" in arch else 2, mean="0.5,0.5,0.5", std="0.25,0.25,0.25", size=size)
+    rnp.models.build.typed(arch)
+    half = torch.full((3,), 0.5)
+    model = Architecture(arch=arch, width=subject.width).build(classes, 3, half, half, rng=rng())
+    save_file({name: value.contiguous() for name, value in model.net.state_dict().items()}, tmp_path / "a.safetensors")
+    data = toy_set(60, classes=2, size=size)
+    rows = ["path,label"]
+    for i, (image, label) in enumerate(zip(data.images, data.labels)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{label}")
+    (tmp_path / "clean.csv").write_text("\n".join(rows))
+    result = rnp.purify(tmp_path / "a.safetensors", tmp_path / "clean.csv", tmp_path / "out", subject=subject, unlearn=Unlearn(epochs=2),
+                        recover=Recover(steps=2), search=NeuralCleanse(steps=2, batch_size=2))
+    assert result["model"]["outputs"] == classes and len(result["classes"]) == classes
+    assert (tmp_path / "out" / "purified.safetensors").exists() and result["prune"]["neurons"] > 10
+    assert classes == 2 or any("no image of class" in warning for warning in result["warnings"])
