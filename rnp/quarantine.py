@@ -371,7 +371,7 @@ def isolate(limits: Limits) -> dict[str, bool]:
     """
     limit("RLIMIT_CORE", 0)
     return {
-        "no network": leave_network(),
+        "network": leave_network(),
         "memory": limit_memory(limits.memory * MIB, final=False),
         "processor time": limit("RLIMIT_CPU", limits.seconds),
         "file size": limit("RLIMIT_FSIZE", limits.file_size * MIB),

@@ -183,13 +183,21 @@ def prepare(path: Path, clean: str, subject: Subject, seed: int, work: Path) -> 
     converted = adopted.converted
     return Case(adopted, defence, side, warnings, {
         "model": {"architecture": adopted.architecture.arch, "outputs": k, "tensors": converted.tensors, "values": converted.elements,
-                  "found under": converted.key, "prefix removed": converted.prefix, "input side": side,
+                  "found under": converted.key or "no key", "prefix removed": converted.prefix or "none", "input side": side,
                   "mean": adopted.model.mean.flatten().tolist(), "std": adopted.model.std.flatten().tolist(),
-                  "read in isolation": converted.isolation},
+                  "read": isolation(converted.isolation)},
         "images": {"source": clean, "optimised on": len(defence.train), "chosen with": len(defence.both), "labelled": labelled,
                    "skipped": len(skipped)},
         "skipped": skipped[:1000], "classes": dict(enumerate(names)), "accuracy_before": before,
     })
+
+
+def isolation(granted: dict[str, bool]) -> str:
+    """How the file was opened."""
+    if not granted:
+        return "as data (safetensors)"
+    measures = [name for name, done in granted.items() if done] or ["nothing"]
+    return f"in a process of its own, limited in {', '.join(measures)}"
 
 
 def share(model: torch.nn.Module, data: ImageSet) -> dict[str, object]:
