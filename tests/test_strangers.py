@@ -1,6 +1,7 @@
 """Strangers' models fit exactly or are refused; strangers' images are decoded within limits and mapped to the outputs."""
 
 import os
+import sys
 
 import numpy as np
 import pandas
@@ -62,6 +63,19 @@ def test_any_architecture(file, arch, monkeypatch):
     state = network(7).state_dict() if arch.endswith("network") else weights(7, arch, 0 if ":" in arch else 2)
     adopted = adopt(file(state), arch=arch, width=0 if ":" in arch else 2, **STATS)
     assert output_size(adopted.model, 32) == 7
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto"])
+def test_networks_of_timm(file, name):
+    pytest.importorskip("timm", reason="an extra")
+    adopted = adopt(file(weights(7, f"timm:{name}", 0)), arch=f"timm:{name}")
+    assert output_size(adopted.model, 32) == 7 and adopted.model.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+
+
+def test_timm_is_asked_for_where_it_is_missing(file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match=r"timm:resnet10t needs the package timm: pip install 'rnp\[timm\]'"):
+        adopt(file(weights()), arch="timm:resnet10t")
 
 
 def test_a_function_that_takes_no_number_of_classes(file):
