@@ -79,8 +79,8 @@ def locked(uri: str) -> Iterator[None]:
 class Store:
     """An MLflow experiment that fails open: the first failure is told once, from then on nothing is done."""
 
-    def __init__(self) -> None:
-        self.uri = store_uri()
+    def __init__(self, remedy: str = "the next `dvc repro` makes up for it") -> None:
+        self.uri, self.remedy = store_uri(), remedy
         self.client = self.experiment = None
         if self.uri:
             self.attempt(self._open)
@@ -93,7 +93,7 @@ class Store:
         try:
             return work(*arguments)
         except Exception as error:  # whatever it is, the training goes on
-            tell(f"MLflow at {self.uri} failed, going on without it; the next `dvc repro` makes up for it ({brief(error)})")
+            tell(f"MLflow at {self.uri} failed, going on without it; {self.remedy} ({brief(error)})")
             self.uri = None
             return None
 

@@ -36,7 +36,8 @@ from rnp.training import predict
 from rnp.types import DefenceSet, ImageSet
 from rnp.unlearn import Unlearn
 
-PRUNE, SEARCH = Prune(precision="auto"), NeuralCleanse(steps=100)  # quick enough for a laptop
+UNLEARN, RECOVER, PRUNE = Unlearn(precision="auto"), Recover(precision="auto"), Prune(precision="auto")
+SEARCH = NeuralCleanse(steps=100)  # quick enough for a laptop
 UNTESTED = (
     "Any trigger: nobody showed one, so whether the model carried a backdoor, and whether it still does, is not measured.",
     "Attackers who know this defence and train against it.",
@@ -95,7 +96,7 @@ class Case:
 
 
 def purify(model: Path | str, clean: Path | str, out: Path | str, *, subject: Subject = Subject(), seed: int = 0,
-           unlearn: Unlearn = Unlearn(), recover: Recover = Recover(), prune: Prune = PRUNE, search: NeuralCleanse = SEARCH, mlflow: bool = False,
+           unlearn: Unlearn = UNLEARN, recover: Recover = RECOVER, prune: Prune = PRUNE, search: NeuralCleanse = SEARCH, mlflow: bool = False,
            command: str = "") -> dict:
     """Repair the model in the file `model` with the images of `clean`; the content of `out`/report.json.
 
@@ -107,7 +108,7 @@ def purify(model: Path | str, clean: Path | str, out: Path | str, *, subject: Su
 
 
 def inspect(model: Path | str, clean: Path | str, out: Path | str | None = None, *, subject: Subject = Subject(), seed: int = 0,
-            unlearn: Unlearn = Unlearn(), search: NeuralCleanse = SEARCH, mlflow: bool = False, command: str = "") -> dict:
+            unlearn: Unlearn = UNLEARN, search: NeuralCleanse = SEARCH, mlflow: bool = False, command: str = "") -> dict:
     """As `purify`, but the model stays as it is; the report is written where there is an `out`."""
     return examine(Path(model), str(clean), Path(out) if out else None, subject, seed, unlearn, None, None, search, mlflow, command)
 
@@ -262,7 +263,7 @@ def finish(out: Path, result: dict, reports: Path) -> None:
 
 def track(result: dict, reports: Path, out: Path | None) -> None:
     """A run of its own in MLflow, with the numbers, the settings, the figures and the report."""
-    store = tracking.Store()
+    store = tracking.Store("the report on disk has everything")
 
     def log() -> None:
         settings = {name: value for name, value in flatten(result["settings"])}

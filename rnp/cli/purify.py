@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from rnp.cli.examination import PRUNE, SEARCH, Subject, summary
+from rnp.cli.examination import PRUNE, RECOVER, SEARCH, UNLEARN, Subject, summary
 from rnp.cli.examination import purify as repair
 from rnp.cli.options import build, options
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
@@ -22,7 +22,7 @@ from rnp.unlearn import Unlearn
 def about_the_subject(function: Callable) -> Callable:
     """The arguments and options that `purify` and `inspect` share."""
     for decorate in (
-        options(NeuralCleanse, "search.", SEARCH), options(Unlearn, "unlearn."), options(Subject),
+        options(NeuralCleanse, "search.", SEARCH), options(Unlearn, "unlearn.", UNLEARN), options(Subject),
         click.option("--mlflow/--no-mlflow", default=False, help="keep a run in MLflow too"),
         click.option("--seed", type=int, default=0, show_default=True, help="where all random numbers come from"),
         click.option("--clean", required=True, help="clean images: a folder with a folder per class, a folder of images,"
@@ -39,7 +39,7 @@ def typed_command() -> str:
 
 @click.command()
 @options(Prune, "prune.", PRUNE)
-@options(Recover, "recover.")
+@options(Recover, "recover.", RECOVER)
 @about_the_subject
 @click.option("-o", "--out", type=click.Path(path_type=Path, file_okay=False), required=True,
               help="folder for the repaired model and the report")

@@ -209,3 +209,17 @@ def test_other_architectures_and_numbers_of_classes(arch, classes, tmp_path, toy
     assert result["model"]["outputs"] == classes and len(result["classes"]) == classes
     assert (tmp_path / "out" / "purified.safetensors").exists() and result["prune"]["neurons"] > 10
     assert classes == 2 or any("no image of class" in warning for warning in result["warnings"])
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated", "ignore:.*Any type hint is inferred as AnyType")
+def test_a_run_in_mlflow_when_asked(scene, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    done = CliRunner().invoke(cli, ["purify", str(scene / "model.safetensors"), "--clean", str(scene / "clean"), "-o",
+                                    str(tmp_path / "out"), "--mlflow", *NET, *QUICK], catch_exceptions=False)
+    assert done.exit_code == 0 and "failed" not in done.output
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("rnp").experiment_id])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert run.data.metrics["prune/pruned"] == report["prune"]["pruned"] and run.data.params["recover.steps"] == "4"
+    assert {"report.html", "purified.safetensors", "plots"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
