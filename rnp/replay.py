@@ -11,7 +11,7 @@ from rnp.masks import NORMS
 from rnp.training import EVAL_BATCH, Precision, autocast, device_of
 from rnp.types import Bytes, Logits, to_floats
 
-BUDGET = 2**30  # bytes of activations that are kept
+BUDGET = 3 * 2**28  # bytes of activations that are kept
 LEAVE_ALONE = (nn.Conv2d, nn.Linear, *NORMS)  # they never change their input in place; activations may
 
 
