@@ -34,6 +34,7 @@ COMMANDS = {
     "purify": "Repair a stranger's model with a folder of clean images.",
     "inspect": "Say what is odd about a stranger's model; change nothing.",
     "convert": "Take the weights out of a stranger's checkpoint, as safetensors.",
+    "controls": "Run the controls of a finished run: benign twin, relapse, fewer images, shifted images.",
     "gallery": "Write the page that shows every attack.",
 }
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from click.testing import CliRunner
 from safetensors import safe_open
 
 import rnp.io
 from rnp.cli.main import cli, guard
+from rnp.cli.preset import render
 from rnp.errors import UserError
 
 NET = ["--arch", "resnet10", "--width", "4"]
@@ -274,3 +276,21 @@ def test_no_file_of_the_chain_is_a_pickle(finished):
             assert file.suffix in {".npy", ".json", ".csv", ".png", ".safetensors"}
             if file.suffix == ".npy":
                 np.load(file, allow_pickle=False)
+
+
+def test_controls_of_a_finished_run(run):
+    """Each control gives its rows; a second time they take the place of the first."""
+    given = yaml.safe_load(render("demo"))
+    given["poison"]["attack"], given["unlearn"]["epochs"], given["recover"]["steps"] = "blend", 1, 2
+    Path("params.yaml").write_text(yaml.safe_dump(given))
+    for only in ([], ["--only", "benign"]):
+        done = CliRunner().invoke(cli, ["controls", "controls.csv", *only], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    rows = rnp.io.read_rows(Path("controls.csv"))
+    found = {(row["control"], row["model"], int(row["amount"])): row for row in rows}
+    assert len(found) == len(rows) == 1 + 2 * 4 + 3 + 1
+    assert set(found) == {("benign", "twin", 200), ("shifted", "backdoored", 200),
+                          *(("relapse", model, amount) for model in ("repaired", "twin") for amount in (1, 5, 10, 50)),
+                          *(("images", "backdoored", amount) for amount in (100, 50, 10))}
+    assert all(0 <= float(row["attack_success_rate"]) <= 1 and row["seconds"] for row in rows)
+    assert found["benign", "twin", 200]["neurons_pruned"] != "" and found["relapse", "twin", 1]["neurons_pruned"] == ""

@@ -1,0 +1,172 @@
+"""What nobody reports: what a repair costs a model without backdoor, how soon the backdoor returns, what fewer images do."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import datetime
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import torch
+from torch import nn
+
+from rnp.cli.check import check_params, leaves, read_params
+from rnp.cli.options import argument, build, fields, generator
+from rnp.cli.rows import machine, settings, written
+from rnp.data.base import interleave
+from rnp.defences.ft import FT
+from rnp.errors import UserError
+from rnp.io import load_defence_set, load_images, load_model, load_poisoned, read_json, read_rows, write_rows
+from rnp.metrics import Scores, defence_effectiveness, score
+from rnp.prune import Prune
+from rnp.recover import Recover
+from rnp.types import DefenceSet, ImageSet, to_bytes
+from rnp.unlearn import Unlearn
+
+KEY = ("preset", "attack", "seed", "control", "model", "amount")
+COLUMNS = (*KEY, "gate", "clean_accuracy_before", "attack_success_rate_before", "clean_accuracy", "attack_success_rate",
+           "robust_accuracy", "der", "neurons_pruned", "seconds", "n_clean", "n_triggered", "device", "torch", "settings", "made")
+POISONED = (1, 5, 10, 50)
+IMAGES = (500, 250, 100, 50, 10)
+NOISE, DARKER = 0.05, 0.7  # of the shifted images, in full scale
+RELAPSE = FT(lr=0.01, steps=100)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run, as its stages left it."""
+
+    unlearn: Unlearn
+    recover: Recover
+    prune: Prune
+    seed: int
+    twin: nn.Module
+    victim: nn.Module
+    repaired: nn.Module
+    defence: DefenceSet
+    poisoned: ImageSet
+    tests: ImageSet
+    attacked: ImageSet
+    target: int | None
+
+    def scores(self, model: nn.Module) -> Scores:
+        return score(model, self.tests, self.attacked, self.target, precision="auto")
+
+    def rnp(self, model: nn.Module, defence: DefenceSet) -> tuple[nn.Module, int]:
+        """The method as the stages run it: the repaired copy, and how many neurons it lost."""
+        unlearned = self.unlearn(model, defence.train, rng=generator(self.seed, "unlearn")).model
+        mask = self.recover(unlearned, defence.train, rng=generator(self.seed, "recover")).mask
+        pruned = self.prune(model, mask, defence.both)
+        return pruned.model, pruned.chosen.pruned
+
+
+@click.command()
+@click.argument("table", type=click.Path(path_type=Path))
+@click.option("--only", multiple=True, type=click.Choice(("benign", "relapse", "images", "shifted")), help="these controls alone; may be given again")
+@click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True)
+def controls(table: Path, only: tuple[str, ...], params: Path) -> None:
+    """Run the controls of the finished run of this folder and put their rows into TABLE (a CSV), in place of older ones.
+
+    benign: RNP on the twin, which was never backdoored. relapse: the repaired model, and the twin beside it, are tuned with
+    1 to 50 poisoned images among the defender's. images: RNP with fewer images. shifted: RNP with darker, noisy ones.
+    """
+    given = read_params(params)
+    check_params(given)
+    run, gate = load_run(given), read_json(Path("data/triggered/attack.json"))["gate"]
+    common = {
+        "preset": given["preset"], "attack": given["poison"]["attack"], "seed": run.seed, "gate": str(gate).lower(),
+        "n_clean": len(run.tests), "n_triggered": len(run.attacked), "device": machine(), "torch": torch.__version__,
+        "settings": settings(dict(leaves(given)), given["poison"]["attack"], "rnp"),
+        "made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}",
+    }
+    for control in only or RUN:
+        for row in RUN[control](run):
+            add(table, written(common | {"control": control} | row, COLUMNS))
+            click.echo(f"{control} {row['model']} {row['amount']}: CA {row['clean_accuracy']:.3f}, ASR {row['attack_success_rate']:.3f}")
+
+
+def load_run(params: dict) -> Run:
+    """Raises: UserError when a stage has not run."""
+    methods = {}
+    for name, cls in (("unlearn", Unlearn), ("recover", Recover), ("prune", Prune)):
+        flat = dict(leaves(params[name]))
+        values = {argument(key): tuple(flat[key]) if isinstance(flat.get(key), list) else flat.get(key, default)
+                  for key, _, _, default in fields(cls)}
+        methods[name] = build(cls, values)
+    pool, changes = load_images(Path("data/pool")), load_poisoned(Path("data/poisoned"))[0]
+    real = ~changes.covers
+    return Run(**methods, seed=params["seed"], twin=load_model(Path("models/twin.safetensors"))[0],
+               victim=load_model(Path("models/backdoored.safetensors"))[0],
+               repaired=load_model(Path("models/pruned/model.safetensors"))[0], defence=load_defence_set(Path("data/defence")),
+               poisoned=ImageSet(changes.images[real], changes.labels[real], pool.classes), tests=load_images(Path("data/test")),
+               attacked=load_images(Path("data/triggered/test")),
+               target=read_json(Path("data/triggered/attack.json"))["target_label"])
+
+
+def compared(run: Run, before: nn.Module, after: nn.Module, about: dict[str, object]) -> dict[str, object]:
+    """A row: both models on the test images."""
+    old, new = run.scores(before), run.scores(after)
+    return about | {f"{name}_before": value for name, value in old.flat().items()} | new.flat() | {
+        "der": defence_effectiveness(old, new)}
+
+
+def repair(run: Run, model: nn.Module, defence: DefenceSet, about: dict[str, object]) -> dict[str, object]:
+    start = time.perf_counter()
+    repaired, pruned = run.rnp(model, defence)
+    seconds = time.perf_counter() - start
+    return compared(run, model, repaired, about | {"neurons_pruned": pruned, "seconds": seconds})
+
+
+def benign(run: Run) -> Iterator[dict[str, object]]:
+    yield repair(run, run.twin, run.defence, {"model": "twin", "amount": len(run.defence.both)})
+
+
+def relapse(run: Run) -> Iterator[dict[str, object]]:
+    """Would a model that never held the backdoor learn it as fast? Then its return says nothing about what was left."""
+    for model, net in (("repaired", run.repaired), ("twin", run.twin)):
+        for amount in (n for n in POISONED if n <= len(run.poisoned)):
+            few = run.poisoned.subset(torch.randperm(len(run.poisoned), generator=generator(run.seed, "controls/poisoned"))[:amount])
+            mixed = DefenceSet(joined(run.defence.train, few), run.defence.val)
+            start = time.perf_counter()
+            tuned = RELAPSE.repair(copy.deepcopy(net), mixed, rng=generator(run.seed, "controls/relapse")).model
+            seconds = time.perf_counter() - start
+            yield compared(run, net, tuned, {"model": model, "amount": amount, "seconds": seconds})
+
+
+def images(run: Run) -> Iterator[dict[str, object]]:
+    everything = run.defence.both
+    order = interleave(everything.labels, len(everything.classes), generator(run.seed, "controls/images"))
+    for amount in (n for n in IMAGES if n <= len(everything)):
+        half = amount // 2
+        fewer = DefenceSet(everything.subset(order[:half]), everything.subset(order[half:amount]))
+        yield repair(run, run.victim, fewer, {"model": "backdoored", "amount": amount})
+
+
+def shifted(run: Run) -> Iterator[dict[str, object]]:
+    rng = generator(run.seed, "controls/shifted")
+
+    def darker(data: ImageSet) -> ImageSet:
+        changed = DARKER * data.floats() + NOISE * torch.randn(data.images.shape, generator=rng)
+        return ImageSet(to_bytes(changed), data.labels, data.classes)
+
+    yield repair(run, run.victim, DefenceSet(darker(run.defence.train), darker(run.defence.val)),
+                 {"model": "backdoored", "amount": len(run.defence.both)})
+
+
+RUN = {"benign": benign, "relapse": relapse, "images": images, "shifted": shifted}
+
+
+def joined(one: ImageSet, other: ImageSet) -> ImageSet:
+    return ImageSet(torch.cat([one.images, other.images]), torch.cat([one.labels, other.labels]), one.classes)
+
+
+def add(table: Path, row: dict[str, object]) -> None:
+    """Rows are kept as they come, so that a long run that is stopped keeps what it had."""
+    old = read_rows(table) if table.exists() else []
+    if old and list(old[0]) != list(COLUMNS):
+        raise UserError(f"{table} has other columns than rows of this version; write to a new file")
+    kept = [each for each in old if any(str(each[name]) != str(row[name]) for name in KEY)]
+    write_rows(table, [*kept, row])
