@@ -11,7 +11,7 @@ from torch import nn
 
 from rnp.cli.options import command
 from rnp.errors import UserError
-from rnp.io import load_images, load_mask, load_model, read_json, write_json, write_rows
+from rnp.io import load_images, load_mask, load_model, read_json, sha256, write_json, write_rows
 from rnp.masks import Neuron, prune
 from rnp.metrics import Scores, defence_effectiveness, score
 from rnp.plots import before_after, pruning_curve
@@ -69,7 +69,7 @@ def evaluate(options: Evaluate, *, test: Path, triggered: Path, twin: Path, mode
         "clean_accuracy_twin": scores["twin"].clean_accuracy.value,
         "intervals": {name: share.interval() for name, share in vars(after).items()},
         "n_clean": len(tests), "n_triggered": len(attacked),
-        "gate": attack["gate"], "gate_reason": attack["gate_reason"], "attack": attack["attack"],
+        "gate": attack["gate"], "gate_reason": attack["gate_reason"], "attack": attack["attack"], "model": sha256(model),
         "neurons_pruned": chosen, "neurons": sum(len(value) for value in mask.values()),
         "threshold": float(values[chosen - 1]) if chosen else 0.0,
         "safe_window": safe_window(rows),

@@ -96,6 +96,8 @@ def row(reports: Path, params: dict, defence: str) -> dict[str, object]:
         values |= {name: trained[name] for name in MEASURES}
     else:
         found = read_json(reports / "evaluate" / "metrics.json")
+        if found["attack"] != attack or found["model"] != trained["model"]:
+            raise UserError("evaluate measured another model than the one that train made; run `dvc repro` first")
         if defence not in found["models"]:
             raise UserError(f"this run has no defence {defence!r}; choose from none, {', '.join(found['models'])}")
         values |= {name: found["models"][defence][name] for name in (*MEASURES, "der")}

@@ -7,7 +7,7 @@ from pathlib import Path
 from rnp.attacks.base import backdoored_test_set, covered_test_set
 from rnp.cli.options import command, generator
 from rnp.cli.progress import progress
-from rnp.io import History, load_images, load_model, load_poisoned, save_images, save_model, save_trigger, whole, write_json
+from rnp.io import History, load_images, load_model, load_poisoned, save_images, save_model, save_trigger, sha256, whole, write_json
 from rnp.metrics import gate_reason, score
 from rnp.models.build import Architecture, statistics
 from rnp.plots import training_curves
@@ -45,4 +45,4 @@ def train(architecture: Architecture, recipe: Train, *, pool: Path, poisoned: Pa
         save_trigger(draft / "trigger.safetensors", trigger)
         write_json(draft / "attack.json", {"attack": name, "target_label": attack.target, **facts})
     training_curves(report / "training.png", {name: report / "history.csv"})
-    write_json(report / "metrics.json", {**scores.flat(), **facts})
+    write_json(report / "metrics.json", {**scores.flat(), **facts, "model": sha256(out)})

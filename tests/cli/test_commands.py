@@ -265,6 +265,15 @@ def test_reports_of_other_settings_make_no_row(stage, params, message, ended):
     assert isinstance(done.exception, UserError) and message in str(done.exception) and not Path("rows.csv").exists()
 
 
+@pytest.mark.parametrize("change", [{"attack": "sig"}, {"model": "0" * 64}])
+def test_an_evaluation_of_another_model_makes_no_row(change, ended):
+    """The stages before it ran anew, then something failed: what lies there is of the run before."""
+    path = Path("reports/evaluate/metrics.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    done = ended()
+    assert isinstance(done.exception, UserError) and "measured another model" in str(done.exception) and not Path("rows.csv").exists()
+
+
 def test_no_row_for_a_defence_that_did_not_run(ended):
     done = ended("--defence", "anp")
     assert isinstance(done.exception, UserError) and "no defence 'anp'; choose from none, " in str(done.exception)
