@@ -13,7 +13,7 @@ import torch
 
 from rnp.cli.check import read_params
 from rnp.cli.rows import machine, written
-from rnp.io import load_defence_set, load_images, load_mask, load_model, read_json, read_rows, write_rows
+from rnp.io import load_defence_set, load_images, load_mask, load_model, put_rows, read_json
 from rnp.masks import prune, ranking
 from rnp.metrics import Scores, defence_effectiveness, score
 from rnp.prune import Prune, grid
@@ -64,10 +64,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path())
     arguments = parser.parse_args()
     new = rows(arguments.folder)
-    old = read_rows(arguments.table) if arguments.table.exists() else []
-    identity = lambda row: [str(row[name]) for name in KEY]
-    taken = [identity(row) for row in new]
-    write_rows(arguments.table, sorted([*(row for row in old if identity(row) not in taken), *new], key=identity))
+    put_rows(arguments.table, new, COLUMNS, KEY)
     for row in new:
         print(f"{row['rule']:10} CA {row['clean_accuracy']}  ASR {row['attack_success_rate']}  DER {row['der']}  regret {row['regret']}"
               f"  {row['neurons_pruned']} neurons")

@@ -10,7 +10,7 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +112,19 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 def read_rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def put_rows(path: Path, rows: list[dict[str, object]], columns: Sequence[str], key: Sequence[str]) -> None:
+    """Add rows to a table of results, sorted by `key`, in place of older ones with the same key.
+
+    Raises: UserError when the table there has other columns.
+    """
+    old = read_rows(path) if path.exists() else []
+    if old and list(old[0]) != list(columns):
+        raise UserError(f"{path} has other columns than rows of this version; write to a new file")
+    identity = lambda row: [str(row[name]) for name in key]
+    taken = [identity(row) for row in rows]
+    write_rows(path, sorted([*rows, *(row for row in old if identity(row) not in taken)], key=identity))
 
 
 def read_trajectory(path: Path) -> list[Epoch]:

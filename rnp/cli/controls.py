@@ -18,8 +18,7 @@ from rnp.cli.options import argument, build, fields, generator
 from rnp.cli.rows import machine, settings, written
 from rnp.data.base import interleave
 from rnp.defences.ft import FT
-from rnp.errors import UserError
-from rnp.io import load_defence_set, load_images, load_model, load_poisoned, read_json, read_rows, write_rows
+from rnp.io import load_defence_set, load_images, load_model, load_poisoned, put_rows, read_json
 from rnp.metrics import Scores, defence_effectiveness, score
 from rnp.prune import Prune
 from rnp.recover import Recover
@@ -84,7 +83,7 @@ def controls(table: Path, only: tuple[str, ...], params: Path) -> None:
     }
     for control in only or RUN:
         for row in RUN[control](run):
-            add(table, written(common | {"control": control} | row, COLUMNS))
+            put_rows(table, [written(common | {"control": control} | row, COLUMNS)], COLUMNS, KEY)  # as they come: it is long
             click.echo(f"{control} {row['model']} {row['amount']}: CA {row['clean_accuracy']:.3f}, ASR {row['attack_success_rate']:.3f}")
 
 
@@ -161,12 +160,3 @@ RUN = {"benign": benign, "relapse": relapse, "images": images, "shifted": shifte
 
 def joined(one: ImageSet, other: ImageSet) -> ImageSet:
     return ImageSet(torch.cat([one.images, other.images]), torch.cat([one.labels, other.labels]), one.classes)
-
-
-def add(table: Path, row: dict[str, object]) -> None:
-    """Rows are kept as they come, so that a long run that is stopped keeps what it had."""
-    old = read_rows(table) if table.exists() else []
-    if old and list(old[0]) != list(COLUMNS):
-        raise UserError(f"{table} has other columns than rows of this version; write to a new file")
-    kept = [each for each in old if any(str(each[name]) != str(row[name]) for name in KEY)]
-    write_rows(table, [*kept, row])

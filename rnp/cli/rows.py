@@ -14,7 +14,7 @@ import click
 
 from rnp.cli.check import leaves, read_params
 from rnp.errors import UserError
-from rnp.io import read_json, read_rows, write_rows
+from rnp.io import put_rows, read_json
 
 MEASURES = ("clean_accuracy", "attack_success_rate", "robust_accuracy")
 STAGES = ("poison", "train", "unlearn", "recover", "prune")
@@ -152,9 +152,4 @@ def rows(table: Path, reports: Path, params: Path, defence: str, detection: bool
     settings = read_params(params)
     new = detection_rows(reports, settings) if detection else [row(reports, settings, defence)]
     columns, key = (DETECTION_COLUMNS, DETECTION_KEY) if detection else (COLUMNS, KEY)
-    old = read_rows(table) if table.exists() else []
-    if old and list(old[0]) != list(columns):
-        raise UserError(f"{table} has other columns than rows of this version; write to a new file")
-    identity = lambda each: [str(each[name]) for name in key]
-    taken = [identity(each) for each in new]
-    write_rows(table, sorted([*new, *(each for each in old if identity(each) not in taken)], key=identity))
+    put_rows(table, new, columns, key)
