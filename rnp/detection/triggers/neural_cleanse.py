@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from rnp.detection.base import RecoveredTrigger, TriggerRecovery, stamp
 from rnp.errors import UserError
 from rnp.training import Precision, autocast, device_of, predict
-from rnp.types import ImageSet, to_floats
+from rnp.types import ImageSet, Indices, to_floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,26 +50,30 @@ class NeuralCleanse(TriggerRecovery):
             raise UserError(f"multiplier must be above 1, got {self.multiplier:g}")
 
     def recover(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> list[RecoveredTrigger]:
-        classes = torch.arange(len(clean.classes)).unsqueeze(1)  # [k, 1]
+        return self.recover_for(range(len(clean.classes)), model, clean, rng=rng)
+
+    def recover_for(self, labels: Sequence[int], model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> list[RecoveredTrigger]:
+        """The triggers of some labels alone; one costs a k-th of all."""
+        classes = torch.tensor(labels).unsqueeze(1)  # [k, 1]
         other = clean.labels != classes  # [k, n]
         already = predict(model, clean.images, precision=self.precision).argmax(1) == classes  # [k, n]
-        masks, patterns = self._search(model, clean, other & ~already, rng)
+        masks, patterns = self._search(model, clean, other & ~already, classes.squeeze(1), rng)
         triggers = []
-        for label, (mask, pattern) in enumerate(zip(masks, patterns)):
-            stamped = stamp(to_floats(clean.images[other[label]]), mask, pattern)
+        for i, (label, mask, pattern) in enumerate(zip(labels, masks, patterns)):
+            stamped = stamp(to_floats(clean.images[other[i]]), mask, pattern)
             success = (predict(model, stamped, precision=self.precision).argmax(1) == label).float().mean().item()
-            baseline = already[label, other[label]].float().mean().item()
+            baseline = already[i, other[i]].float().mean().item()
             triggers.append(RecoveredTrigger(label, mask, pattern, success, baseline))
         return triggers
 
-    def _search(self, model: nn.Module, clean: ImageSet, pool: Bool[Tensor, "k n"],
+    def _search(self, model: nn.Module, clean: ImageSet, pool: Bool[Tensor, "k n"], labels: Indices,
                 rng: torch.Generator) -> tuple[Float[Tensor, "k h w"], Float[Tensor, "k c h w"]]:
-        """For each label its smallest mask proven on images of the `pool`, else the last one, and its pattern."""
+        """For each of the k labels its smallest mask proven on images of the `pool`, else the last one, and its pattern."""
         device, k, (c, h, w) = device_of(model), len(pool), clean.shape
         network = copy.deepcopy(model).eval().requires_grad_(False)
         sizes = pool.sum(1, keepdim=True)  # [k, 1]
         order = pool.int().argsort(dim=1, descending=True, stable=True)  # [k, n], positions in the pool first
-        targets = torch.arange(k, device=device).repeat_interleave(self.batch_size)
+        targets = labels.to(device).repeat_interleave(self.batch_size)
         raw_masks = torch.zeros(k, 1, h, w, device=device, requires_grad=True)
         raw_patterns = torch.zeros(k, c, h, w, device=device, requires_grad=True)
         optimiser = torch.optim.Adam([raw_masks, raw_patterns], lr=self.lr, betas=(0.5, 0.9))
