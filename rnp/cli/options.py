@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -16,26 +15,29 @@ from rnp.errors import UserError
 PATH = click.Path(path_type=Path)
 
 
-def fields(cls: type, prefix: str = "") -> Iterator[tuple[str, object, str, object]]:
-    """Name, type, help text and default of each hyperparameter; those of a nested dataclass get its name and a dot."""
+def fields(cls: type, prefix: str = "", like: object = None) -> Iterator[tuple[str, object, str, object]]:
+    """Name, type, help text and default of each hyperparameter; those of a nested dataclass get its name and a dot.
+
+    Defaults are those of `like`, an instance of `cls`, if it is given.
+    """
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         hint, text = hints[field.name], ""
         if typing.get_origin(hint) is typing.Annotated:
             hint, text = typing.get_args(hint)
+        own = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        default = own if like is None else getattr(like, field.name)
         if dataclasses.is_dataclass(hint):
-            yield from fields(hint, f"{prefix}{field.name}.")
-            continue
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        yield f"{prefix}{field.name}", hint, text, default
+            yield from fields(hint, f"{prefix}{field.name}.", default)
+        else:
+            yield f"{prefix}{field.name}", hint, text, default
 
 
 def options(cls: type, prefix: str = "", like: object = None) -> Callable:
     """A decorator that gives a click command one option per hyperparameter of `cls`; defaults are those of `like`, if given."""
 
     def decorate(command: Callable) -> Callable:
-        for name, hint, text, default in reversed(list(fields(cls, prefix))):
-            default = default if like is None else operator.attrgetter(name.removeprefix(prefix))(like)
+        for name, hint, text, default in reversed(list(fields(cls, prefix, like))):
             command = click.option(*declaration(name, hint), **settings(hint), default=default, help=text, show_default=True)(command)
         return command
 

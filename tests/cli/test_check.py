@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from rnp.cli.check import check_params, leaves, read_params, sections
 from rnp.cli.main import cli
-from rnp.cli.options import fields
+from rnp.cli.options import argument, build, fields
 from rnp.cli.preset import presets, render
 from rnp.errors import UserError
 
@@ -108,3 +108,11 @@ def test_list_names_every_method():
     assert found["presets"] == presets()
     plain = CliRunner().invoke(cli, ["list"]).output
     assert all(name in plain for members in found.values() for name in members)
+
+
+@pytest.mark.parametrize("cls, prefix", [pair for pairs in sections().values() for pair in pairs],
+                         ids=lambda each: getattr(each, "__name__", ""))
+def test_a_command_without_options_is_the_method_without_arguments(cls, prefix):
+    """Also where a method holds another one with settings of its own."""
+    values = {argument(name): default for name, _, _, default in fields(cls, prefix)}
+    assert build(cls, values, prefix) == cls()
