@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rnp.registry import names
+from rnp.registry import FAMILIES, names
 
 ROOT = Path(__file__).parent.parent
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -54,6 +54,9 @@ def code_deps(stage: str) -> list[str]:
     return [dep for dep in STAGES[stage]["deps"] if dep.startswith("rnp/")]
 
 
+DETECTORS = [f"rnp.{FAMILIES[family].replace('/', '.')}.{name}" for family in ("triggers", "labels", "samples") for name in names(family)]
+
+
 @pytest.mark.parametrize("stage", COMPUTE)
 def test_declared_code_is_imported_code(stage):
     needed = {path for path in closure(f"rnp.cli.{stage}") if not covered(path, list(PLUMBING)) and not others(path)}
@@ -62,6 +65,7 @@ def test_declared_code_is_imported_code(stage):
     assert missing == set(), f"{stage} imports these, dvc.yaml does not list them"
     unused = [d for d in code_deps(stage) if "${" not in d and not any(covered(p, [d]) for p in needed)]
     by_name = {"prepare": ["rnp/data"]} | dict.fromkeys(("poison", "train", "detect"), ["rnp/features.py", "rnp/unet.py"])
+    by_name["detect"] = [*by_name["detect"], *(path for module in DETECTORS for path in closure(module))]
     by_name["defend"] = [path for name in names("defence") for path in closure(f"rnp.defences.{name}")]
     assert [d for d in unused if d not in by_name.get(stage, [])] == [], f"{stage} lists these and does not import them"
 
@@ -83,6 +87,11 @@ def test_defenders_import_no_attack(stage):
 def test_no_attack_imports_another(attack):
     """Stages depend on the file of the attack in use alone, so that a new one retrains nothing."""
     assert {path for path in closure(f"rnp.attacks.{attack}") if others(path)} == {f"rnp/attacks/{attack}.py"}
+
+
+@pytest.mark.parametrize("module", DETECTORS)
+def test_the_code_of_every_detector_is_declared(module):
+    assert {path for path in closure(module) if not covered(path, [*code_deps("detect"), *PLUMBING])} == set()
 
 
 @pytest.mark.parametrize("defence", names("defence"))
