@@ -78,11 +78,22 @@ def test_a_leftover_run_id_does_not_merge_stages(project, monkeypatch):
     assert len(project.runs()) == 2
 
 
+@pytest.fixture
+def interruptible():
+    """Shells start background jobs deaf to Ctrl-C, nohup to hanging up; stages respect that, the tests shall not depend on it."""
+    before = {each: signal.getsignal(each) for each in tracking.SIGNALS}
+    for each in before:
+        signal.signal(each, signal.SIG_DFL)
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
 @pytest.mark.parametrize("do, status, code", [
     ("raise", "FAILED", RuntimeError), ("exit", "FAILED", 4),
     ("SIGTERM", "KILLED", 143), ("SIGINT", "KILLED", 130), ("SIGHUP", "KILLED", 129),
 ])
-def test_a_stage_that_ends_early(project, do, status, code):
+def test_a_stage_that_ends_early(project, do, status, code, interruptible):
     handlers = [signal.getsignal(each) for each in tracking.SIGNALS]
     if code is RuntimeError:
         with pytest.raises(RuntimeError, match="no luck"):
