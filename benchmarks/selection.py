@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from rnp.cli.check import read_params
+from rnp.cli.evaluate import head
 from rnp.cli.rows import machine, written
 from rnp.io import load_defence_set, load_images, load_mask, load_model, put_rows, read_json
 from rnp.masks import prune, ranking
@@ -33,13 +34,15 @@ def rows(folder: Path) -> list[dict[str, object]]:
     tests, attacked = load_images(folder / "data/test"), load_images(folder / "data/triggered/test")
     attack = read_json(folder / "data/triggered/attack.json")
 
-    def measure(model: torch.nn.Module, n: int | None = None) -> Scores:
-        return score(model, head(tests, n), head(attacked, n), attack["target_label"], precision="auto")
+    some = head(tests, FEW), head(attacked, FEW)
+
+    def measure(model: torch.nn.Module, images: tuple[ImageSet, ImageSet] = (tests, attacked)) -> Scores:
+        return score(model, *images, attack["target_label"], precision="auto")
 
     before, order = measure(victim), ranking(mask)
     most = int(params["prune"]["max_fraction"] * len(order))
-    few = measure(victim, FEW)
-    counts = {n: defence_effectiveness(few, measure(prune(victim, order[:n]), FEW)) for n in grid(most)}
+    few = measure(victim, some)
+    counts = {n: defence_effectiveness(few, measure(prune(victim, order[:n]), some)) for n in grid(most)}
     best = max(counts, key=counts.__getitem__)
     found = {"oracle": (measure(prune(victim, order[:best])), best)}
     for rule in RULES:
@@ -52,10 +55,6 @@ def rows(folder: Path) -> list[dict[str, object]]:
               "clean_accuracy_before": before.clean_accuracy.value, "attack_success_rate_before": before.attack_success_rate.value}
     return [written(common | {"rule": rule, **after.flat(), "der": effect[rule], "regret": effect["oracle"] - effect[rule],
                               "neurons_pruned": count}, COLUMNS) for rule, (after, count) in found.items()]
-
-
-def head(data: ImageSet, n: int | None) -> ImageSet:
-    return data if n is None else data.subset(torch.arange(min(n, len(data))))
 
 
 def main() -> None:

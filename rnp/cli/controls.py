@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import datetime
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +13,7 @@ from torch import nn
 
 from rnp.cli.check import check_params, leaves, read_params
 from rnp.cli.options import argument, build, fields, generator
-from rnp.cli.rows import machine, settings, written
+from rnp.cli.rows import origin, written
 from rnp.data.base import interleave
 from rnp.defences.ft import FT
 from rnp.io import load_defence_set, load_images, load_model, load_poisoned, put_rows, read_json
@@ -62,31 +60,6 @@ class Run:
         return pruned.model, pruned.chosen.pruned
 
 
-@click.command()
-@click.argument("table", type=click.Path(path_type=Path))
-@click.option("--only", multiple=True, type=click.Choice(("benign", "relapse", "images", "shifted")), help="these controls alone; may be given again")
-@click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True)
-def controls(table: Path, only: tuple[str, ...], params: Path) -> None:
-    """Run the controls of the finished run of this folder and put their rows into TABLE (a CSV), in place of older ones.
-
-    benign: RNP on the twin, which was never backdoored. relapse: the repaired model, and the twin beside it, are tuned with
-    1 to 50 poisoned images among the defender's. images: RNP with fewer images. shifted: RNP with darker, noisy ones.
-    """
-    given = read_params(params)
-    check_params(given)
-    run, gate = load_run(given), read_json(Path("data/triggered/attack.json"))["gate"]
-    common = {
-        "preset": given["preset"], "attack": given["poison"]["attack"], "seed": run.seed, "gate": str(gate).lower(),
-        "n_clean": len(run.tests), "n_triggered": len(run.attacked), "device": machine(), "torch": torch.__version__,
-        "settings": settings(dict(leaves(given)), given["poison"]["attack"], "rnp"),
-        "made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}",
-    }
-    for control in only or RUN:
-        for row in RUN[control](run):
-            put_rows(table, [written(common | {"control": control} | row, COLUMNS)], COLUMNS, KEY)  # as they come: it is long
-            click.echo(f"{control} {row['model']} {row['amount']}: CA {row['clean_accuracy']:.3f}, ASR {row['attack_success_rate']:.3f}")
-
-
 def load_run(params: dict) -> Run:
     """Raises: UserError when a stage has not run."""
     methods = {}
@@ -105,43 +78,44 @@ def load_run(params: dict) -> Run:
                target=read_json(Path("data/triggered/attack.json"))["target_label"])
 
 
-def compared(run: Run, before: nn.Module, after: nn.Module, about: dict[str, object]) -> dict[str, object]:
-    """A row: both models on the test images."""
-    old, new = run.scores(before), run.scores(after)
-    return about | {f"{name}_before": value for name, value in old.flat().items()} | new.flat() | {
-        "der": defence_effectiveness(old, new)}
+def compared(run: Run, before: Scores, after: nn.Module, about: dict[str, object]) -> dict[str, object]:
+    """A row: a model on the test images, beside what it came from."""
+    new = run.scores(after)
+    return about | {f"{name}_before": value for name, value in before.flat().items()} | new.flat() | {
+        "der": defence_effectiveness(before, new)}
 
 
-def repair(run: Run, model: nn.Module, defence: DefenceSet, about: dict[str, object]) -> dict[str, object]:
+def repair(run: Run, model: nn.Module, before: Scores, defence: DefenceSet, about: dict[str, object]) -> dict[str, object]:
     start = time.perf_counter()
     repaired, pruned = run.rnp(model, defence)
     seconds = time.perf_counter() - start
-    return compared(run, model, repaired, about | {"neurons_pruned": pruned, "seconds": seconds})
+    return compared(run, before, repaired, about | {"neurons_pruned": pruned, "seconds": seconds})
 
 
 def benign(run: Run) -> Iterator[dict[str, object]]:
-    yield repair(run, run.twin, run.defence, {"model": "twin", "amount": len(run.defence.both)})
+    yield repair(run, run.twin, run.scores(run.twin), run.defence, {"model": "twin", "amount": len(run.defence.both)})
 
 
 def relapse(run: Run) -> Iterator[dict[str, object]]:
     """Would a model that never held the backdoor learn it as fast? Then its return says nothing about what was left."""
     for model, net in (("repaired", run.repaired), ("twin", run.twin)):
+        before = run.scores(net)
         for amount in (n for n in POISONED if n <= len(run.poisoned)):
             few = run.poisoned.subset(torch.randperm(len(run.poisoned), generator=generator(run.seed, "controls/poisoned"))[:amount])
-            mixed = DefenceSet(joined(run.defence.train, few), run.defence.val)
+            mixed = DefenceSet(DefenceSet(run.defence.train, few).both, run.defence.val)
             start = time.perf_counter()
-            tuned = RELAPSE.repair(copy.deepcopy(net), mixed, rng=generator(run.seed, "controls/relapse")).model
+            tuned = RELAPSE.repair(net, mixed, rng=generator(run.seed, "controls/relapse")).model
             seconds = time.perf_counter() - start
-            yield compared(run, net, tuned, {"model": model, "amount": amount, "seconds": seconds})
+            yield compared(run, before, tuned, {"model": model, "amount": amount, "seconds": seconds})
 
 
 def images(run: Run) -> Iterator[dict[str, object]]:
-    everything = run.defence.both
+    everything, before = run.defence.both, run.scores(run.victim)
     order = interleave(everything.labels, len(everything.classes), generator(run.seed, "controls/images"))
     for amount in (n for n in IMAGES if n <= len(everything)):
         half = amount // 2
         fewer = DefenceSet(everything.subset(order[:half]), everything.subset(order[half:amount]))
-        yield repair(run, run.victim, fewer, {"model": "backdoored", "amount": amount})
+        yield repair(run, run.victim, before, fewer, {"model": "backdoored", "amount": amount})
 
 
 def shifted(run: Run) -> Iterator[dict[str, object]]:
@@ -151,12 +125,31 @@ def shifted(run: Run) -> Iterator[dict[str, object]]:
         changed = DARKER * data.floats() + NOISE * torch.randn(data.images.shape, generator=rng)
         return ImageSet(to_bytes(changed), data.labels, data.classes)
 
-    yield repair(run, run.victim, DefenceSet(darker(run.defence.train), darker(run.defence.val)),
+    yield repair(run, run.victim, run.scores(run.victim), DefenceSet(darker(run.defence.train), darker(run.defence.val)),
                  {"model": "backdoored", "amount": len(run.defence.both)})
 
 
 RUN = {"benign": benign, "relapse": relapse, "images": images, "shifted": shifted}
 
 
-def joined(one: ImageSet, other: ImageSet) -> ImageSet:
-    return ImageSet(torch.cat([one.images, other.images]), torch.cat([one.labels, other.labels]), one.classes)
+@click.command()
+@click.argument("table", type=click.Path(path_type=Path))
+@click.option("--only", multiple=True, type=click.Choice(list(RUN)), help="these controls alone; may be given again")
+@click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True)
+def controls(table: Path, only: tuple[str, ...], params: Path) -> None:
+    """Run the controls of the finished run of this folder and put their rows into TABLE (a CSV), in place of older ones.
+
+    benign: RNP on the twin, which was never backdoored. relapse: the repaired model, and the twin beside it, are tuned with
+    1 to 50 poisoned images among the defender's. images: RNP with fewer images. shifted: RNP with darker, noisy ones.
+    """
+    given = read_params(params)
+    check_params(given)
+    run, gate = load_run(given), read_json(Path("data/triggered/attack.json"))["gate"]
+    common = {
+        "preset": given["preset"], "attack": given["poison"]["attack"], "seed": run.seed, "gate": str(gate).lower(),
+        "n_clean": len(run.tests), "n_triggered": len(run.attacked), **origin(dict(leaves(given)), "rnp"),
+    }
+    for control in only or RUN:
+        for row in RUN[control](run):
+            put_rows(table, [written(common | {"control": control} | row, COLUMNS)], COLUMNS, KEY)  # as they come: it is long
+            click.echo(f"{control} {row['model']} {row['amount']}: CA {row['clean_accuracy']:.3f}, ASR {row['attack_success_rate']:.3f}")

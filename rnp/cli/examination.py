@@ -17,15 +17,16 @@ from rnp import tracking
 from rnp.cli import prune as prune_stage
 from rnp.cli import recover as recover_stage
 from rnp.cli import unlearn as unlearn_stage
+from rnp.cli.check import leaves
 from rnp.cli.options import generator
-from rnp.cli.report_page import page, versions
+from rnp.cli.report_page import environment, page, versions
 from rnp.data.base import Split
 from rnp.detection.labels.class_shares import ClassShares
 from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.errors import UserError
-from rnp.io import (load_defence_set, load_model, read_json, read_trajectory, save_defence_set, save_model, save_tensors, sha256,
-                    whole, write_json, write_text)
+from rnp.io import (load_defence_set, load_mask, load_model, read_json, read_trajectory, save_defence_set, save_model,
+                    save_tensors, sha256, whole, write_json, write_text)
 from rnp.metrics import Share, paired_interval
 from rnp.plots import recovered_triggers
 from rnp.prune import Prune
@@ -90,14 +91,13 @@ class Case:
 
     adopted: Adopted
     defence: DefenceSet
-    side: int
     warnings: list[str]
     notes: dict[str, object]
 
 
 def purify(model: Path | str, clean: Path | str, out: Path | str, *, subject: Subject = Subject(), seed: int = 0,
-           unlearn: Unlearn = UNLEARN, recover: Recover = RECOVER, prune: Prune = PRUNE, search: NeuralCleanse = SEARCH, mlflow: bool = False,
-           command: str = "") -> dict:
+           unlearn: Unlearn = UNLEARN, recover: Recover = RECOVER, prune: Prune = PRUNE, search: NeuralCleanse = SEARCH,
+           mlflow: bool = False, command: str = "") -> dict:
     """Repair the model in the file `model` with the images of `clean`; the content of `out`/report.json.
 
     The stages are those of the pipeline: with a defence set that `rnp prepare` wrote, the result is the pipeline's.
@@ -182,7 +182,7 @@ def prepare(path: Path, clean: str, subject: Subject, seed: int, work: Path) -> 
     for warning in warnings:
         click.echo(f"warning: {printable(warning)}", err=True)
     converted = adopted.converted
-    return Case(adopted, defence, side, warnings, {
+    return Case(adopted, defence, warnings, {
         "model": {"architecture": adopted.architecture.arch, "outputs": k, "tensors": converted.tensors, "values": converted.elements,
                   "found under": converted.key or "no key", "prefix removed": converted.prefix or "none", "input side": side,
                   "mean": adopted.model.mean.flatten().tolist(), "std": adopted.model.std.flatten().tolist(),
@@ -228,8 +228,6 @@ def verdicts(case: Case, unlearned: Path, search: NeuralCleanse, seed: int, repo
 
 def cost(case: Case, recovered: Path, prune: Prune) -> dict:
     """What such a choice costs on images that had no part in it: neurons chosen with one half, accuracy paired on the other."""
-    from rnp.io import load_mask
-
     victim, val = case.adopted.model, case.defence.val
     trial = prune(victim, load_mask(recovered / "mask.safetensors"), case.defence.train).model
     before, after = (predict(model, val.images).argmax(1) == val.labels for model in (victim, trial))
@@ -256,8 +254,6 @@ def finish(out: Path, result: dict, reports: Path) -> None:
     page(reports, {}, out / "report.html", stranger=result)
     write_json(out / "report.json", result)
     if result["outputs"]:
-        from rnp.cli.report_page import environment
-
         write_text(out / "modelcard.md", environment().get_template("modelcard.md.j2").render(result=result))
 
 
@@ -266,8 +262,7 @@ def track(result: dict, reports: Path, out: Path | None) -> None:
     store = tracking.Store("the report on disk has everything")
 
     def log() -> None:
-        settings = {name: value for name, value in flatten(result["settings"])}
-        run = store.create("purify", tracking.tags("purify", "purify", ""), settings, result["seconds"])
+        run = store.create("purify", tracking.tags("purify", "purify", ""), dict(leaves(result["settings"])), result["seconds"])
         store.log(run, tracking.points(tracking.flat({name: result[name] for name in result if name != "settings"})))
         for stage in sorted(folder for folder in reports.iterdir() if folder.is_dir()):
             store.log_figures(run, stage)
@@ -276,11 +271,6 @@ def track(result: dict, reports: Path, out: Path | None) -> None:
         store.close(run)
 
     store.attempt(log)
-
-
-def flatten(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
-    return [pair for name, value in tree.items()
-            for pair in (flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)])]
 
 
 def summary(result: dict) -> list[str]:

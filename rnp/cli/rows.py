@@ -73,19 +73,23 @@ def check_fresh(stage: str, options: dict[str, object], params: dict) -> None:
             raise UserError(f"{stage} ran with {name} {value}, params.yaml says {wanted[name]}; run `dvc repro` first")
 
 
-def row(reports: Path, params: dict, defence: str) -> dict[str, object]:
-    """What the reports of one run say about RNP (`rnp`), another defence, or the backdoored model itself (`none`)."""
+def origin(flat: dict[str, object], what: str) -> dict[str, object]:
+    """Where a row comes from: machine, versions, settings (of the defence `what`, or of detection), and when."""
     import torch
 
+    return {"device": machine(), "version": importlib.metadata.version("rnp"), "torch": torch.__version__,
+            "settings": settings(flat, flat["poison.attack"], what), "made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}"}
+
+
+def row(reports: Path, params: dict, defence: str) -> dict[str, object]:
+    """What the reports of one run say about RNP (`rnp`), another defence, or the backdoored model itself (`none`)."""
     flat = dict(leaves(params))
     trained, attack = read_json(reports / "train" / "metrics.json"), flat["poison.attack"]
     values = {
         "preset": flat["preset"], "attack": attack, "defence": defence, "seed": flat["seed"],
         "gate": str(trained["gate"]).lower(), "clean_accuracy_twin": trained["clean_accuracy_twin"],
         "n_clean": trained["n_clean"], "n_triggered": trained["n_triggered"],
-        **{f"{name}_before": trained[name] for name in MEASURES},
-        "device": machine(), "version": importlib.metadata.version("rnp"), "torch": torch.__version__,
-        "settings": settings(flat, attack, defence), "made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}",
+        **{f"{name}_before": trained[name] for name in MEASURES}, **origin(flat, defence),
     }
     done = STAGES if defence == "rnp" else STAGES[:2]
     for stage in done:
@@ -109,19 +113,13 @@ def row(reports: Path, params: dict, defence: str) -> dict[str, object]:
 
 def detection_rows(reports: Path, params: dict) -> list[dict[str, object]]:
     """What the detectors of one run found: a row per task, detector and model."""
-    import torch
-
     flat = dict(leaves(params))
-    trained, found, attack = (read_json(reports / "train" / "metrics.json"), read_json(reports / "detect" / "metrics.json"),
-                              flat["poison.attack"])
+    trained, found = (read_json(reports / stage / "metrics.json") for stage in ("train", "detect"))
     for stage in ("poison", "train", "unlearn", "detect"):
         check_fresh(stage, read_json(reports / stage / "run.json")["params"], params)
     seconds = read_json(reports / "detect" / "seconds.json")
-    common = {
-        "preset": flat["preset"], "attack": attack, "seed": flat["seed"], "gate": str(trained["gate"]).lower(),
-        "device": machine(), "version": importlib.metadata.version("rnp"), "torch": torch.__version__,
-        "settings": settings(flat, attack, "detect"), "made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}",
-    }
+    common = {"preset": flat["preset"], "attack": flat["poison.attack"], "seed": flat["seed"],
+              "gate": str(trained["gate"]).lower(), **origin(flat, "detect")}
     rows = []
     for model, values in found["triggers"].items():
         rows.append({"task": "triggers", "detector": "neural_cleanse", "model": model, "attack_success_rate": values["success"],
