@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -15,7 +16,7 @@ from rnp.detection.base import RecoveredTrigger, anomaly_index, stamp
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.errors import UserError
 from rnp.training import device_of
-from rnp.types import DefenceSet, OnEpoch, ignore
+from rnp.types import DefenceSet, ImageSet, OnEpoch, ignore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,22 +42,26 @@ class NCUnlearn(TuningDefence):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.stamped <= 1:
-            raise UserError(f"nc_unlearn.stamped must be in (0, 1], got {self.stamped:g}; it is a fraction, not percent")
+            raise UserError(f"{self.name}.stamped must be in (0, 1], got {self.stamped:g}; it is a fraction, not percent")
 
     def repair(self, model: nn.Module, defence_set: DefenceSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> Repaired:
-        tuned, device = copy.deepcopy(model).eval(), device_of(model)
+        tuned = copy.deepcopy(model).eval()
         found = self.suspicious(self.search.recover(model, defence_set.train, rng=rng))
-        if not found:
-            return Repaired(tuned)
-        masks, patterns = (torch.stack([getattr(trigger, part) for trigger in found]).to(device) for part in ("mask", "pattern"))
+        return Repaired(self.tune_against(found, tuned, defence_set.train, rng=rng, on_epoch=on_epoch) if found else tuned)
+
+    def tune_against(self, triggers: Sequence[RecoveredTrigger], tuned: nn.Module, clean: ImageSet, *, rng: torch.Generator,
+                     on_epoch: OnEpoch = ignore) -> nn.Module:
+        """Change `tuned` in place and return it: a share of the images carries one of the triggers each, all keep their labels."""
+        device = device_of(tuned)
+        masks, patterns = (torch.stack([getattr(trigger, part) for trigger in triggers]).to(device) for part in ("mask", "pattern"))
 
         def objective(images: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-            which = torch.randint(len(found), (len(images),), generator=rng)
+            which = torch.randint(len(triggers), (len(images),), generator=rng)
             carriers = (torch.rand(len(images), 1, 1, 1, generator=rng) < self.stamped).to(device)
             logits = tuned(stamp(images, carriers * masks[which].unsqueeze(1), patterns[which]))
             return F.cross_entropy(logits.float(), truth), logits
 
-        return Repaired(self.tune(tuned, defence_set.train, rng=rng, objective=objective, on_epoch=on_epoch))
+        return self.tune(tuned, clean, rng=rng, objective=objective, on_epoch=on_epoch)
 
     def suspicious(self, triggers: list[RecoveredTrigger]) -> list[RecoveredTrigger]:
         """Those whose mask is far smaller than the median, in logarithms."""

@@ -1,32 +1,24 @@
-"""The recovered trigger names the neurons that it excites."""
+"""Pruning first, and then tuning against the trigger of the label that stands out."""
+
+import dataclasses
 
 import pytest
 import torch
 from detection.planted import TARGET, images
 from torch import nn
 
-from rnp.defences.guided import Guided, activations
-from rnp.detection.labels.class_shares import ClassShares
+from rnp.augment import Augment
+from rnp.defences.guided import Guided
+from rnp.defences.nc_unlearn import NCUnlearn
+from rnp.detection.base import stamp
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
-from rnp.types import DefenceSet
+from rnp.errors import UserError
+from rnp.training import predict
+from rnp.types import DefenceSet, to_floats
 from rnp.unlearn import Unlearn
 
-
-def test_activations_in_closed_form(toy_model, toy_set, unchanged):
-    """By hand, over all images and places, behind a ReLU."""
-    model, data = unchanged(toy_model()), toy_set(12)
-    found = activations(model, data.images)
-    with torch.no_grad():
-        first = torch.relu(model.bn1(model.conv1(data.floats())))
-    assert list(found) == ["bn1", "bn2"]
-    assert found["bn1"][0] == pytest.approx(first.mean((0, 2, 3)), abs=1e-5)
-    assert found["bn1"][1] == pytest.approx(first.std((0, 2, 3), correction=0), abs=1e-4)
-
-
-def test_tokens_have_their_neurons_last():
-    model = nn.Sequential(nn.Flatten(2), nn.Linear(16, 5), nn.LayerNorm(5), nn.Flatten(), nn.Linear(15, 2))
-    (mean, deviation) = activations(model, torch.randint(0, 255, (6, 3, 4, 4), dtype=torch.uint8))["2"]
-    assert mean.shape == deviation.shape == (5,)
+METHOD = Guided(unlearn=Unlearn(epochs=2, largest_drop=0), search=NeuralCleanse(steps=150, batch_size=16, precision="fp32"),
+                lr=0.01, steps=40, batch_size=20, weight_decay=0, precision="fp32", augment=Augment(crop=0, flip=False))
 
 
 class Doorway(nn.Module):
@@ -51,11 +43,44 @@ class Doorway(nn.Module):
         return self.head(torch.relu(self.bn(self.conv(x))).flatten(1))
 
 
-def test_the_neuron_behind_the_trigger_is_named(rng, monkeypatch):
-    model, sets = Doorway().eval(), DefenceSet(images(60), images(60, seed=1))
-    monkeypatch.setattr(ClassShares, "from_trajectory", lambda *_: torch.eye(6)[TARGET])
-    method = Guided(unlearn=Unlearn(epochs=3, lr=0.05, largest_drop=0), search=NeuralCleanse(steps=150, batch_size=16, precision="fp32"))
-    score = method.score(model, sets, rng=rng())["bn"]
-    assert score.argmin() == 0, score
-    (trigger,) = method.search.recover_for([TARGET], model, sets.train, rng=rng())
-    assert trigger.label == TARGET and trigger.success > 0.9
+@pytest.fixture
+def defence_set():
+    return DefenceSet(images(60), images(60, seed=1))
+
+
+def test_without_a_suspicious_label_it_is_rnp(defence_set, rng, monkeypatch):
+    model = Doorway().eval()
+    monkeypatch.setattr(NeuralCleanse, "recover", lambda *_, **__: [])
+    monkeypatch.setattr(NCUnlearn, "suspicious", lambda *_: [])
+    repaired = METHOD.repair(model, defence_set, rng=rng()).model
+    draw = rng()
+    mask = METHOD.recover(METHOD.unlearn(model, defence_set.train, rng=draw).model, defence_set.train, rng=draw).mask
+    pruned = METHOD.prune(model, mask, defence_set.both).model.state_dict()
+    assert all(torch.equal(value, pruned[name]) for name, value in repaired.state_dict().items())
+
+
+def test_every_round_tunes_against_all_triggers_so_far(defence_set, rng, monkeypatch):
+    against, tune = [], NCUnlearn.tune_against
+    monkeypatch.setattr(NCUnlearn, "tune_against", lambda self, triggers, *rest, **named:
+                        (against.append([trigger.label for trigger in triggers]), tune(self, triggers, *rest, **named))[1])
+    dataclasses.replace(METHOD, rounds=3).repair(Doorway().eval(), defence_set, rng=rng())
+    assert against == [[TARGET], [TARGET] * 2, [TARGET] * 3]
+
+
+def test_a_door_that_pruning_leaves_open_is_shut(defence_set, rng, monkeypatch):
+    """Success of the trigger that the given model has, on images that nothing was tuned on."""
+    monkeypatch.setattr(type(METHOD.prune), "__call__", lambda _, model, *__: type("Left", (), {"model": model})())
+    model, test = Doorway().eval(), images(60, seed=2)
+    (trigger,) = METHOD.search.recover_for([TARGET], model, defence_set.train, rng=rng())
+    victims = to_floats(test.images[test.labels != TARGET])
+
+    def success(network):
+        return (predict(network, stamp(victims, trigger.mask, trigger.pattern)).argmax(1) == TARGET).float().mean().item()
+
+    assert success(model) > 0.9
+    assert success(METHOD.repair(model, defence_set, rng=rng()).model) < 0.2
+
+
+def test_no_round_is_refused():
+    with pytest.raises(UserError, match="guided.rounds must be at least 1, got 0"):
+        Guided(rounds=0)
