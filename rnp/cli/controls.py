@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rnp.cli.check import check_params, leaves, read_params
-from rnp.cli.options import argument, build, fields, generator
+from rnp.cli.options import from_section, generator
 from rnp.cli.rows import origin, written
 from rnp.data.base import interleave
 from rnp.defences.ft import FT
@@ -62,12 +62,8 @@ class Run:
 
 def load_run(params: dict) -> Run:
     """Raises: UserError when a stage has not run."""
-    methods = {}
-    for name, cls in (("unlearn", Unlearn), ("recover", Recover), ("prune", Prune)):
-        flat = dict(leaves(params[name]))
-        values = {argument(key): tuple(flat[key]) if isinstance(flat.get(key), list) else flat.get(key, default)
-                  for key, _, _, default in fields(cls)}
-        methods[name] = build(cls, values)
+    methods = {name: from_section(cls, dict(leaves(params[name])))
+               for name, cls in (("unlearn", Unlearn), ("recover", Recover), ("prune", Prune))}
     pool, changes = load_images(Path("data/pool")), load_poisoned(Path("data/poisoned"))[0]
     real = ~changes.covers
     return Run(**methods, seed=params["seed"], twin=load_model(Path("models/twin.safetensors"))[0],

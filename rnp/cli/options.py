@@ -79,6 +79,12 @@ def build(cls: type, values: dict[str, object], prefix: str = "") -> object:
     return cls(**given)
 
 
+def from_section(cls: type, section: dict[str, object], prefix: str = "") -> object:
+    """An instance of `cls` from the leaves of a section of params.yaml, by key; what they lack has its default."""
+    given = {name: section.get(name, default) for name, _, _, default in fields(cls, prefix)}
+    return build(cls, {argument(name): tuple(v) if isinstance(v, list) else v for name, v in given.items()}, prefix)
+
+
 def command(name: str, *hyperparameters: type | tuple[type, str], inputs: tuple[str, ...] = (), outs: tuple[str, ...] = ("out",),
             seed: bool = True) -> Callable:
     """A stage as a click command.
