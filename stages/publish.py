@@ -19,7 +19,7 @@ from rnp.tracking import (
 )
 from stages.summary import PAGE, summary
 
-ORDER = ("prepare", "twin", "poison", "train", "unlearn", "recover", "prune", "defend", "detect", "evaluate", "report")
+ORDER = ("prepare", "twin", "poison", "train", "unlearn", "recover", "prune", "defend", "detect", "controls", "evaluate", "report")
 PARAMS, LOCK, REPORTS, MARKER = Path("params.yaml"), Path("dvc.lock"), Path("reports"), Path(".rnp/published.json")
 IMAGES = Path("data/test/images.npy")  # they have the size that the models take
 MODELS = {"backdoored": ("train", Path("models/backdoored.safetensors")), "repaired": ("prune", Path("models/pruned/model.safetensors"))}

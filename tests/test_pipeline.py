@@ -17,7 +17,8 @@ PLUMBING = ("rnp/cli", "rnp/io.py", "rnp/plots.py", "rnp/tracking.py", "rnp/type
             "rnp/memory.py", "rnp/__init__.py")
 # The library that io and the options of other commands pull in, without which a stage computes the same.
 INCIDENTAL = {
-    "rnp/attacks/base.py": {"prepare", "twin", "unlearn", "recover", "prune", "defend", "evaluate"},
+    "rnp/attacks/base.py": {"prepare", "twin", "unlearn", "recover", "prune", "defend", "evaluate", "controls"},
+    "rnp/detection/base.py": {"controls"}, "rnp/features.py": {"controls"},
     "rnp/models": {"prepare"}, "rnp/training.py": {"prepare"}, "rnp/augment.py": {"prepare"},
     "rnp/masks.py": {"train"},
 }

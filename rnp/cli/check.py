@@ -45,6 +45,7 @@ def read_params(path: Path) -> dict:
 def sections() -> dict[str, list[tuple[type, str]]]:
     """For each section of params.yaml the classes whose fields are its keys, with their prefixes."""
     from rnp.cli.choice import ChooseAttack, ChooseSet
+    from rnp.cli.controls import Controls
     from rnp.cli.detect import Detect, detectors
     from rnp.cli.evaluate import Evaluate
     from rnp.data.base import Split
@@ -70,6 +71,7 @@ def sections() -> dict[str, list[tuple[type, str]]]:
         "prune": [(Prune, "")],
         "defences": family("defence"),
         "detect": [(Detect, ""), *detectors()],
+        "controls": [(Controls, "")],
         "evaluate": [(Evaluate, "")],
     }
 

@@ -6,36 +6,49 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import click
 import torch
 from torch import nn
 
-from rnp.cli.check import check_params, leaves, read_params
-from rnp.cli.options import from_section, generator
-from rnp.cli.rows import origin, written
+from rnp.cli.check import leaves, read_params
+from rnp.cli.options import command, from_section, generator
 from rnp.data.base import interleave
 from rnp.defences.ft import FT
-from rnp.io import load_defence_set, load_images, load_model, load_poisoned, put_rows, read_json
+from rnp.errors import UserError
+from rnp.io import load_defence_set, load_images, load_model, load_poisoned, read_json, write_json, write_rows
 from rnp.metrics import Scores, defence_effectiveness, score
 from rnp.prune import Prune
 from rnp.recover import Recover
+from rnp.registry import suggest
 from rnp.types import DefenceSet, ImageSet, to_bytes
 from rnp.unlearn import Unlearn
 
-KEY = ("preset", "attack", "seed", "control", "model", "amount")
-COLUMNS = (*KEY, "gate", "clean_accuracy_before", "attack_success_rate_before", "clean_accuracy", "attack_success_rate",
-           "robust_accuracy", "der", "neurons_pruned", "seconds", "n_clean", "n_triggered", "device", "torch", "settings", "made")
-POISONED = (1, 5, 10, 50)
-IMAGES = (500, 250, 100, 50, 10)
 NOISE, DARKER = 0.05, 0.7  # of the shifted images, in full scale
 RELAPSE = FT(lr=0.01, steps=100)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Controls:
+    ask: Annotated[tuple[str, ...], "controls to run: benign, relapse, images, shifted"] = ("benign", "relapse", "images", "shifted")
+    relapse_with: Annotated[tuple[int, ...], "relapse: poisoned images among the defender's, in tuning"] = (1, 5, 10, 50)
+    repair_with: Annotated[tuple[int, ...], "images: clean images that the defender has"] = (500, 250, 100, 50, 10)
+
+    def __post_init__(self) -> None:
+        for name in self.ask:
+            if name not in ASK:
+                raise UserError(f"controls.ask: unknown control {name!r}{suggest(name, list(ASK))}")
+        for name in ("relapse_with", "repair_with"):
+            if any(number < 1 for number in getattr(self, name)):
+                raise UserError(f"controls.{name} must hold numbers above 0, got {list(getattr(self, name))}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A finished run, as its stages left it."""
 
+    options: Controls
     unlearn: Unlearn
     recover: Recover
     prune: Prune
@@ -60,20 +73,6 @@ class Run:
         return pruned.model, pruned.chosen.pruned
 
 
-def load_run(params: dict) -> Run:
-    """Raises: UserError when a stage has not run."""
-    methods = {name: from_section(cls, dict(leaves(params[name])))
-               for name, cls in (("unlearn", Unlearn), ("recover", Recover), ("prune", Prune))}
-    pool, changes = load_images(Path("data/pool")), load_poisoned(Path("data/poisoned"))[0]
-    real = ~changes.covers
-    return Run(**methods, seed=params["seed"], twin=load_model(Path("models/twin.safetensors"))[0],
-               victim=load_model(Path("models/backdoored.safetensors"))[0],
-               repaired=load_model(Path("models/pruned/model.safetensors"))[0], defence=load_defence_set(Path("data/defence")),
-               poisoned=ImageSet(changes.images[real], changes.labels[real], pool.classes), tests=load_images(Path("data/test")),
-               attacked=load_images(Path("data/triggered/test")),
-               target=read_json(Path("data/triggered/attack.json"))["target_label"])
-
-
 def compared(run: Run, before: Scores, after: nn.Module, about: dict[str, object]) -> dict[str, object]:
     """A row: a model on the test images, beside what it came from."""
     new = run.scores(after)
@@ -96,7 +95,7 @@ def relapse(run: Run) -> Iterator[dict[str, object]]:
     """Would a model that never held the backdoor learn it as fast? Then its return says nothing about what was left."""
     for model, net in (("repaired", run.repaired), ("twin", run.twin)):
         before = run.scores(net)
-        for amount in (n for n in POISONED if n <= len(run.poisoned)):
+        for amount in (n for n in run.options.relapse_with if n <= len(run.poisoned)):
             few = run.poisoned.subset(torch.randperm(len(run.poisoned), generator=generator(run.seed, "controls/poisoned"))[:amount])
             mixed = DefenceSet(DefenceSet(run.defence.train, few).both, run.defence.val)
             start = time.perf_counter()
@@ -108,7 +107,7 @@ def relapse(run: Run) -> Iterator[dict[str, object]]:
 def images(run: Run) -> Iterator[dict[str, object]]:
     everything, before = run.defence.both, run.scores(run.victim)
     order = interleave(everything.labels, len(everything.classes), generator(run.seed, "controls/images"))
-    for amount in (n for n in IMAGES if n <= len(everything)):
+    for amount in (n for n in run.options.repair_with if n <= len(everything)):
         half = amount // 2
         fewer = DefenceSet(everything.subset(order[:half]), everything.subset(order[half:amount]))
         yield repair(run, run.victim, before, fewer, {"model": "backdoored", "amount": amount})
@@ -125,27 +124,32 @@ def shifted(run: Run) -> Iterator[dict[str, object]]:
                  {"model": "backdoored", "amount": len(run.defence.both)})
 
 
-RUN = {"benign": benign, "relapse": relapse, "images": images, "shifted": shifted}
+ASK = {"benign": benign, "relapse": relapse, "images": images, "shifted": shifted}
 
 
-@click.command()
-@click.argument("table", type=click.Path(path_type=Path))
-@click.option("--only", multiple=True, type=click.Choice(list(RUN)), help="these controls alone; may be given again")
-@click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True)
-def controls(table: Path, only: tuple[str, ...], params: Path) -> None:
-    """Run the controls of the finished run of this folder and put their rows into TABLE (a CSV), in place of older ones.
+@command("controls", Controls, outs=(), inputs=("model", "twin", "pruned", "defence", "pool", "poisoned", "test", "triggered"))
+def controls(options: Controls, *, model: Path, twin: Path, pruned: Path, defence: Path, pool: Path, poisoned: Path, test: Path,
+             triggered: Path, report: Path, seed: int) -> None:
+    """Ask of a finished run what a single repair does not tell; RNP runs with the settings in params.yaml.
 
     benign: RNP on the twin, which was never backdoored. relapse: the repaired model, and the twin beside it, are tuned with
-    1 to 50 poisoned images among the defender's. images: RNP with fewer images. shifted: RNP with darker, noisy ones.
+    a few poisoned images among the defender's. images: RNP with fewer images. shifted: RNP with darker, noisy ones.
     """
-    given = read_params(params)
-    check_params(given)
-    run, gate = load_run(given), read_json(Path("data/triggered/attack.json"))["gate"]
-    common = {
-        "preset": given["preset"], "attack": given["poison"]["attack"], "seed": run.seed, "gate": str(gate).lower(),
-        "n_clean": len(run.tests), "n_triggered": len(run.attacked), **origin(dict(leaves(given)), "rnp"),
-    }
-    for control in only or RUN:
-        for row in RUN[control](run):
-            put_rows(table, [written(common | {"control": control} | row, COLUMNS)], COLUMNS, KEY)  # as they come: it is long
+    params, changes = read_params(Path("params.yaml")), load_poisoned(poisoned)[0]
+    methods = {name: from_section(cls, dict(leaves(params[name])))
+               for name, cls in (("unlearn", Unlearn), ("recover", Recover), ("prune", Prune))}
+    real = ~changes.covers
+    run = Run(**methods, options=options, seed=seed, twin=load_model(twin)[0], victim=load_model(model)[0],
+              repaired=load_model(pruned / "model.safetensors")[0], defence=load_defence_set(defence),
+              poisoned=ImageSet(changes.images[real], changes.labels[real], load_images(pool).classes), tests=load_images(test),
+              attacked=load_images(triggered / "test"), target=read_json(triggered / "attack.json")["target_label"])
+    rows = []
+    for control in options.ask:
+        for row in ASK[control](run):
+            rows.append({"control": control, "neurons_pruned": "", **row})
             click.echo(f"{control} {row['model']} {row['amount']}: CA {row['clean_accuracy']:.3f}, ASR {row['attack_success_rate']:.3f}")
+    write_rows(report / "rows.csv", rows)
+    kept = ("clean_accuracy_before", "attack_success_rate_before", "clean_accuracy", "attack_success_rate", "der")
+    write_json(report / "metrics.json", {
+        control: {f"{row['model']}, {row['amount']}": {name: row[name] for name in kept} for row in rows if row["control"] == control}
+        for control in options.ask})

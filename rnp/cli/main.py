@@ -27,6 +27,7 @@ COMMANDS = {
     "prune": "Choose on the defence set how many neurons to prune, and prune them.",
     "defend": "Repair the backdoored model by another defence.",
     "detect": "Recover triggers, name the target label, find triggered images.",
+    "controls": "Ask of a repair what it costs a benign model, how soon the backdoor returns, what fewer images do.",
     "evaluate": "Measure CA, ASR, RA and DER of every model.",
     "report": "Write one self-contained page about everything.",
     "rows": "Append finished runs to a table of results.",
@@ -34,7 +35,6 @@ COMMANDS = {
     "purify": "Repair a stranger's model with a folder of clean images.",
     "inspect": "Say what is odd about a stranger's model; change nothing.",
     "convert": "Take the weights out of a stranger's checkpoint, as safetensors.",
-    "controls": "Run the controls of a finished run: benign twin, relapse, fewer images, shifted images.",
     "gallery": "Write the page that shows every attack.",
 }
 

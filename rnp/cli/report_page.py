@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader
 from rnp.cli.check import leaves
 from rnp.io import read_json, whole
 
-ORDER = ("prepare", "twin", "poison", "train", "unlearn", "recover", "prune", "defend", "detect", "evaluate")
+ORDER = ("prepare", "twin", "poison", "train", "unlearn", "recover", "prune", "defend", "detect", "controls", "evaluate")
 PACKAGES = ("rnp", "torch", "torchvision", "numpy", "scipy", "matplotlib", "dvc", "mlflow")
 MEASURES = {
     "clean_accuracy": "Clean accuracy (CA)", "attack_success_rate": "Attack success rate (ASR)",

@@ -14,7 +14,7 @@ import click
 
 from rnp.cli.check import leaves, read_params
 from rnp.errors import UserError
-from rnp.io import put_rows, read_json
+from rnp.io import put_rows, read_json, read_rows
 
 MEASURES = ("clean_accuracy", "attack_success_rate", "robust_accuracy")
 STAGES = ("poison", "train", "unlearn", "recover", "prune")
@@ -29,6 +29,11 @@ DETECTION_COLUMNS = (
     "preset", "attack", "seed", "gate", "task", "detector", "model", "label_correct", "label", "margin", "auroc", "auprc",
     "base_rate", "tpr_at_5_fpr", "fpr", "fpr_target_class", "iou", "l1", "attack_success_rate", "gain", "seconds", "device",
     "version", "torch", "settings", "made",
+)
+CONTROL_KEY = ("preset", "attack", "seed", "control", "model", "amount")
+CONTROL_COLUMNS = (
+    *CONTROL_KEY, "gate", "clean_accuracy_before", "attack_success_rate_before", "clean_accuracy", "attack_success_rate",
+    "robust_accuracy", "der", "neurons_pruned", "seconds", "n_clean", "n_triggered", "device", "version", "torch", "settings", "made",
 )
 DETECTION_KEY = ("preset", "attack", "seed", "task", "detector", "model")
 
@@ -134,6 +139,19 @@ def detection_rows(reports: Path, params: dict) -> list[dict[str, object]]:
     return [written(common | each, DETECTION_COLUMNS) for each in rows]
 
 
+def control_rows(reports: Path, params: dict) -> list[dict[str, object]]:
+    """What the controls of one run showed: a row per control, model and amount."""
+    flat, trained = dict(leaves(params)), read_json(reports / "train" / "metrics.json")
+    for stage in (*STAGES, "controls"):
+        check_fresh(stage, read_json(reports / stage / "run.json")["params"], params)
+    common = {"preset": flat["preset"], "attack": flat["poison.attack"], "seed": flat["seed"], "gate": str(trained["gate"]).lower(),
+              "n_clean": trained["n_clean"], "n_triggered": trained["n_triggered"], **origin(flat, "rnp")}
+    counts = (*CONTROL_KEY, "neurons_pruned")
+    measured = [{name: value if name in counts else float(value) for name, value in each.items()}
+                for each in read_rows(reports / "controls" / "rows.csv")]
+    return [written(common | each, CONTROL_COLUMNS) for each in measured]
+
+
 def written(values: dict[str, object], columns: tuple[str, ...]) -> dict[str, object]:
     """A row as the table holds it."""
     return {name: f"{values[name]:.5g}" if isinstance(values.get(name), float) else values.get(name, "") for name in columns}
@@ -145,9 +163,13 @@ def written(values: dict[str, object], columns: tuple[str, ...]) -> dict[str, ob
 @click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True)
 @click.option("--defence", default="rnp", show_default=True, help="rnp, another defence of the run, or none: the backdoored model")
 @click.option("--detection", is_flag=True, help="what the detectors found instead: a row per task, detector and model")
-def rows(table: Path, reports: Path, params: Path, defence: str, detection: bool) -> None:
+@click.option("--controls", is_flag=True, help="what the controls showed instead: a row per control, model and amount")
+def rows(table: Path, reports: Path, params: Path, defence: str, detection: bool, controls: bool) -> None:
     """Put the finished run of this folder into TABLE (a CSV), in place of its older rows there."""
     settings = read_params(params)
-    new = detection_rows(reports, settings) if detection else [row(reports, settings, defence)]
-    columns, key = (DETECTION_COLUMNS, DETECTION_KEY) if detection else (COLUMNS, KEY)
-    put_rows(table, new, columns, key)
+    if detection:
+        put_rows(table, detection_rows(reports, settings), DETECTION_COLUMNS, DETECTION_KEY)
+    elif controls:
+        put_rows(table, control_rows(reports, settings), CONTROL_COLUMNS, CONTROL_KEY)
+    else:
+        put_rows(table, [row(reports, settings, defence)], COLUMNS, KEY)

@@ -14,6 +14,7 @@ from safetensors import safe_open
 import rnp.io
 from rnp.cli.main import cli, guard
 from rnp.cli.preset import render
+from rnp.cli.report_page import page
 from rnp.errors import UserError
 
 NET = ["--arch", "resnet10", "--width", "4"]
@@ -249,6 +250,19 @@ def test_rows_of_detection(ended):
     assert all(row["seconds"] for row in rows.values() if row["detector"] != "class_shares")
 
 
+def test_rows_of_controls(ended):
+    """Counts as they are, measures to five digits; a second time the rows take the place of the first."""
+    Path("reports/controls").mkdir()
+    Path("reports/controls/run.json").write_text('{"seconds": 1.5, "params": {"seed": 3}}')
+    rnp.io.write_rows(Path("reports/controls/rows.csv"), [
+        {"control": "relapse", "model": "twin", "amount": 5, "neurons_pruned": "", "clean_accuracy": 0.1234567, "seconds": 2.0}])
+    for _ in range(2):
+        assert CliRunner().invoke(cli, ["rows", "controls.csv", "--controls"], catch_exceptions=False).exit_code == 0
+    (row,) = rnp.io.read_rows(Path("controls.csv"))
+    assert (row["attack"], row["seed"], row["control"], row["model"], row["amount"]) == ("blend", "3", "relapse", "twin", "5")
+    assert row["clean_accuracy"] == "0.12346" and row["neurons_pruned"] == "" and row["n_clean"] != ""
+
+
 @pytest.mark.parametrize("name, words", [("--samples", "unknown detector 'strop'; did you mean 'strip'"), ("--labels", "unknown detector")])
 def test_unknown_detectors_are_named(run, capsys, name, words):
     assert run("detect", name, "strop") == 2 and words in capsys.readouterr().err
@@ -288,14 +302,18 @@ def test_no_file_of_the_chain_is_a_pickle(finished):
 
 
 def test_controls_of_a_finished_run(run):
-    """Each control gives its rows; a second time they take the place of the first."""
+    """Each control gives its rows."""
     given = yaml.safe_load(render("demo"))
     given["poison"]["attack"], given["unlearn"]["epochs"], given["recover"]["steps"] = "blend", 1, 2
     Path("params.yaml").write_text(yaml.safe_dump(given))
-    for only in ([], ["--only", "benign"]):
-        done = CliRunner().invoke(cli, ["controls", "controls.csv", *only], catch_exceptions=False)
-        assert done.exit_code == 0, done.output
-    rows = rnp.io.read_rows(Path("controls.csv"))
+    done = CliRunner().invoke(cli, [
+        "controls", "--model", "models/backdoored.safetensors", "--twin", "models/twin.safetensors", "--pruned", "models/pruned",
+        *(word for name in ("defence", "pool", "poisoned", "test", "triggered") for word in (f"--{name}", f"data/{name}")),
+        "--report", "reports/controls"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    rows = rnp.io.read_rows(Path("reports/controls/rows.csv"))
+    page(Path("reports"), given, Path("report.html"))
+    assert "which was never backdoored" in (text := Path("report.html").read_text()) and "repaired, 50" in text
     found = {(row["control"], row["model"], int(row["amount"])): row for row in rows}
     assert len(found) == len(rows) == 1 + 2 * 4 + 3 + 1
     assert set(found) == {("benign", "twin", 200), ("shifted", "backdoored", 200),
