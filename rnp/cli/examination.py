@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import tempfile
@@ -12,6 +13,7 @@ from typing import Annotated
 
 import click
 import torch
+from torch import nn
 
 from rnp import tracking
 from rnp.cli import prune as prune_stage
@@ -21,6 +23,8 @@ from rnp.cli.check import leaves
 from rnp.cli.options import generator
 from rnp.cli.report_page import environment, page, versions
 from rnp.data.base import Split
+from rnp.defences.guided import Guided
+from rnp.detection.base import RecoveredTrigger
 from rnp.detection.labels.class_shares import ClassShares
 from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
@@ -39,6 +43,7 @@ from rnp.unlearn import Unlearn
 
 UNLEARN, RECOVER, PRUNE = Unlearn(precision="auto"), Recover(precision="auto"), Prune(precision="auto")
 SEARCH = NeuralCleanse(steps=100)  # quick enough for a laptop
+ROUNDS = Guided().rounds
 UNTESTED = (
     "Any trigger: nobody showed one, so whether the model carried a backdoor, and whether it still does, is not measured.",
     "Attackers who know this defence and train against it.",
@@ -97,46 +102,57 @@ class Case:
 
 def purify(model: Path | str, clean: Path | str, out: Path | str, *, subject: Subject = Subject(), seed: int = 0,
            unlearn: Unlearn = UNLEARN, recover: Recover = RECOVER, prune: Prune = PRUNE, search: NeuralCleanse = SEARCH,
-           mlflow: bool = False, command: str = "") -> dict:
+           rounds: int = ROUNDS, mlflow: bool = False, command: str = "") -> dict:
     """Repair the model in the file `model` with the images of `clean`; the content of `out`/report.json.
 
-    The stages are those of the pipeline: with a defence set that `rnp prepare` wrote, the result is the pipeline's.
+    The repair is that of the defence `guided`: RNP, then `rounds` of tuning against the triggers of labels that stand out.
+    Up to the tuning the stages are those of the pipeline: with a defence set that `rnp prepare` wrote, so is the result.
 
     Raises: UserError when the file is refused or something does not fit.
     """
-    return examine(Path(model), str(clean), Path(out), subject, seed, unlearn, recover, prune, search, mlflow, command)
+    return examine(Path(model), str(clean), Path(out), subject, seed, unlearn, recover, prune, search, rounds, mlflow, command)
 
 
 def inspect(model: Path | str, clean: Path | str, out: Path | str | None = None, *, subject: Subject = Subject(), seed: int = 0,
             unlearn: Unlearn = UNLEARN, search: NeuralCleanse = SEARCH, mlflow: bool = False, command: str = "") -> dict:
     """As `purify`, but the model stays as it is; the report is written where there is an `out`."""
-    return examine(Path(model), str(clean), Path(out) if out else None, subject, seed, unlearn, None, None, search, mlflow, command)
+    return examine(Path(model), str(clean), Path(out) if out else None, subject, seed, unlearn, None, None, search, 0, mlflow, command)
 
 
 def examine(path: Path, clean: str, out: Path | None, subject: Subject, seed: int, unlearn: Unlearn, recover: Recover | None,
-            prune: Prune | None, search: NeuralCleanse, mlflow: bool, command: str) -> dict:
+            prune: Prune | None, search: NeuralCleanse, rounds: int, mlflow: bool, command: str) -> dict:
+    if rounds < 0:
+        raise UserError(f"rounds must be 0 or more, got {rounds}")
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         work, reports = Path(folder), Path(folder) / "reports"
         case = prepare(path, clean, subject, seed, work)
         victim, defence, unlearned = work / "models" / "backdoored.safetensors", work / "data" / "defence", work / "models" / "unlearned"
         unlearn_stage.unlearn.work(unlearn, model=victim, defence=defence, out=unlearned, report=reports / "unlearn", seed=seed)
-        found = verdicts(case, unlearned, search, seed, reports / "detect")
+        triggers = search.recover(case.adopted.model, case.defence.train, rng=generator(seed, "triggers/backdoored"))
+        found = verdicts(case, unlearned, triggers, reports / "detect")
         result = {
             "command": command, "seed": seed, "seconds": 0.0, "warnings": case.warnings, "not_tested": UNTESTED,
             "inputs": {str(path): case.adopted.converted.input_sha256}, "outputs": {}, **case.notes, **found,
             "unlearn": read_json(reports / "unlearn" / "metrics.json"), "versions": dict(versions()),
             "settings": {name: dataclasses.asdict(value) for name, value in
-                         (("subject", subject), ("unlearn", unlearn), ("recover", recover), ("prune", prune), ("search", search)) if value},
+                         (("subject", subject), ("unlearn", unlearn), ("recover", recover), ("prune", prune), ("search", search)) if value}
+            | {"rounds": rounds},
         }
         if prune:
             recovered, pruned = work / "models" / "recovered", work / "models" / "pruned"
             recover_stage.recover.work(recover, unlearned=unlearned, defence=defence, out=recovered, report=reports / "recover",
                                        seed=seed)
             prune_stage.prune.work(prune, model=victim, masks=recovered, defence=defence, out=pruned, report=reports / "prune")
-            repaired = load_model(pruned / "model.safetensors")[0]
+            left = load_model(pruned / "model.safetensors")[0]
+            guided = Guided(search=search, rounds=rounds) if rounds else None
+            loud = guided.suspicious(triggers) if guided else []
+            repaired = copy.deepcopy(left)
+            if loud:
+                guided.shut(loud, repaired, case.defence.train, rng=generator(seed, "purify/tune"))
             result |= {name: read_json(reports / name / "metrics.json") for name in ("recover", "prune")}
-            result |= {"accuracy_after": share(repaired, case.defence.both), "cost": cost(case, recovered, prune)}
+            result |= {"accuracy_after": share(repaired, case.defence.both), "cost": cost(case, recovered, prune, left, repaired)}
+            result["tuned_against"] = [case.defence.train.classes[trigger.label] for trigger in loud]
             export(out, case, repaired, recovered / "mask.csv")
         result["seconds"] = round(time.perf_counter() - start, 1)
         if out:
@@ -201,16 +217,15 @@ def isolation(granted: dict[str, bool]) -> str:
     return f"in a process of its own, limited in {', '.join(measures)}"
 
 
-def share(model: torch.nn.Module, data: ImageSet) -> dict[str, object]:
+def share(model: nn.Module, data: ImageSet) -> dict[str, object]:
     right = int((predict(model, data.images).argmax(1) == data.labels).sum())
     found = Share(right, len(data))
     return {"value": found.value, "n": found.n, "interval": found.interval()}
 
 
-def verdicts(case: Case, unlearned: Path, search: NeuralCleanse, seed: int, report: Path) -> dict:
+def verdicts(case: Case, unlearned: Path, triggers: list[RecoveredTrigger], report: Path) -> dict:
     """Which label a backdoor would have, by two detectors, and the trigger that comes nearest to one for it."""
-    names, model, clean = case.defence.train.classes, case.adopted.model, case.defence.train
-    triggers = search.recover(model, clean, rng=generator(seed, "triggers/backdoored"))
+    names = case.defence.train.classes
     shares, index = ClassShares(), NeuralCleanseIndex()
     named = {"class_shares": shares.verdict(shares.from_trajectory(read_trajectory(unlearned / "trajectory.csv"))),
              "neural_cleanse_index": index.verdict(index.from_triggers(triggers))}
@@ -226,17 +241,21 @@ def verdicts(case: Case, unlearned: Path, search: NeuralCleanse, seed: int, repo
     return found
 
 
-def cost(case: Case, recovered: Path, prune: Prune) -> dict:
-    """What such a choice costs on images that had no part in it: neurons chosen with one half, accuracy paired on the other."""
+def cost(case: Case, recovered: Path, prune: Prune, pruned: nn.Module, repaired: nn.Module) -> dict:
+    """What such a repair costs on images that had no part in it.
+
+    Neurons chosen with one half of the images, accuracy paired on the other half; to that is added what the tuning changed
+    there, which saw the first half alone.
+    """
     victim, val = case.adopted.model, case.defence.val
     trial = prune(victim, load_mask(recovered / "mask.safetensors"), case.defence.train).model
-    before, after = (predict(model, val.images).argmax(1) == val.labels for model in (victim, trial))
-    worse, better = int((before & ~after).sum()), int((~before & after).sum())
+    one, two, three, four = (predict(model, val.images).argmax(1) == val.labels for model in (victim, trial, pruned, repaired))
+    worse, better = (int((a & ~b).sum() + (c & ~d).sum()) for a, b, c, d in ((one, two, three, four), (two, one, four, three)))
     return {"value": (worse - better) / len(val), "n": len(val), "turned_wrong": worse, "turned_right": better,
             "interval": paired_interval(worse, better, len(val))}
 
 
-def export(out: Path, case: Case, repaired: torch.nn.Module, masks: Path) -> None:
+def export(out: Path, case: Case, repaired: nn.Module, masks: Path) -> None:
     """The repaired weights, under the stranger's own names, and the masks."""
     target, names = out / "purified.safetensors", case.defence.train.classes
     if case.adopted.whole:
@@ -284,7 +303,8 @@ def summary(result: dict) -> list[str]:
     lines.append("a benign model drifts to some class too: a label named is a hint, not a proof")
     if "prune" in result:
         low, high = result["cost"]["interval"]
-        lines.append(f"pruned {result['prune']['pruned']} of {result['prune']['neurons']} neurons; accuracy on images without a part"
+        against = f", then tuned against triggers of {', '.join(result['tuned_against'])}" if result["tuned_against"] else ""
+        lines.append(f"pruned {result['prune']['pruned']} of {result['prune']['neurons']} neurons{against}; accuracy on images without a part"
                      f" in the choice {-result['cost']['value']:+.3f} (95 % interval {-high:+.3f} to {-low:+.3f},"
                      f" {result['cost']['n']} images)")
     return lines

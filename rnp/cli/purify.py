@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from rnp.cli.examination import PRUNE, RECOVER, SEARCH, UNLEARN, Subject, summary
+from rnp.cli.examination import PRUNE, RECOVER, ROUNDS, SEARCH, UNLEARN, Subject, summary
 from rnp.cli.examination import purify as repair
 from rnp.cli.options import build, options
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
@@ -40,17 +40,20 @@ def typed_command() -> str:
 @click.command()
 @options(Prune, "prune.", PRUNE)
 @options(Recover, "recover.", RECOVER)
+@click.option("--rounds", type=int, default=ROUNDS, show_default=True,
+              help="of tuning against the triggers of labels that stand out; 0: pruning alone")
 @about_the_subject
 @click.option("-o", "--out", type=click.Path(path_type=Path, file_okay=False), required=True,
               help="folder for the repaired model and the report")
-def purify(model: Path, clean: str, out: Path, seed: int, mlflow: bool, **values: object) -> None:
-    """Repair MODEL: unlearn, recover, prune, with clean images alone.
+def purify(model: Path, clean: str, out: Path, seed: int, mlflow: bool, rounds: int, **values: object) -> None:
+    """Repair MODEL with clean images alone: unlearn, recover, prune, then tune where a label yields to an odd small trigger.
 
     OUT gets purified.safetensors, report.html, report.json, modelcard.md and masks.csv. MODEL itself is opened once, as
     `rnp convert` does, and never changed.
     """
     parts = {name: build(cls, values, f"{name}.") for name, cls in
              (("unlearn", Unlearn), ("recover", Recover), ("prune", Prune), ("search", NeuralCleanse))}
-    result = repair(model, clean, out, subject=build(Subject, values), seed=seed, mlflow=mlflow, command=typed_command(), **parts)
+    result = repair(model, clean, out, subject=build(Subject, values), seed=seed, rounds=rounds, mlflow=mlflow,
+                    command=typed_command(), **parts)
     for line in [*summary(result), f"{out / 'purified.safetensors'}, and {out / 'report.html'}, which says what was not tested"]:
         click.echo(printable(line))

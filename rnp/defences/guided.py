@@ -10,10 +10,11 @@ from torch import nn
 
 from rnp.defences.base import Repaired
 from rnp.defences.nc_unlearn import NCUnlearn
+from rnp.detection.base import RecoveredTrigger
 from rnp.errors import UserError
 from rnp.prune import Prune
 from rnp.recover import Recover
-from rnp.types import DefenceSet, OnEpoch, ignore
+from rnp.types import DefenceSet, ImageSet, OnEpoch, ignore
 from rnp.unlearn import Unlearn
 
 
@@ -50,9 +51,14 @@ class Guided(NCUnlearn):
         unlearned = self.unlearn(model, clean, rng=rng, on_epoch=on_epoch).model
         mask = self.recover(unlearned, clean, rng=rng, on_epoch=on_epoch).mask
         repaired = self.prune(model, mask, defence_set.both).model
-        labels = [trigger.label for trigger in triggers]
+        return Repaired(self.shut(triggers, repaired, clean, rng=rng, on_epoch=on_epoch))
+
+    def shut(self, triggers: list[RecoveredTrigger], repaired: nn.Module, clean: ImageSet, *, rng: torch.Generator,
+             on_epoch: OnEpoch = ignore) -> nn.Module:
+        """Change the pruned model in place and return it, so that neither `triggers` nor what comes after them moves it."""
+        found, labels = list(triggers), [trigger.label for trigger in triggers]
         for number in range(self.rounds if labels else 0):
             if number:
-                triggers += self.search.recover_for(labels, repaired, clean, rng=rng)
-            self.tune_against(triggers, repaired, clean, rng=rng, on_epoch=on_epoch)
-        return Repaired(repaired)
+                found += self.search.recover_for(labels, repaired, clean, rng=rng)
+            self.tune_against(found, repaired, clean, rng=rng, on_epoch=on_epoch)
+        return repaired

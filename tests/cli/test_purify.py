@@ -17,6 +17,7 @@ import rnp
 from rnp import io
 from rnp.cli.examination import Subject
 from rnp.cli.main import cli, guard
+from rnp.defences.guided import Guided
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.errors import UserError
 from rnp.metrics import paired_interval
@@ -51,7 +52,7 @@ def scene(tmp_path_factory, toy_set, rng):
 @pytest.fixture(scope="module")
 def purified(scene):
     done = CliRunner().invoke(cli, ["purify", str(scene / "model.safetensors"), "--clean", str(scene / "clean"), "-o",
-                                    str(scene / "out"), *NET, *QUICK], catch_exceptions=False)
+                                    str(scene / "out"), "--rounds", "0", *NET, *QUICK], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return scene / "out", done.output
 
@@ -120,9 +121,29 @@ def test_the_result_is_the_pipelines(scene, tmp_path):
         done = CliRunner().invoke(cli, [*map(str, arguments), "--report", str(tmp_path / "reports" / arguments[0])], catch_exceptions=False)
         assert done.exit_code == 0, done.output
     result = rnp.purify(model, defence, tmp_path / "out", seed=3, unlearn=Unlearn(lr=0.05, epochs=6), recover=Recover(steps=4),
-                        search=NeuralCleanse(steps=2, batch_size=2), prune=rnp.cli.examination.Prune())
+                        search=NeuralCleanse(steps=2, batch_size=2), rounds=0, prune=rnp.cli.examination.Prune())
     assert result["outputs"]["purified.safetensors"] == io.sha256(tmp_path / "p" / "model.safetensors")
     assert (tmp_path / "out" / "masks.csv").read_bytes() == (tmp_path / "r" / "mask.csv").read_bytes()
+
+
+def test_a_label_that_stands_out_is_tuned_against(scene, tmp_path, monkeypatch):
+    """After the pruning, and the page, the card and the terminal say so."""
+    monkeypatch.setattr(Guided, "suspicious", lambda _, triggers: triggers[:1])
+    done = CliRunner().invoke(cli, ["purify", str(scene / "model.safetensors"), "--clean", str(scene / "clean"), "-o",
+                                    str(tmp_path / "out"), "--rounds", "1", *NET, *QUICK], catch_exceptions=False)
+    assert done.exit_code == 0 and "neurons, then tuned against triggers of bird<b>; accuracy" in done.output
+    report, card = json.loads((tmp_path / "out/report.json").read_text()), (tmp_path / "out/modelcard.md").read_text()
+    assert report["tuned_against"] == ["bird<b>"] and report["settings"]["rounds"] == 1
+    assert "tuned in 1 short rounds" in card and "All other weights" not in card
+    page = (tmp_path / "out/report.html").read_text()
+    assert "tuned in 1 short rounds against triggers recovered for bird&lt;b&gt;" in page and "bird<b>" not in page
+    before, after = load_file(scene / "model.safetensors"), load_file(tmp_path / "out/purified.safetensors")
+    assert not torch.equal(before["conv1.weight"], after["conv1.weight"])
+
+
+def test_negative_rounds_are_refused(scene, tmp_path):
+    with pytest.raises(UserError, match="rounds must be 0 or more, got -1"):
+        rnp.purify(scene / "model.safetensors", scene / "clean", tmp_path / "out", rounds=-1)
 
 
 def test_inspection_changes_nothing(scene, tmp_path, monkeypatch):
