@@ -256,17 +256,3 @@ def confident(model: nn.Module, images: Bytes, confidence: float) -> tuple[Indic
     probability, label = predict(model, images).softmax(1).max(1)
     sure = (probability >= confidence).nonzero().squeeze(1)
     return sure, label[sure]
-
-
-def concerns(data: ImageSet, accuracy: float) -> Iterator[str]:
-    """What a defender should know before trusting a repair that rests on these images."""
-    k, n = len(data.classes), len(data)
-    if accuracy <= 1.5 / k + 0.05:
-        yield (f"accuracy on the clean images is {accuracy:.3f}, near chance ({1 / k:.3f}): check --mean, --std, --size and the"
-               " order of the classes")
-    absent = [name for name, count in zip(data.classes, data.labels.bincount(minlength=k).tolist()) if count == 0]
-    if absent:
-        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-        yield f"no image of class {', '.join(absent[:5])}{more}: what the repair costs there is not measured"
-    if n < 50:
-        yield f"{n} images are fewer than the 50 that were tried; the choice of neurons will fit them by chance"

@@ -14,7 +14,7 @@ from torch import nn
 from rnp import io
 from rnp.errors import UserError
 from rnp.models.build import TYPED, Architecture
-from rnp.strangers import Gathered, adopt, concerns, confident, gather, on_the_head, output_size
+from rnp.strangers import Gathered, adopt, confident, gather, on_the_head, output_size
 from rnp.types import ImageSet
 
 STATS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2)}
@@ -281,10 +281,3 @@ def test_confident_answers_serve_as_labels(trained, toy_set):
     positions, labels = confident(trained, data.images, 0.9)
     assert 0 < len(positions) < 40 and len(confident(trained, data.images, 0.0)[0]) == 40
     assert (labels == data.labels[positions]).float().mean() > 0.95
-
-
-def test_concerns():
-    data = ImageSet(torch.zeros(12, 3, 4, 4, dtype=torch.uint8), torch.arange(12) % 3, ("a", "b", "c", "<d>"))
-    near_chance, absent, few = concerns(data, 0.3)
-    assert "near chance (0.250)" in near_chance and "no image of class <d>" in absent and "12 images are fewer" in few
-    assert "near chance" not in next(concerns(data, 0.9))

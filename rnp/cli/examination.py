@@ -20,6 +20,7 @@ from rnp.cli import prune as prune_stage
 from rnp.cli import recover as recover_stage
 from rnp.cli import unlearn as unlearn_stage
 from rnp.cli.check import leaves
+from rnp.cli.concerns import concerns
 from rnp.cli.options import generator
 from rnp.cli.report_page import environment, page, versions
 from rnp.data.base import Split
@@ -36,7 +37,7 @@ from rnp.plots import recovered_triggers
 from rnp.prune import Prune
 from rnp.quarantine import printable
 from rnp.recover import Recover
-from rnp.strangers import FEWEST, Adopted, adopt, concerns, confident, gather, on_the_head, output_size
+from rnp.strangers import FEWEST, Adopted, adopt, confident, gather, on_the_head, output_size
 from rnp.training import predict
 from rnp.types import DefenceSet, ImageSet
 from rnp.unlearn import Unlearn
@@ -190,7 +191,7 @@ def prepare(path: Path, clean: str, subject: Subject, seed: int, work: Path) -> 
     save_model(work / "models" / "backdoored.safetensors", adopted.model, adopted.architecture, tuple(names))
     save_defence_set(work / "data" / "defence", defence)
     before = share(adopted.model, defence.both)
-    warnings = list(concerns(defence.both, before["value"])) if labelled else [
+    warnings = list(concerns(defence.both, predict(adopted.model, defence.both.images).argmax(1))) if labelled else [
         "the images have no labels: those that the model was sure of count as what it said, so its accuracy on them says nothing,"
         " and mistakes of the model are taken for the truth"]
     if skipped:
