@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from rnp import tracking
-from rnp.cli.rows import COLUMNS, MEASURES, settings
+from rnp.cli.rows import COLUMNS, DETECTION_COLUMNS, MEASURES, settings
 from rnp.errors import UserError
 from rnp.io import read_rows, write_rows
 
@@ -18,6 +18,9 @@ GROUP = ("preset", "defence", "attack")
 NUMBERS = (*(f"{name}_before" for name in MEASURES[:2]), *MEASURES, "der")
 TITLES = {"clean_accuracy_before": "CA before", "attack_success_rate_before": "ASR before", "clean_accuracy": "CA",
           "attack_success_rate": "ASR", "robust_accuracy": "RA", "der": "DER"}
+DETECTION_GROUP = ("preset", "task", "detector", "model")
+DETECTION_TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "tpr_at_5_fpr": "TPR at 5 % FPR", "fpr": "FPR", "fpr_target_class": "FPR, target class",
+                    "iou": "IoU", "l1": "size", "attack_success_rate": "ASR", "seconds": "seconds"}
 Row = dict[str, str]
 
 
@@ -29,14 +32,20 @@ def table(tables: tuple[Path, ...], out: Path | None) -> None:
 
     A run counts when it is the newest of its preset, attack, defence and seed, and was made with the same settings as the
     newest of its preset and defence; how many others there are is said below the table. A mean over attacks takes in those
-    whose gate passed for every seed.
+    whose gate passed for every seed. Tables of `rnp rows --detection` give a line per task, detector and model instead.
     """
+    if tables and all(is_detection(path) for path in tables):
+        lines = detection([row for path in tables for row in read_rows(path)])
+        click.echo(markdown(lines, [*DETECTION_GROUP, "runs", "label right"], DETECTION_TITLES))
+        if out:
+            write_rows(out, lines)
+        return
     found = [row for path in tables for row in read(path)] if tables else from_mlflow()
     if not found:
         raise UserError("there is no finished run; run `dvc repro`, or name tables that `rnp rows` wrote")
     fresh = newest(found)
     lines = summarise(fresh)
-    click.echo(markdown(lines))
+    click.echo(markdown(lines, ["preset", "defence", "attack", "seeds", "gate"], TITLES))
     if len(fresh) < len(found):
         click.echo(f"\n{len(found) - len(fresh)} rows left out: older, or made with other settings", err=True)
     if out:
@@ -97,6 +106,26 @@ def summarise(rows: list[Row]) -> list[dict[str, object]]:
     return lines
 
 
+def is_detection(path: Path) -> bool:
+    rows = read_rows(path)
+    return bool(rows) and set(DETECTION_COLUMNS) <= set(rows[0])
+
+
+def detection(rows: list[Row]) -> list[dict[str, object]]:
+    """Means over the runs whose gate passed, for each task, detector and model; what a task does not measure is None."""
+    group = lambda row: tuple(row[name] for name in DETECTION_GROUP)
+    lines = []
+    for key, some in itertools.groupby(sorted((row for row in rows if row["gate"] == "true"), key=group), key=group):
+        some = list(some)
+        said = [row["label_correct"] == "true" for row in some if row["label_correct"]]
+        line = dict(zip(DETECTION_GROUP, key)) | {"runs": len(some), "label right": f"{sum(said)} of {len(said)}" if said else "–"}
+        for name in DETECTION_TITLES:
+            values = [float(row[name]) for row in some if row[name] not in ("", "nan")]
+            line |= {name: mean(values), f"{name}_interval": None}
+        lines.append(line)
+    return lines
+
+
 def mean(values: list[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
@@ -110,9 +139,10 @@ def interval(values: list[float]) -> float | None:
     return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def markdown(lines: list[dict[str, object]]) -> str:
-    head = ["preset", "defence", "attack", "seeds", "gate", *TITLES.values()]
-    body = [[*(str(line[name]) for name in head[:5]), *(cell(line, name) for name in TITLES)] for line in lines]
+def markdown(lines: list[dict[str, object]], words: list[str], numbers: dict[str, str]) -> str:
+    """`words` are columns as they are, `numbers` those to round, with their titles."""
+    body = [[*(str(line[name]) for name in words), *(cell(line, name) for name in numbers)] for line in lines]
+    head = [*words, *numbers.values()]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body))
 
 

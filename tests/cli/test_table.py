@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from rnp import io
 from rnp.cli.main import cli
-from rnp.cli.rows import COLUMNS, settings
+from rnp.cli.rows import COLUMNS, DETECTION_COLUMNS, settings
 from rnp.cli.table import newest, summarise
 from rnp.errors import UserError
 
@@ -72,3 +72,17 @@ def test_a_file_of_another_kind(tmp_path):
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     done = CliRunner().invoke(cli, ["table", str(tmp_path / "x.csv")])
     assert isinstance(done.exception, UserError) and "is no table of `rnp rows`" in str(done.exception)
+
+
+def test_a_table_of_detection(tmp_path):
+    """A line per task, detector and model over runs that are real; what a task does not measure is a dash."""
+    empty = dict.fromkeys(DETECTION_COLUMNS, "") | {"preset": "demo", "seed": "0", "gate": "true"}
+    labels = [empty | {"attack": attack, "task": "labels", "detector": "mm_bd", "model": "backdoored", "label_correct": right}
+              for attack, right in (("badnets", "true"), ("blend", "false"))]
+    samples = [empty | {"attack": attack, "task": "samples", "detector": "strip", "model": "backdoored", "auroc": auroc, "gate": gate}
+               for attack, auroc, gate in (("badnets", "0.8", "true"), ("blend", "0.9", "true"), ("sig", "0.1", "false"))]
+    io.write_rows(tmp_path / "detection.csv", [*labels, *samples])
+    done = CliRunner().invoke(cli, ["table", str(tmp_path / "detection.csv")], catch_exceptions=False)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.output.splitlines()]
+    assert cells[2][:7] == ["demo", "labels", "mm_bd", "backdoored", "2", "1 of 2", "–"]
+    assert cells[3][:7] == ["demo", "samples", "strip", "backdoored", "2", "–", "0.850"] and len(cells) == 4
