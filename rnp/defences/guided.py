@@ -28,8 +28,8 @@ class Guided(NCUnlearn):
 
     Drawn at random: what recovering triggers, unlearning, recovery of the masks and tuning draw.
 
-    Source: Li et al., ICML 2023, for the pruning, and its section 5 for the use of a recovered trigger; the search and the
-    suspicion from Wang et al., S&P 2019. The rounds are ours.
+    Source: Li et al., ICML 2023, for the pruning; Wang et al., S&P 2019, sections IV and VI.C, for the search, the suspicion
+    and the tuning against what was found. Their union and the rounds are ours.
     """
 
     unlearn: Unlearn = Unlearn()
