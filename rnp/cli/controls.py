@@ -151,5 +151,5 @@ def controls(options: Controls, *, model: Path, twin: Path, pruned: Path, defenc
     write_rows(report / "rows.csv", rows)
     kept = ("clean_accuracy_before", "attack_success_rate_before", "clean_accuracy", "attack_success_rate", "der")
     write_json(report / "metrics.json", {
-        control: {f"{row['model']}, {row['amount']}": {name: row[name] for name in kept} for row in rows if row["control"] == control}
+        control: {f"{row['model']} {row['amount']}": {name: row[name] for name in kept} for row in rows if row["control"] == control}
         for control in options.ask})

@@ -313,7 +313,7 @@ def test_controls_of_a_finished_run(run):
     assert done.exit_code == 0, done.output
     rows = rnp.io.read_rows(Path("reports/controls/rows.csv"))
     page(Path("reports"), given, Path("report.html"))
-    assert "which was never backdoored" in (text := Path("report.html").read_text()) and "repaired, 50" in text
+    assert "which was never backdoored" in (text := Path("report.html").read_text()) and "repaired 50" in text
     found = {(row["control"], row["model"], int(row["amount"])): row for row in rows}
     assert len(found) == len(rows) == 1 + 2 * 4 + 3 + 1
     assert set(found) == {("benign", "twin", 200), ("shifted", "backdoored", 200),
