@@ -22,7 +22,7 @@ MEASURES = {
 }
 WORDS = {
     "clean_accuracy": "CA", "attack_success_rate": "ASR", "robust_accuracy": "RA", "der": "DER",
-    "target_class_accuracy": "target class", "l1": "size (pixels)", "iou": "IoU", "iou_top_k": "IoU, top k",
+    "clean_accuracy_before": "CA before", "attack_success_rate_before": "ASR before", "target_class_accuracy": "target class", "l1": "size (pixels)", "iou": "IoU", "iou_top_k": "IoU, top k",
     "auroc": "AUROC", "auprc": "AUPRC", "tpr_at_5_fpr": "TPR at 5 % FPR", "fpr": "FPR", "fpr_target_class": "FPR on target class",
     "rnp": "RNP", "oracle": "oracle (unattainable for a defender)", "twin": "twin (never backdoored)",
 }
