@@ -106,7 +106,7 @@ def purify(model: Path | str, clean: Path | str, out: Path | str, *, subject: Su
            rounds: int = ROUNDS, mlflow: bool = False, command: str = "") -> dict:
     """Repair the model in the file `model` with the images of `clean`; the content of `out`/report.json.
 
-    The repair is that of the defence `guided`: RNP, then `rounds` of tuning against the triggers of labels that stand out.
+    The repair is that of the defence `guided`: RNP, then at most `rounds` of tuning against the triggers left open by pruning.
     Up to the tuning the stages are those of the pipeline: with a defence set that `rnp prepare` wrote, so is the result.
 
     Raises: UserError when the file is refused or something does not fit.
@@ -146,14 +146,14 @@ def examine(path: Path, clean: str, out: Path | None, subject: Subject, seed: in
                                        seed=seed)
             prune_stage.prune.work(prune, model=victim, masks=recovered, defence=defence, out=pruned, report=reports / "prune")
             left = load_model(pruned / "model.safetensors")[0]
-            guided = Guided(search=search, rounds=rounds) if rounds else None
-            loud = guided.suspicious(triggers) if guided else []
-            repaired = copy.deepcopy(left)
-            if loud:
-                guided.shut(loud, repaired, case.defence.train, rng=generator(seed, "purify/tune"))
+            repaired, opened = copy.deepcopy(left), []
+            if rounds:
+                trajectory = read_trajectory(unlearned / "trajectory.csv")
+                opened = Guided(search=search, rounds=rounds).shut(repaired, triggers, trajectory, case.defence.train,
+                                                                   rng=generator(seed, "purify/tune"))[1]
             result |= {name: read_json(reports / name / "metrics.json") for name in ("recover", "prune")}
             result |= {"accuracy_after": share(repaired, case.defence.both), "cost": cost(case, recovered, prune, left, repaired)}
-            result["tuned_against"] = [case.defence.train.classes[trigger.label] for trigger in loud]
+            result["tuned_against"] = [case.defence.train.classes[label] for label in opened]
             export(out, case, repaired, recovered / "mask.csv")
         result["seconds"] = round(time.perf_counter() - start, 1)
         if out:

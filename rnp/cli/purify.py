@@ -41,12 +41,12 @@ def typed_command() -> str:
 @options(Prune, "prune.", PRUNE)
 @options(Recover, "recover.", RECOVER)
 @click.option("--rounds", type=int, default=ROUNDS, show_default=True,
-              help="of tuning against the triggers of labels that stand out; 0: pruning alone")
+              help="of tuning against triggers that pruning leaves open, at most; 0: pruning alone")
 @about_the_subject
 @click.option("-o", "--out", type=click.Path(path_type=Path, file_okay=False), required=True,
               help="folder for the repaired model and the report")
 def purify(model: Path, clean: str, out: Path, seed: int, mlflow: bool, rounds: int, **values: object) -> None:
-    """Repair MODEL with clean images alone: unlearn, recover, prune, then tune where a label yields to an odd small trigger.
+    """Repair MODEL with clean images alone: unlearn, recover, prune, then tune where a small trigger is left open.
 
     OUT gets purified.safetensors, report.html, report.json, modelcard.md and masks.csv. MODEL itself is opened once, as
     `rnp convert` does, and never changed.

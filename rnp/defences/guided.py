@@ -1,7 +1,8 @@
-"""RNP, and a short tuning against the triggers that can be recovered: each removes what the other does not see."""
+"""RNP, and a short tuning against the triggers that pruning left open: each removes what the other does not see."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -9,36 +10,41 @@ import torch
 from torch import nn
 
 from rnp.defences.base import Repaired
-from rnp.defences.nc_unlearn import NCUnlearn
+from rnp.defences.nc_unlearn import NCUnlearn, size
 from rnp.detection.base import RecoveredTrigger
+from rnp.detection.labels.class_shares import ClassShares
 from rnp.errors import UserError
 from rnp.prune import Prune
 from rnp.recover import Recover
-from rnp.types import DefenceSet, ImageSet, OnEpoch, ignore
+from rnp.types import DefenceSet, Epoch, ImageSet, OnEpoch, ignore
 from rnp.unlearn import Unlearn
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guided(NCUnlearn):
-    """Where a label of the given model has an abnormally small trigger, the pruned model is tuned against it.
+    """Where the pruned model still yields to a small trigger of a label under suspicion, it is tuned against that trigger.
 
-    Tuning hides a trigger before it removes what lies behind: each further round recovers what the tuned model still
-    answers to, and tunes against all that was found. The learning rate is a tenth of a fine-tuning's, so that clean
-    accuracy, and the neurons that were pruned, stay what they are. Where no label stands out this is RNP and no more.
+    Under suspicion are the labels whose trigger in the given model is abnormally small, and the one to which its
+    predictions drift in unlearning. Such a label is open while the pruned model's trigger for it is smaller than that of
+    the median label in the given model. The tuning is against both triggers, at a tenth of a fine-tuning's learning rate,
+    so that clean accuracy, and the neurons that were pruned, stay what they are; half of its images are painted over in
+    part, since a trigger that was recovered is a poor picture of one that covers much of the image. Where no label is
+    open this is RNP and no more.
 
     Drawn at random: what recovering triggers, unlearning, recovery of the masks and tuning draw.
 
-    Source: Li et al., ICML 2023, for the pruning; Wang et al., S&P 2019, sections IV and VI.C, for the search, the suspicion
-    and the tuning against what was found. Their union and the rounds are ours.
+    Source: Li et al., ICML 2023, for the pruning and the drift; Wang et al., S&P 2019, sections IV and VI.C, for the search,
+    the suspicion and the tuning against what was found; Zhong et al., AAAI 2020, for the painting. The union is ours.
     """
 
     unlearn: Unlearn = Unlearn()
     recover: Recover = Recover()
     prune: Prune = Prune()
     lr: Annotated[float, "learning rate of the tuning at the start of each round"] = 0.001
-    steps: Annotated[int, "optimiser steps of a round"] = 100
+    steps: Annotated[int, "optimiser steps of a round"] = 300
     stamped: Annotated[float, "share of the images that carry a trigger in the tuning"] = 0.3
-    rounds: Annotated[int, "times that triggers are recovered and tuned against"] = 2
+    painted: Annotated[float, "share of the images of which a rectangle is painted over in the tuning"] = 0.5
+    rounds: Annotated[int, "times that open labels are looked for and tuned against, at most"] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,18 +53,26 @@ class Guided(NCUnlearn):
 
     def repair(self, model: nn.Module, defence_set: DefenceSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> Repaired:
         clean = defence_set.train
-        triggers = self.suspicious(self.search.recover(model, clean, rng=rng))
-        unlearned = self.unlearn(model, clean, rng=rng, on_epoch=on_epoch).model
-        mask = self.recover(unlearned, clean, rng=rng, on_epoch=on_epoch).mask
-        repaired = self.prune(model, mask, defence_set.both).model
-        return Repaired(self.shut(triggers, repaired, clean, rng=rng, on_epoch=on_epoch))
+        triggers = self.search.recover(model, clean, rng=rng)
+        unlearned = self.unlearn(model, clean, rng=rng, on_epoch=on_epoch)
+        mask = self.recover(unlearned.model, clean, rng=rng, on_epoch=on_epoch).mask
+        pruned = self.prune(model, mask, defence_set.both).model
+        return Repaired(self.shut(pruned, triggers, unlearned.trajectory, clean, rng=rng, on_epoch=on_epoch)[0])
 
-    def shut(self, triggers: list[RecoveredTrigger], repaired: nn.Module, clean: ImageSet, *, rng: torch.Generator,
-             on_epoch: OnEpoch = ignore) -> nn.Module:
-        """Change the pruned model in place and return it, so that neither `triggers` nor what comes after them moves it."""
-        found, labels = list(triggers), [trigger.label for trigger in triggers]
-        for number in range(self.rounds if labels else 0):
-            if number:
-                found += self.search.recover_for(labels, repaired, clean, rng=rng)
-            self.tune_against(found, repaired, clean, rng=rng, on_epoch=on_epoch)
-        return repaired
+    def shut(self, repaired: nn.Module, triggers: Sequence[RecoveredTrigger], trajectory: list[Epoch], clean: ImageSet, *,
+             rng: torch.Generator, on_epoch: OnEpoch = ignore) -> tuple[nn.Module, list[int]]:
+        """Change the pruned model in place; that model, and the labels that were found open.
+
+        `triggers` are those of all labels in the given model, `trajectory` is that of its unlearning.
+        """
+        labels = {trigger.label for trigger in self.suspicious(triggers)} | {int(ClassShares().from_trajectory(trajectory).argmax())}
+        usual = torch.tensor([size(trigger) for trigger in triggers]).quantile(0.5)
+        against: dict[int, list[RecoveredTrigger]] = {}
+        for _ in range(self.rounds):
+            found = [each for each in self.search.recover_for(sorted(labels), repaired, clean, rng=rng) if size(each) < usual]
+            if not found:
+                break
+            for each in found:
+                against.setdefault(each.label, [triggers[each.label]]).append(each)
+            self.tune_against(sum(against.values(), []), repaired, clean, rng=rng, on_epoch=on_epoch)
+        return repaired, sorted(against)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -16,7 +17,7 @@ from rnp.detection.base import RecoveredTrigger, anomaly_index, stamp
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.errors import UserError
 from rnp.training import device_of
-from rnp.types import DefenceSet, ImageSet, OnEpoch, ignore
+from rnp.types import DefenceSet, Images, ImageSet, OnEpoch, ignore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +38,15 @@ class NCUnlearn(TuningDefence):
     search: NeuralCleanse = NeuralCleanse()
     least_index: Annotated[float, "anomaly index above which a label is suspicious"] = 2.0
     stamped: Annotated[float, "share of the images that carry a trigger in fine-tuning"] = 0.2
+    painted: Annotated[float, "share of the images of which a rectangle is painted over in fine-tuning"] = 0.0
     steps: Annotated[int, "optimiser steps of the fine-tuning"] = 200
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.stamped <= 1:
             raise UserError(f"{self.name}.stamped must be in (0, 1], got {self.stamped:g}; it is a fraction, not percent")
+        if not 0 <= self.painted <= 1:
+            raise UserError(f"{self.name}.painted must be in [0, 1], got {self.painted:g}; it is a fraction, not percent")
 
     def repair(self, model: nn.Module, defence_set: DefenceSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> Repaired:
         tuned = copy.deepcopy(model).eval()
@@ -58,6 +62,8 @@ class NCUnlearn(TuningDefence):
         def objective(images: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
             which = torch.randint(len(triggers), (len(images),), generator=rng)
             carriers = (torch.rand(len(images), 1, 1, 1, generator=rng) < self.stamped).to(device)
+            if self.painted:
+                images = paint(images, self.painted, rng=rng)
             logits = tuned(stamp(images, carriers * masks[which].unsqueeze(1), patterns[which]))
             return F.cross_entropy(logits.float(), truth), logits
 
@@ -65,5 +71,28 @@ class NCUnlearn(TuningDefence):
 
     def suspicious(self, triggers: list[RecoveredTrigger]) -> list[RecoveredTrigger]:
         """Those whose mask is far smaller than the median, in logarithms."""
-        sizes = torch.tensor([each.l1 if each.success >= 0.5 else each.mask.numel() for each in triggers])
+        sizes = torch.tensor([size(each) for each in triggers])
         return [each for each, index in zip(triggers, anomaly_index(sizes.log())) if index > self.least_index]
+
+
+def size(trigger: RecoveredTrigger) -> float:
+    """Pixels of its mask; those of the image for a trigger that moves less than half of the images."""
+    return trigger.l1 if trigger.success >= 0.5 else float(trigger.mask.numel())
+
+
+def paint(images: Images, share: float, *, rng: torch.Generator) -> Images:
+    """New images, a `share` of which, on average, have a rectangle of one colour each, random in place, shape and colour.
+
+    Source: Zhong et al., AAAI 2020 (random erasing), with its sizes: 2 to 33 % of the image, sides of at most 10 : 3.
+    """
+    n, c, h, w = images.shape
+    area, ratio, top, left, chosen = torch.rand(5, n, generator=rng)
+    area, ratio = (0.02 + 0.31 * area) * h * w, torch.exp((2 * ratio - 1) * math.log(10 / 3))
+    height, width = (area * ratio).sqrt().clamp(1, h).floor(), (area / ratio).sqrt().clamp(1, w).floor()
+    top, left = (top * (h - height + 1)).floor(), (left * (w - width + 1)).floor()
+    rows, columns = torch.arange(h), torch.arange(w)
+    inside = lambda position, start, extent: (position >= start.unsqueeze(1)) & (position < (start + extent).unsqueeze(1))
+    painted = inside(rows, top, height).unsqueeze(2) & inside(columns, left, width).unsqueeze(1)  # [n, h, w]
+    painted &= (chosen < share)[:, None, None]
+    colours = torch.rand(n, c, 1, 1, generator=rng).to(images.device)
+    return torch.where(painted.unsqueeze(1).to(images.device), colours, images)

@@ -18,6 +18,7 @@ from rnp import io
 from rnp.cli.examination import Subject
 from rnp.cli.main import cli, guard
 from rnp.defences.guided import Guided
+from rnp.detection.labels.class_shares import ClassShares
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.errors import UserError
 from rnp.metrics import paired_interval
@@ -126,17 +127,20 @@ def test_the_result_is_the_pipelines(scene, tmp_path):
     assert (tmp_path / "out" / "masks.csv").read_bytes() == (tmp_path / "r" / "mask.csv").read_bytes()
 
 
-def test_a_label_that_stands_out_is_tuned_against(scene, tmp_path, monkeypatch):
+def test_a_label_that_is_left_open_is_tuned_against(scene, tmp_path, monkeypatch):
     """After the pruning, and the page, the card and the terminal say so."""
     monkeypatch.setattr(Guided, "suspicious", lambda _, triggers: triggers[:1])
+    monkeypatch.setattr(ClassShares, "from_trajectory", lambda *_: torch.tensor([1.0, 0.0]))
+    sizes = iter([5.0, 5.0, 5.0, 5.0, 1.0])  # of the four classes in the given model, and of the first in the pruned one
+    monkeypatch.setattr("rnp.defences.guided.size", lambda _: next(sizes))
     done = CliRunner().invoke(cli, ["purify", str(scene / "model.safetensors"), "--clean", str(scene / "clean"), "-o",
                                     str(tmp_path / "out"), "--rounds", "1", *NET, *QUICK], catch_exceptions=False)
     assert done.exit_code == 0 and "neurons, then tuned against triggers of bird<b>; accuracy" in done.output
     report, card = json.loads((tmp_path / "out/report.json").read_text()), (tmp_path / "out/modelcard.md").read_text()
     assert report["tuned_against"] == ["bird<b>"] and report["settings"]["rounds"] == 1
-    assert "tuned in 1 short rounds" in card and "All other weights" not in card
+    assert "tuned, in at most 1 short rounds" in card and "All other weights" not in card
     page = (tmp_path / "out/report.html").read_text()
-    assert "tuned in 1 short rounds against triggers recovered for bird&lt;b&gt;" in page and "bird<b>" not in page
+    assert "tuned, in at most 1 short rounds, against triggers recovered for bird&lt;b&gt;" in page and "bird<b>" not in page
     before, after = load_file(scene / "model.safetensors"), load_file(tmp_path / "out/purified.safetensors")
     assert not torch.equal(before["conv1.weight"], after["conv1.weight"])
 

@@ -10,7 +10,8 @@ from torch import nn
 from rnp.augment import Augment
 from rnp.defences.guided import Guided
 from rnp.defences.nc_unlearn import NCUnlearn
-from rnp.detection.base import stamp
+from rnp.detection.base import RecoveredTrigger, stamp
+from rnp.detection.labels.class_shares import ClassShares
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.errors import UserError
 from rnp.training import predict
@@ -48,23 +49,68 @@ def defence_set():
     return DefenceSet(images(60), images(60, seed=1))
 
 
-def test_without_a_suspicious_label_it_is_rnp(defence_set, rng, monkeypatch):
-    model = Doorway().eval()
-    monkeypatch.setattr(NeuralCleanse, "recover", lambda *_, **__: [])
-    monkeypatch.setattr(NCUnlearn, "suspicious", lambda *_: [])
+def trigger(label, area):
+    """A mask of that many pixels that moves every image."""
+    mask = torch.zeros(64)
+    mask[:area] = 1
+    return RecoveredTrigger(label, mask.view(8, 8), torch.ones(3, 8, 8), 1.0, 0.0)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """The target's trigger has 4 pixels in the given model, the others' 10; what the rounds find is given, by label.
+
+    Gives the labels that were asked for in each round, and those of the triggers that were tuned against.
+    """
+    asked, against, tune = [], [], NCUnlearn.tune_against
+    rounds = []
+
+    def found(_, labels, *rest, **named):
+        asked.append(list(labels))
+        sizes = rounds.pop(0)
+        return [trigger(label, sizes.get(label, 10)) for label in labels]
+
+    monkeypatch.setattr(NeuralCleanse, "recover", lambda *_, **__: [trigger(label, 4 if label == TARGET else 10) for label in range(6)])
+    monkeypatch.setattr(NeuralCleanse, "recover_for", found)
+    monkeypatch.setattr(ClassShares, "from_trajectory", lambda *_: torch.eye(6)[TARGET])
+    monkeypatch.setattr(NCUnlearn, "tune_against", lambda self, triggers, *rest, **named:
+                        (against.append([each.label for each in triggers]), tune(self, triggers, *rest, **named))[1])
+    return rounds, asked, against
+
+
+def test_where_no_label_is_open_it_is_rnp(defence_set, rng, scripted):
+    """A trigger in the pruned model as large as that of the median label is closed."""
+    model, (rounds, asked, against) = Doorway().eval(), scripted
+    rounds += [{TARGET: 10}]
     repaired = METHOD.repair(model, defence_set, rng=rng()).model
     draw = rng()
     mask = METHOD.recover(METHOD.unlearn(model, defence_set.train, rng=draw).model, defence_set.train, rng=draw).mask
     pruned = METHOD.prune(model, mask, defence_set.both).model.state_dict()
     assert all(torch.equal(value, pruned[name]) for name, value in repaired.state_dict().items())
+    assert asked == [[TARGET]] and against == []
 
 
-def test_every_round_tunes_against_all_triggers_so_far(defence_set, rng, monkeypatch):
-    against, tune = [], NCUnlearn.tune_against
-    monkeypatch.setattr(NCUnlearn, "tune_against", lambda self, triggers, *rest, **named:
-                        (against.append([trigger.label for trigger in triggers]), tune(self, triggers, *rest, **named))[1])
+def test_every_round_tunes_against_all_triggers_so_far(defence_set, rng, scripted):
+    """The given model's and those of the rounds."""
+    rounds, _, against = scripted
+    rounds += [{TARGET: 9}] * 3
     dataclasses.replace(METHOD, rounds=3).repair(Doorway().eval(), defence_set, rng=rng())
-    assert against == [[TARGET], [TARGET] * 2, [TARGET] * 3]
+    assert against == [[TARGET] * 2, [TARGET] * 3, [TARGET] * 4]
+
+
+def test_the_rounds_end_when_nothing_is_open(defence_set, rng, scripted):
+    rounds, asked, against = scripted
+    rounds += [{TARGET: 9}, {TARGET: 11}]
+    dataclasses.replace(METHOD, rounds=3).repair(Doorway().eval(), defence_set, rng=rng())
+    assert asked == [[TARGET]] * 2 and against == [[TARGET] * 2]
+
+
+def test_the_label_of_the_drift_is_looked_at_too(defence_set, rng, scripted, monkeypatch):
+    rounds, asked, against = scripted
+    monkeypatch.setattr(ClassShares, "from_trajectory", lambda *_: torch.eye(6)[5])
+    rounds += [{5: 9}, {}]
+    METHOD.repair(Doorway().eval(), defence_set, rng=rng())
+    assert asked[0] == [TARGET, 5] and against == [[5, 5]]
 
 
 def test_a_door_that_pruning_leaves_open_is_shut(defence_set, rng, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from detection.planted import CORNER, TARGET, Planted, images
 
 from rnp.augment import Augment
-from rnp.defences.nc_unlearn import NCUnlearn
+from rnp.defences.nc_unlearn import NCUnlearn, paint
 from rnp.detection.base import RecoveredTrigger
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.errors import UserError
@@ -93,7 +93,23 @@ def record(forward, seen):
     return listen
 
 
-@pytest.mark.parametrize("name, value", [("lr", 0), ("batch_size", 0), ("steps", 0), ("stamped", 0), ("stamped", 20)])
+def test_a_share_of_the_images_is_painted(rng):
+    """Each in one rectangle of one colour, of 2 to 33 % of the image but for what rounding takes, all else as it was."""
+    images = torch.full((500, 3, 32, 24), 2.0)  # no colour
+    changed = paint(images, 0.5, rng=rng()) != 2
+    assert (images == 2).all() and (changed.any(1) == changed.all(1)).all()
+    painted = changed.any(1).flatten(1).any(1)
+    assert 0.4 < painted.float().mean() < 0.6
+    areas = changed[painted][:, 0].flatten(1).float().mean(1)
+    assert areas.min() < 0.03 and 0.28 < areas.max() <= 0.33
+    for image, where in zip(paint(images, 1.0, rng=rng()), paint(images, 1.0, rng=rng())[:, 0] != 2):
+        rows, columns = where.any(1), where.any(0)
+        assert where.sum() == rows.sum() * columns.sum() and len(image[:, where].unique(dim=1).T) == 1
+        assert rows.nonzero().flatten().diff().eq(1).all() and columns.nonzero().flatten().diff().eq(1).all()
+
+
+@pytest.mark.parametrize("name, value", [("lr", 0), ("batch_size", 0), ("steps", 0), ("stamped", 0), ("stamped", 20),
+                                         ("painted", -1), ("painted", 50)])
 def test_impossible_settings_are_refused(name, value):
     with pytest.raises(UserError, match=rf"nc_unlearn\.{name} must be .*, got {value}"):
         NCUnlearn(**{name: value})
