@@ -1,10 +1,10 @@
-"""What nobody reports: what a repair costs a model without backdoor, how soon the backdoor returns, what fewer images do."""
+"""What nobody reports: what a repair costs without a backdoor, how soon one returns, what time or fewer images do."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -27,11 +27,13 @@ from rnp.unlearn import Unlearn
 
 NOISE, DARKER = 0.05, 0.7  # of the shifted images, in full scale
 RELAPSE = FT(lr=0.01, steps=100)
+TRIAL = 50  # steps of fine-tuning that tell how long one takes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Controls:
-    ask: Annotated[tuple[str, ...], "controls to run: benign, relapse, images, shifted"] = ("benign", "relapse", "images", "shifted")
+    ask: Annotated[tuple[str, ...], "controls to run: benign, relapse, same_time, images, shifted"] = (
+        "benign", "relapse", "same_time", "images", "shifted")
     relapse_with: Annotated[tuple[int, ...], "relapse: poisoned images among the defender's, in tuning"] = (1, 5, 10, 50)
     repair_with: Annotated[tuple[int, ...], "images: clean images that the defender has"] = (500, 250, 100, 50, 10)
 
@@ -104,6 +106,22 @@ def relapse(run: Run) -> Iterator[dict[str, object]]:
             yield compared(run, before, tuned, {"model": model, "amount": amount, "seconds": seconds})
 
 
+def same_time(run: Run) -> Iterator[dict[str, object]]:
+    """Plain fine-tuning for as long as RNP takes; the steps that fit, which are the row's amount, depend on the machine."""
+    rng = generator(run.seed, "controls/same_time")
+
+    def seconds(work: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    allowed = seconds(lambda: run.rnp(run.victim, run.defence))
+    each = seconds(lambda: FT(steps=TRIAL).repair(run.victim, run.defence, rng=rng)) / TRIAL
+    steps, tuned = max(1, round(allowed / each)), []
+    taken = seconds(lambda: tuned.append(FT(steps=steps).repair(run.victim, run.defence, rng=rng).model))
+    yield compared(run, run.scores(run.victim), tuned[0], {"model": "backdoored", "amount": steps, "seconds": taken})
+
+
 def images(run: Run) -> Iterator[dict[str, object]]:
     everything, before = run.defence.both, run.scores(run.victim)
     order = interleave(everything.labels, len(everything.classes), generator(run.seed, "controls/images"))
@@ -124,7 +142,7 @@ def shifted(run: Run) -> Iterator[dict[str, object]]:
                  {"model": "backdoored", "amount": len(run.defence.both)})
 
 
-ASK = {"benign": benign, "relapse": relapse, "images": images, "shifted": shifted}
+ASK = {"benign": benign, "relapse": relapse, "same_time": same_time, "images": images, "shifted": shifted}
 
 
 @command("controls", Controls, outs=(), inputs=("model", "twin", "pruned", "defence", "pool", "poisoned", "test", "triggered"))
@@ -133,7 +151,7 @@ def controls(options: Controls, *, model: Path, twin: Path, pruned: Path, defenc
     """Ask of a finished run what a single repair does not tell; RNP runs with the settings in params.yaml.
 
     benign: RNP on the twin, which was never backdoored. relapse: the repaired model, and the twin beside it, are tuned with
-    a few poisoned images among the defender's. images: RNP with fewer images. shifted: RNP with darker, noisy ones.
+    a few poisoned images among the defender's. same_time: plain fine-tuning for as long as RNP takes. images: RNP with fewer images. shifted: RNP with darker, noisy ones.
     """
     params, changes = read_params(Path("params.yaml")), load_poisoned(poisoned)[0]
     methods = {name: from_section(cls, dict(leaves(params[name])))

@@ -1,9 +1,11 @@
 """The commands one after another, on digits and a toy network, without DVC and MLflow; then what users do wrong."""
 
 import errno
+import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -301,8 +303,10 @@ def test_no_file_of_the_chain_is_a_pickle(finished):
                 np.load(file, allow_pickle=False)
 
 
-def test_controls_of_a_finished_run(run):
-    """Each control gives its rows."""
+def test_controls_of_a_finished_run(run, monkeypatch):
+    """Each control gives its rows. By this clock all takes as long as fifty steps of fine-tuning."""
+    clock = itertools.count()
+    monkeypatch.setattr("rnp.cli.controls.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     given = yaml.safe_load(render("demo"))
     given["poison"]["attack"], given["unlearn"]["epochs"], given["recover"]["steps"] = "blend", 1, 2
     Path("params.yaml").write_text(yaml.safe_dump(given))
@@ -315,8 +319,8 @@ def test_controls_of_a_finished_run(run):
     page(Path("reports"), given, Path("report.html"))
     assert "which was never backdoored" in (text := Path("report.html").read_text()) and "repaired 50" in text
     found = {(row["control"], row["model"], int(row["amount"])): row for row in rows}
-    assert len(found) == len(rows) == 1 + 2 * 4 + 3 + 1
-    assert set(found) == {("benign", "twin", 200), ("shifted", "backdoored", 200),
+    assert len(found) == len(rows) == 1 + 2 * 4 + 1 + 3 + 1
+    assert set(found) == {("benign", "twin", 200), ("shifted", "backdoored", 200), ("same_time", "backdoored", 50),
                           *(("relapse", model, amount) for model in ("repaired", "twin") for amount in (1, 5, 10, 50)),
                           *(("images", "backdoored", amount) for amount in (100, 50, 10))}
     assert all(0 <= float(row["attack_success_rate"]) <= 1 and row["seconds"] for row in rows)
