@@ -136,13 +136,7 @@ def gather(source: str, *, size: int, limit: int, rng: torch.Generator) -> Gathe
     """
     if source.startswith(TORCHVISION):
         return from_torchvision(source.removeprefix(TORCHVISION), size, limit, rng)
-    path = Path(source)
-    if path.is_dir():
-        found, skipped = in_folder(path)
-    elif path.suffix.lower() in (".csv", ".parquet") and path.is_file():
-        found, skipped = in_table(path), []
-    else:
-        raise UserError(f"{source} is no folder and no .csv or .parquet file of paths; torchvision:NAME takes a data set")
+    found, skipped = listed(source)
     labels = [each.label for each in found]
     if any(label is None for label in labels) != all(label is None for label in labels):
         raise UserError(f"{source}: some images have a label and some have none; label all of them or none")
@@ -160,6 +154,34 @@ def gather(source: str, *, size: int, limit: int, rng: torch.Generator) -> Gathe
     if not kept:
         raise UserError(f"{source} holds no readable image{f': {skipped[0]}' if skipped else ''}")
     return Gathered(images[: len(kept)], None if kept[0] is None else kept, skipped)
+
+
+def in_order(source: str, *, size: int) -> tuple[list[Path], Bytes, list[str]]:
+    """All images of a folder or a table, in its order: their paths, the images, and what was skipped.
+
+    Raises: UserError as `gather` does.
+    """
+    found, skipped = listed(source)
+    kept, images = [], room(len(found), 3, size, size)
+    for each in found:
+        try:
+            images[len(kept)] = read_image(each.path, size)
+            kept.append(each.path)
+        except Unreadable as error:
+            skipped.append(f"{each.path}: {error}")
+    if not kept:
+        raise UserError(f"{source} holds no readable image: {skipped[0]}")
+    return kept, images[: len(kept)], skipped
+
+
+def listed(source: str) -> tuple[list[Found], list[str]]:
+    """The image files of a folder or a table, and what was skipped."""
+    path = Path(source)
+    if path.is_dir():
+        return in_folder(path)
+    if path.suffix.lower() in (".csv", ".parquet") and path.is_file():
+        return in_table(path), []
+    raise UserError(f"{source} is no folder and no .csv or .parquet file of paths; torchvision:NAME takes a data set")
 
 
 def in_folder(folder: Path) -> tuple[list[Found], list[str]]:

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+from torch import nn
 
 from rnp.cli.options import command, generator
-from rnp.detection.base import LabelVerdict, RecoveredTrigger, SampleDetector, iou, iou_top_k, judge
+from rnp.detection.base import LabelDetector, LabelVerdict, RecoveredTrigger, SampleDetector, TriggerRecovery, iou, iou_top_k, judge
 from rnp.errors import UserError
 from rnp.io import load_defence_set, load_images, load_model, load_trigger, read_json, read_trajectory, save_tensors, write_json
 from rnp.plots import recovered_triggers, roc
 from rnp.registry import Method, load, names, suggest
 from rnp.training import predict
-from rnp.types import DefenceSet, ImageSet
+from rnp.types import DefenceSet, Epoch, ImageSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,25 +60,12 @@ def detect(options: Detect, *methods: Method, model: Path, unlearned: Path, defe
     target, truth = attack["target_label"], load_trigger(triggered / "trigger.safetensors")
     ask_for, clock = {method.name: method for method in methods}, Clock()
 
-    found: dict[str, list[RecoveredTrigger]] = {}
     nets = {"backdoored": victim, "unlearned": checkpoint(unlearned, options.trigger_model)}
-    for name, net in nets.items():
-        with clock(f"triggers_{name}"):
-            found[name] = ask_for["neural_cleanse"].recover(net, clean.train, rng=generator(seed, f"triggers/{name}"))
+    found = searched(ask_for["neural_cleanse"], nets, clean.train, seed, clock)
     save_tensors(out, {f"{name}.{part}": torch.stack([getattr(t, part) for t in triggers])
                        for name, triggers in found.items() for part in ("mask", "pattern")}, {"kind": "recovered triggers"})
-
-    verdicts: dict[str, LabelVerdict] = {}
-    for name in options.labels:
-        detector = ask_for[name]
-        if name == "class_shares":  # it looks at the whole way to the collapse, which the unlearned model has behind it
-            verdicts[name] = detector.verdict(detector.from_trajectory(read_trajectory(unlearned / "trajectory.csv")))
-            continue
-        for net in nets:
-            with clock(f"labels_{suffixed(name, net)}"):
-                scores = (detector.from_triggers(found[net]) if name == "neural_cleanse_index" else
-                          detector.score(nets[net], clean.train, rng=generator(seed, f"labels/{name}")))
-            verdicts[suffixed(name, net)] = detector.verdict(scores)
+    verdicts = labelled([ask_for[name] for name in options.labels], nets, found, read_trajectory(unlearned / "trajectory.csv"),
+                        clean.train, seed, clock)
 
     tests = load_images(test)
     best = {name: triggers[smallest(triggers) if target is None else target] for name, triggers in found.items()}
@@ -123,11 +111,37 @@ class Clock:
         self.seconds[name] = time.perf_counter() - start
 
 
+def searched(search: TriggerRecovery, nets: dict[str, nn.Module], clean: ImageSet, seed: int,
+             clock: Clock) -> dict[str, list[RecoveredTrigger]]:
+    """The triggers of all labels, by the name of the model that they are recovered from."""
+    found = {}
+    for name, net in nets.items():
+        with clock(f"triggers_{name}"):
+            found[name] = search.recover(net, clean, rng=generator(seed, f"triggers/{name}"))
+    return found
+
+
+def labelled(detectors: list[LabelDetector], nets: dict[str, nn.Module], found: dict[str, list[RecoveredTrigger]],
+             trajectory: list[Epoch], clean: ImageSet, seed: int, clock: Clock) -> dict[str, LabelVerdict]:
+    """What each detector says of each model; `found` holds the triggers for the one that judges by them."""
+    verdicts = {}
+    for detector in detectors:
+        if detector.name == "class_shares":  # it looks at the whole way to the collapse, which the unlearned model has behind it
+            verdicts[detector.name] = detector.verdict(detector.from_trajectory(trajectory))
+            continue
+        for name, net in nets.items():
+            with clock(f"labels_{suffixed(detector.name, name)}"):
+                scores = (detector.from_triggers(found[name]) if detector.name == "neural_cleanse_index" else
+                          detector.score(net, clean, rng=generator(seed, f"labels/{detector.name}")))
+            verdicts[suffixed(detector.name, name)] = detector.verdict(scores)
+    return verdicts
+
+
 def suffixed(detector: str, net: str) -> str:
     return detector if net == "backdoored" else f"{detector}_{net}"
 
 
-def checkpoint(unlearned: Path, level: str) -> torch.nn.Module:
+def checkpoint(unlearned: Path, level: str) -> nn.Module:
     """The unlearned model at the first fall below an accuracy; the last one where it never fell so far."""
     path = unlearned / f"accuracy_{level}.safetensors"
     return load_model(path if path.exists() else unlearned / "accuracy_end.safetensors")[0]
@@ -149,7 +163,7 @@ def screened(tests: ImageSet, attacked: ImageSet, target: int | None, n: int) ->
     return torch.cat([clean.images, bad.images]), torch.arange(2 * n) >= n, labels == (-1 if target is None else target)
 
 
-def ask(detector: SampleDetector, victim: torch.nn.Module, images: torch.Tensor, clean: DefenceSet, weak: torch.nn.Module,
+def ask(detector: SampleDetector, victim: nn.Module, images: torch.Tensor, clean: DefenceSet, weak: nn.Module,
         seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores of the screened images and of the defender's own, which set the threshold."""
     return tuple(detector.score(victim, each, clean.train, rng=generator(seed, f"samples/{detector.name}"), unlearned=weak)
@@ -163,7 +177,7 @@ def curve(scores: torch.Tensor, positives: torch.Tensor) -> tuple:
     return fpr, tpr, roc_auc_score(positives, scores)
 
 
-def trigger_scores(trigger: RecoveredTrigger, support: torch.Tensor | None, victim: torch.nn.Module, tests: ImageSet,
+def trigger_scores(trigger: RecoveredTrigger, support: torch.Tensor | None, victim: nn.Module, tests: ImageSet,
                    n: int) -> dict[str, float]:
     """Size of a recovered trigger, its ASR on the backdoored model, and its overlap with the true one if that is a patch.
 

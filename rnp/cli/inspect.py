@@ -9,13 +9,14 @@ import click
 from rnp.cli.examination import Subject, summary
 from rnp.cli.examination import inspect as examine
 from rnp.cli.options import build
-from rnp.cli.purify import about_the_subject, typed_command
+from rnp.cli.purify import about_the_subject, mlflow_too, typed_command
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.quarantine import printable
 from rnp.unlearn import Unlearn
 
 
 @click.command()
+@mlflow_too
 @about_the_subject
 @click.option("-o", "--out", type=click.Path(path_type=Path, file_okay=False), help="folder for a report")
 def inspect(model: Path, clean: str, out: Path | None, seed: int, mlflow: bool, **values: object) -> None:

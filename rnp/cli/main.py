@@ -37,6 +37,8 @@ COMMANDS = {
     "convert": "Take the weights out of a stranger's checkpoint, as safetensors.",
     "gallery": "Write the page that shows every attack.",
 }
+ELSEWHERE = {"list": ("list", "list_"), "detect": ("ask", "detect")}
+"""Module and member of the commands that are not called as their module is."""
 
 
 class Lazy(click.Group):
@@ -48,8 +50,8 @@ class Lazy(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        module = importlib.import_module(f"rnp.cli.{name}")
-        return getattr(module, "list_" if name == "list" else name)
+        module, member = ELSEWHERE.get(name, (name, name))
+        return getattr(importlib.import_module(f"rnp.cli.{module}"), member)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -20,10 +20,9 @@ from rnp.unlearn import Unlearn
 
 
 def about_the_subject(function: Callable) -> Callable:
-    """The arguments and options that `purify` and `inspect` share."""
+    """The arguments and options of every command about a stranger's model."""
     for decorate in (
         options(NeuralCleanse, "search.", SEARCH), options(Unlearn, "unlearn.", UNLEARN), options(Subject),
-        click.option("--mlflow/--no-mlflow", default=False, help="keep a run in MLflow too"),
         click.option("--seed", type=int, default=0, show_default=True, help="where all random numbers come from"),
         click.option("--clean", required=True, help="clean images: a folder with a folder per class, a folder of images,"
                      " a .csv or .parquet of path and label, torchvision:NAME, or a defence set of the pipeline"),
@@ -31,6 +30,9 @@ def about_the_subject(function: Callable) -> Callable:
     ):
         function = decorate(function)
     return function
+
+
+mlflow_too = click.option("--mlflow/--no-mlflow", default=False, help="keep a run in MLflow too")
 
 
 def typed_command() -> str:
@@ -42,6 +44,7 @@ def typed_command() -> str:
 @options(Recover, "recover.", RECOVER)
 @click.option("--rounds", type=int, default=ROUNDS, show_default=True,
               help="of tuning against triggers that pruning leaves open, at most; 0: pruning alone")
+@mlflow_too
 @about_the_subject
 @click.option("-o", "--out", type=click.Path(path_type=Path, file_okay=False), required=True,
               help="folder for the repaired model and the report")

@@ -248,3 +248,47 @@ def test_a_run_in_mlflow_when_asked(scene, tmp_path, monkeypatch):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert run.data.metrics["prune/pruned"] == report["prune"]["pruned"] and run.data.params["recover.steps"] == "4"
     assert {"report.html", "purified.safetensors", "plots"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
+
+
+def detect(scene, task, *rest):
+    return CliRunner().invoke(cli, ["detect", task, str(scene / "model.safetensors"), "--clean", str(scene / "clean"), *NET,
+                                    *QUICK[:4], *QUICK[6:], *map(str, rest)], catch_exceptions=False)
+
+
+def test_labels_of_a_strangers_model(scene):
+    """A line per detector, and one more where it is asked of the unlearned model too."""
+    done = detect(scene, "labels", "--by", "class_shares", "--by", "neural_cleanse_index")
+    lines = done.output.splitlines()
+    assert done.exit_code == 0 and [line.split(":")[0] for line in lines[-4:-1]] == [
+        "class_shares", "neural_cleanse_index", "neural_cleanse_index_unlearned"]
+    assert all(re.search(r": (no decision|class \d \(.+\)), margin \d", line) for line in lines[-4:-1]) and "not a proof" in lines[-1]
+
+
+def test_triggers_of_a_strangers_model(scene, tmp_path):
+    """One per class, the smallest first."""
+    done = detect(scene, "triggers", "-o", tmp_path / "found")
+    rows = io.read_rows(tmp_path / "found/triggers.csv")
+    assert done.exit_code == 0 and {row["class"] for row in rows} == set(NAMES)
+    sizes = [float(row["l1"]) for row in rows]
+    assert sizes == sorted(sizes) and load_file(tmp_path / "found/triggers.safetensors")["mask"].shape == (4, 16, 16)
+    assert (tmp_path / "found/triggers.png").read_bytes().startswith(b"\x89PNG")
+    assert f"class {rows[0]['label']} ({rows[0]['class']}): {sizes[0]:.1f} pixels" in done.output.splitlines()[-4]
+
+
+def test_images_that_a_stranger_sends(scene, tmp_path):
+    """A row for each readable one, in the order of their names; flags are scores above the defender's own limit."""
+    for name in ("b", "a", "c"):
+        shutil.copy(next((scene / "clean" / "class1").iterdir()), tmp_path / f"{name}.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    done = detect(scene, "samples", tmp_path, "-o", tmp_path / "out.csv", "--by", "confidence", "--by", "strip")
+    assert done.exit_code == 0, done.output
+    rows = io.read_rows(tmp_path / "out.csv")
+    assert [Path(row["path"]).name for row in rows] == ["a.png", "b.png", "c.png"] and "broken.png" in done.output
+    assert len({row["confidence"] for row in rows}) == 1 and {row["confidence_flagged"] for row in rows} <= {"true", "false"}
+    flagged = sum(row["confidence_flagged"] == "true" for row in rows)
+    assert f"confidence: {flagged} of 3 images flagged" in done.output and "strip: " in done.output
+
+
+def test_an_unknown_task_of_detection(scene):
+    done = CliRunner().invoke(cli, ["detect", "lables", "model.pth"])
+    assert done.exit_code == 2 and "No such command 'lables'" in done.output
