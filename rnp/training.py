@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnp.augment import Augment
+from rnp.augment import Augment, shrink
 from rnp.errors import NonFinite, UserError
 from rnp.types import Epoch, ImageSet, Images, Labels, Logits, OnEpoch, ignore, to_floats
 
@@ -64,6 +64,7 @@ def fit(
     rng: torch.Generator,
     augment: Augment = Augment(crop=0, flip=False),
     schedule: Callable[[float], float] = lambda epoch: 1.0,
+    side: Callable[[float], float] = lambda epoch: 1.0,
     clip_norm: float | None = None,
     max_steps: int | None = None,
     precision: Precision = "fp32",
@@ -74,7 +75,8 @@ def fit(
 ) -> list[Epoch]:
     """Minimise `objective` over shuffled batches of `data`, changing in place whatever `optimiser` holds.
 
-    `schedule` maps the epochs done so far, a fraction, to a factor on the learning rate; `after_step` runs after every
+    `schedule` maps the epochs done so far, a fraction, to a factor on the learning rate, `side` to one on the side of the
+    images; `after_step` runs after every
     step; `stop_step`, given the number of steps done, and `stop_epoch` end the run when true. The mode of `model` (train or eval) is the
     caller's. Drawn at random from `rng`: the order of the images and their augmentation.
 
@@ -91,7 +93,7 @@ def fit(
         for positions in torch.randperm(len(data), generator=rng).split(batch_size):
             for group, lr in zip(optimiser.param_groups, initial):
                 group["lr"] = lr * schedule(step / per_epoch)
-            images = augment(to_floats(data.images[positions].to(device)), rng=rng)
+            images = shrink(augment(to_floats(data.images[positions].to(device)), rng=rng), side(step / per_epoch))
             images = images.contiguous(memory_format=torch.channels_last)
             labels = data.labels[positions].to(device)
             with autocast(precision, device):
@@ -154,6 +156,8 @@ class Train:
     weight_decay: Annotated[float, "SGD weight decay"] = 5e-4
     warm_up: Annotated[float, "share of the run in which the learning rate rises"] = 0.25
     label_smoothing: Annotated[float, "share of each label spread over all classes"] = 0.0
+    grow_from: Annotated[float, "side of the images at the start, as a share of their own; below 1 the run takes less time"] = 1.0
+    grow_until: Annotated[float, "share of the run after which they have their own side"] = 0.7
     precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = "auto"
     augment: Augment = field(default_factory=Augment)
 
@@ -163,6 +167,10 @@ class Train:
                 raise UserError(f"train.{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.warm_up < 1:
             raise UserError(f"train.warm_up must be in [0, 1), got {self.warm_up}")
+        if not 0 < self.grow_from <= 1:
+            raise UserError(f"train.grow_from must be in (0, 1], got {self.grow_from}")
+        if not 0 <= self.grow_until < 1:
+            raise UserError(f"train.grow_until must be in [0, 1), got {self.grow_until}; the end of a run needs whole images")
 
     def __call__(self, model: nn.Module, data: ImageSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> nn.Module:
         """Train `model` in place and return it in eval mode."""
@@ -170,7 +178,8 @@ class Train:
                                     weight_decay=self.weight_decay)
         fit(model.train(), data, objective=cross_entropy(model, self.label_smoothing), optimiser=optimiser,
             epochs=self.epochs, batch_size=self.batch_size, rng=rng, augment=self.augment,
-            schedule=lambda epoch: one_cycle(epoch / self.epochs, self.warm_up), precision=self.precision,
+            schedule=lambda epoch: one_cycle(epoch / self.epochs, self.warm_up),
+            side=lambda epoch: growing(epoch / self.epochs, self.grow_from, self.grow_until), precision=self.precision,
             on_epoch=on_epoch)
         return model.eval()
 
@@ -186,6 +195,11 @@ def cross_entropy(model: nn.Module, label_smoothing: float = 0.0) -> Objective:
 def one_cycle(done: float, warm_up: float) -> float:
     """Factor on the peak learning rate after the share `done` of a run: a straight rise, then a straight fall to 0."""
     return (0.04 + 0.96 * done / warm_up) if done < warm_up else (1 - done) / (1 - warm_up)
+
+
+def growing(done: float, start: float, until: float) -> float:
+    """Factor on the side of the images after the share `done` of a run: a straight rise from `start` to 1 at `until`."""
+    return start + (1 - start) * done / until if done < until else 1.0
 
 
 def multi_step(milestones: tuple[int, ...], gamma: float) -> Callable[[float], float]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rnp.augment import Augment
+from rnp.augment import Augment, shrink
 from rnp.errors import UserError
 
 
@@ -45,3 +45,22 @@ def test_every_image_has_its_own_draw(rng):
 def test_a_negative_crop_is_refused():
     with pytest.raises(UserError, match="crop must be 0 or more pixels, got -1"):
         Augment(crop=-1)
+
+
+@pytest.mark.parametrize("share, sides", [(1.0, (12, 20)), (0.99, (12, 20)), (0.5, (8, 12)), (1 / 3, (4, 8)), (0.01, (4, 4))])
+def test_smaller_images(share, sides):
+    """Sides are multiples of four, never above what they were; where nothing changes the images are the same object."""
+    images = torch.full((2, 3, 12, 20), 0.25)
+    small = shrink(images, share)
+    assert small.shape == (2, 3, *sides) and torch.allclose(small, torch.tensor(0.25))
+    assert (small is images) == (sides == (12, 20))
+
+
+def test_a_side_that_is_no_multiple_of_four_stays():
+    images = torch.rand(1, 1, 3, 6)
+    assert shrink(images, 0.9) is images
+
+
+def test_neighbours_are_averaged():
+    stripes = torch.tensor([0.0, 1.0]).repeat(4).expand(1, 1, 8, 8)
+    assert torch.allclose(shrink(stripes, 0.5)[..., 1:3], torch.tensor(0.5), atol=1e-6)

@@ -11,7 +11,7 @@ from torch import nn
 from rnp.augment import Augment
 from rnp.errors import NonFinite, UserError
 from rnp.masks import freeze_statistics
-from rnp.training import Train, accuracy, cross_entropy, default_device, fit, half_precision, multi_step, one_cycle, predict
+from rnp.training import Train, accuracy, cross_entropy, default_device, fit, growing, half_precision, multi_step, one_cycle, predict
 
 
 def run(model, data, rng, *, lr=0.1, **options):
@@ -181,7 +181,8 @@ def test_precision_by_name():
     assert not half_precision("fp32", cpu) and half_precision("bf16", cpu)
 
 
-@pytest.mark.parametrize("options", [{"epochs": 0}, {"batch_size": 0}, {"lr": 0}, {"lr": -1}, {"warm_up": 1}, {"warm_up": -0.1}])
+@pytest.mark.parametrize("options", [{"epochs": 0}, {"batch_size": 0}, {"lr": 0}, {"lr": -1}, {"warm_up": 1}, {"warm_up": -0.1},
+                                     {"grow_from": 0}, {"grow_from": 1.1}, {"grow_until": 1}, {"grow_until": -0.1}])
 def test_impossible_settings_are_refused(options):
     (name,) = options
     with pytest.raises(UserError, match=f"train.{name}"):
@@ -194,3 +195,13 @@ def test_the_device_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("RNP_DEVICE", "toaster")
     with pytest.raises(UserError, match="RNP_DEVICE='toaster' is no device of this machine; try cpu"):
         default_device()
+
+
+def test_images_grow_over_a_run(toy_model, toy_set, rng):
+    """From half their side to all of it, by what was done of the run; the recipe of a run without growth is left alone."""
+    data, seen = toy_set(16, size=16), []
+    model = toy_model()
+    model.conv1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[-1]))
+    Train(epochs=5, batch_size=8, grow_from=0.5, grow_until=0.8)(model, data, rng=rng())
+    assert seen == [8, 12, 12, 12, 12, 16, 16, 16, 16, 16]
+    assert [growing(done, 0.5, 0.8) for done in (0, 0.4, 0.8, 1)] == [0.5, 0.75, 1, 1] and growing(0, 0.5, 0) == 1
