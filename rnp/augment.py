@@ -43,13 +43,13 @@ class Augment:
 
 
 def shrink(images: Images, share: float) -> Float[Tensor, "n c _ _"]:
-    """Smaller images, their sides `share` of what they were, up to a multiple of `STEP` pixels; the same ones where that is all.
+    """Smaller images, their sides `share` of what they were, down to a multiple of `STEP` pixels; the same ones where `share` is 1.
 
     Neighbouring pixels are averaged. What convolutions learn on smaller images serves on large ones, at a fraction of the cost.
 
     Source: Howard, 2018, DAWNBench entry of fast.ai (images that grow in training).
     """
-    sides = [min(side, STEP * math.ceil(share * side / STEP - 1e-9)) for side in images.shape[2:]]
-    if sides == list(images.shape[2:]):
+    if share >= 1:
         return images
+    sides = [min(side, max(STEP, STEP * math.floor(share * side / STEP + 1e-9))) for side in images.shape[2:]]
     return F.interpolate(images, size=sides, mode="bilinear", antialias=True)

@@ -203,5 +203,5 @@ def test_images_grow_over_a_run(toy_model, toy_set, rng):
     model = toy_model()
     model.conv1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[-1]))
     Train(epochs=5, batch_size=8, grow_from=0.5, grow_until=0.8)(model, data, rng=rng())
-    assert seen == [8, 12, 12, 12, 12, 16, 16, 16, 16, 16]
+    assert seen == [8, 8, 8, 8, 12, 12, 12, 12, 16, 16]
     assert [growing(done, 0.5, 0.8) for done in (0, 0.4, 0.8, 1)] == [0.5, 0.75, 1, 1] and growing(0, 0.5, 0) == 1
