@@ -69,8 +69,14 @@ def score(model: nn.Module, test: ImageSet, triggered: ImageSet, target: int | N
 
     All-to-all attacks have no `target`: their ASR counts images sent to the next class, and every class is a target class.
     """
-    clean = predict(model, test.images, precision=precision).argmax(1)
-    attacked = predict(model, triggered.images, precision=precision).argmax(1)
+    return judge(predict(model, test.images, precision=precision), predict(model, triggered.images, precision=precision),
+                 test, triggered, target)
+
+
+def judge(clean: Float[Tensor, "n k"], attacked: Float[Tensor, "m k"], test: ImageSet, triggered: ImageSet,
+          target: int | None) -> Scores:
+    """`score` of a model whose logits for both sets are known."""
+    clean, attacked = clean.argmax(1), attacked.argmax(1)
     victims = torch.ones_like(test.labels, dtype=torch.bool) if target is None else test.labels == target
     goals = targets(triggered.labels, target, len(test.classes))
     return Scores(

@@ -37,9 +37,9 @@ class Replay:
         self.changed = 0
 
     @torch.no_grad()
-    def logits(self, layer: str | None = None) -> Logits:
-        """Logits on the CPU; `layer` is all that has changed since the last `keep`, everything when it is None."""
-        used = [i for i, node in enumerate(self.nodes) if node.op == "call_module" and node.target == layer]
+    def logits(self, *layers: str) -> Logits:
+        """Logits on the CPU; `layers` are all that has changed since the last `keep`, everything when there are none."""
+        used = [i for i, node in enumerate(self.nodes) if node.op == "call_module" and node.target in layers]
         self.changed = min(used, default=0)
         return torch.cat([self._run(i) for i in range(len(self.parts))])
 

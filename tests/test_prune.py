@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from rnp.errors import UserError
 from rnp.masks import ones, prune, ranking
-from rnp.prune import Point, Prune, grid, harmless, knee, last_within, outlier_bound, sorted_values, sweep
+from rnp.prune import Point, Prune, cut_by_cut, grid, harmless, knee, last_within, outlier_bound, sorted_values, sweep
 from rnp.training import predict
 from rnp.types import ImageSet
 
@@ -213,3 +213,13 @@ def test_impossible_settings_are_refused(options, message):
     with pytest.raises(UserError) as caught:
         Prune(**options)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("zero_bias", [False, True])
+def test_cut_by_cut_is_pruning_anew_each_time(zero_bias, trained, mask, val, toy_set, rng, unchanged):
+    """Several neurons, of several layers, between two looks; on sets of different sizes."""
+    order, counts, other = ranking(mask), [0, 1, 4, 9, 16], toy_set(7, seed=3)
+    found = list(cut_by_cut(unchanged(trained), order, counts, val.images, other.images, zero_bias=zero_bias))
+    for n, logits in zip(counts, found, strict=True):
+        pruned = prune(trained, order[:n], zero_bias=zero_bias)
+        assert all(torch.allclose(one, predict(pruned, data.images), atol=1e-6) for one, data in zip(logits, (val, other), strict=True))

@@ -13,9 +13,9 @@ from rnp.cli.options import command
 from rnp.errors import UserError
 from rnp.io import load_images, load_mask, load_model, read_json, sha256, write_json, write_rows
 from rnp.masks import Neuron, prune
-from rnp.metrics import Scores, defence_effectiveness, score
+from rnp.metrics import Scores, defence_effectiveness, judge, score
 from rnp.plots import before_after, pruning_curve
-from rnp.prune import grid, sorted_values
+from rnp.prune import cut_by_cut, grid, sorted_values
 from rnp.training import Precision
 from rnp.types import ImageSet
 
@@ -86,12 +86,10 @@ def sweep(model: nn.Module, order: list[Neuron], values: "np.ndarray", tests: Im
           options: Evaluate, chosen: int) -> list[dict]:
     """CA, ASR and RA against the number of pruned neurons, on the first images of both sets (they are in random order)."""
     few, few_attacked = head(tests, options.sweep_images), head(attacked, options.sweep_images)
-    most = max(chosen, int(options.sweep_fraction * len(order)))
-    rows = []
-    for n in grid(most, (chosen,)):
-        each = measure(prune(model, order[:n]), few, few_attacked, attack, options)
-        rows.append({"pruned": n, "threshold": float(values[n - 1]) if n else 0.0, **each.flat()})
-    return rows
+    counts = grid(max(chosen, int(options.sweep_fraction * len(order))), (chosen,))
+    logits = cut_by_cut(model, order, counts, few.images, few_attacked.images, precision=options.precision)
+    return [{"pruned": n, "threshold": float(values[n - 1]) if n else 0.0,
+             **judge(*both, few, few_attacked, attack["target_label"]).flat()} for n, both in zip(counts, logits)]
 
 
 def head(data: ImageSet, n: int) -> ImageSet:
