@@ -3,10 +3,12 @@
 Makes N JPEGs of 224 to 500 pixels in ten classes (seeded; low-frequency noise, a disc in the colour of the class, fine noise),
 then prepares, poisons and trains on squares of SIDE pixels, each stage in a process of its own, and prints a table. `train` is
 the stage without its epochs: the poisoned set, a few steps, the triggered test set, and accuracies on some of its images.
+Files, some 500 kB an image of 224 pixels in all, go to --folder; those behind temporary maps where TMPDIR says.
 
 Memory is what a stage takes above what its process held before it, which for `train` is the model, one step and one forward
 pass of it on made-up images. *Anonymous* memory is what the process must be given. *Resident* memory adds pages of mapped
-files, among them all that were touched while there was room; the kernel takes those back when memory is short.
+files, among them all that were touched while there was room; the kernel takes those back when memory is short. Both come
+from /proc, so that this needs Linux.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ GATHERED = 20  # batches by which the input side is timed
 
 def measure(n: int = 20_000, side: int = 224, *, steps: int = 50, batch: int = 16, arch: str = "torchvision:resnet18",
             folder: Path | None = None) -> dict[str, dict[str, float]]:
-    """The numbers of each stage; everything is written to a temporary folder in `folder`, and removed."""
+    """The numbers of each stage; files go to a temporary folder in `folder`, which is removed."""
     with tempfile.TemporaryDirectory(dir=folder) as work:
         work = Path(work)
         found = {"make": make(work / "images", n)}
@@ -227,7 +229,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="of training")
     parser.add_argument("--batch", type=int, default=16, help="images per step")
     parser.add_argument("--arch", default="torchvision:resnet18")
-    parser.add_argument("--folder", type=Path, help="where the temporary folder goes; it needs some 400 kB an image")
+    parser.add_argument("--folder", type=Path, help="where the temporary folder goes")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     options = vars(parser.parse_args())
     as_json = options.pop("json")
