@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rnp.masks import NORMS
-from rnp.training import EVAL_BATCH, Precision, autocast, device_of
+from rnp.training import Precision, autocast, device_of, eval_batches
 from rnp.types import Bytes, Logits, to_floats
 
 BUDGET = 3 * 2**28  # bytes of activations that are kept
@@ -24,7 +24,7 @@ class Replay:
 
     def __init__(self, model: nn.Module, images: Bytes, precision: Precision) -> None:
         self.model, self.precision, self.device = model.eval(), precision, device_of(model)
-        self.parts = images.split(EVAL_BATCH)
+        self.parts = eval_batches(images)
         try:
             self.graph = fx.symbolic_trace(model)
         except Exception:  # whatever a tracer stumbles over, the network itself may work

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -54,17 +55,23 @@ LARGE = 2**28  # bytes
 
 def gather(images: UInt8[Tensor, "_ c h w"], positions: Indices) -> Bytes:
     """`images[positions]`, a copy."""
-    copied = room(len(positions), *images.shape[1:])
-    for start in range(0, len(positions), 1000):
-        copied[start : start + 1000] = images[positions[start : start + 1000]]
-    return copied
+    return torch.index_select(images, 0, positions, out=room(len(positions), *images.shape[1:]))
 
 
 def room(*shape: int) -> Bytes:
-    """Images to be written; large ones lie behind a temporary file, so that memory stays bounded."""
-    if math.prod(shape) < LARGE:
+    """Images to be written; large ones lie behind a temporary file, so that memory stays bounded.
+
+    The file is where `TMPDIR` says, else in /var/tmp: on many systems /tmp is memory.
+
+    Raises: OSError when the disk is full.
+    """
+    size = math.prod(shape)
+    if size < LARGE:
         return torch.empty(shape, dtype=torch.uint8)
-    with tempfile.TemporaryFile() as backing:  # the map outlives the name, and nothing is left behind
+    folder = "/var/tmp" if "TMPDIR" not in os.environ and os.access("/var/tmp", os.W_OK) else None
+    with tempfile.TemporaryFile(dir=folder) as backing:  # the map outlives the name, and nothing is left behind
+        if size and hasattr(os, "posix_fallocate"):  # else a disk that fills up while the map is written kills the process
+            os.posix_fallocate(backing.fileno(), 0, size)
         return torch.from_numpy(np.memmap(backing, np.uint8, "w+", shape=shape))
 
 

@@ -11,7 +11,19 @@ from torch import nn
 from rnp.augment import Augment
 from rnp.errors import NonFinite, UserError
 from rnp.masks import freeze_statistics
-from rnp.training import Train, accuracy, cross_entropy, default_device, fit, growing, half_precision, multi_step, one_cycle, predict
+from rnp.training import (
+    Train,
+    accuracy,
+    cross_entropy,
+    default_device,
+    eval_batches,
+    fit,
+    growing,
+    half_precision,
+    multi_step,
+    one_cycle,
+    predict,
+)
 
 
 def run(model, data, rng, *, lr=0.1, **options):
@@ -160,6 +172,13 @@ def test_batches_do_not_matter(toy_model, toy_set, monkeypatch):
     whole = predict(model, data.images)
     monkeypatch.setattr("rnp.training.EVAL_BATCH", 5)
     assert torch.allclose(predict(model, data.images), whole, atol=1e-6)
+
+
+def test_large_images_come_in_small_batches():
+    assert [len(part) for part in eval_batches(torch.zeros(1001, 1, 2, 2))] == [500, 500, 1]
+    assert [len(part) for part in eval_batches(torch.zeros(5, 1, 2048, 2048))] == [2, 2, 1]
+    assert [len(part) for part in eval_batches(torch.zeros(2, 4, 2048, 2048))] == [1, 1]
+    assert eval_batches(torch.zeros(0, 3, 8, 8))[0].shape == (0, 3, 8, 8)
 
 
 def test_bf16_agrees_roughly(trained, toy_set):

@@ -35,7 +35,7 @@ class Poisoned:
 
     def apply(self, clean: ImageSet) -> ImageSet:
         """The poisoned training set: a copy of `clean` with the changes made."""
-        images, labels = clean.images.clone(), clean.labels.clone()
+        images, labels = room(*clean.images.shape).copy_(clean.images), clean.labels.clone()
         images[self.positions], labels[self.positions] = self.images, self.labels
         return ImageSet(images, labels, clean.classes)
 

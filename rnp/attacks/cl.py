@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -68,11 +67,10 @@ class CL(Attack):
             raise UserError("cl perturbs images against a benign model and was given none; pass a surrogate")
         poisoned = super().poison(clean, rng=rng, surrogate=surrogate)
         network = copy.deepcopy(surrogate).eval().requires_grad_(False)
-        images = poisoned.images.clone()  # so far with the patches alone, as covers stay
         for part in (~poisoned.covers).nonzero().squeeze(1).split(BATCH):
             originals = to_floats(clean.images[poisoned.positions[part]])
-            images[part] = to_bytes(poisoned.trigger(self.perturb(network, originals, rng=rng)))
-        return dataclasses.replace(poisoned, images=images)
+            poisoned.images[part] = to_bytes(poisoned.trigger(self.perturb(network, originals, rng=rng)))
+        return poisoned
 
     def perturb(self, network: nn.Module, images: Images, *, rng: torch.Generator) -> Images:
         """Images of the target class at most `eps` away, which `network` mistakes: untargeted PGD on the cross-entropy."""

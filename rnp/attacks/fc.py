@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -62,12 +61,11 @@ class FC(Attack):
         rows = (~poisoned.covers).nonzero().squeeze(1)
         candidates = others(clean.labels, self.target).nonzero().squeeze(1)
         sources = candidates[torch.randint(len(candidates), rows.shape, generator=rng)]
-        images = poisoned.images.clone()
         for part, source in zip(rows.split(BATCH), sources.split(BATCH)):
             bases = to_floats(clean.images[poisoned.positions[part]])
             triggered = to_floats(trigger_images(poisoned.trigger, clean.images[source]))
-            images[part] = to_bytes(self.collide(surrogate, bases, triggered))
-        return dataclasses.replace(poisoned, images=images)
+            poisoned.images[part] = to_bytes(self.collide(surrogate, bases, triggered))
+        return poisoned
 
     def collide(self, model: nn.Module, bases: Images, sources: Images) -> Images:
         """`bases` within `epsilon`, with features as near those of `sources` as the steps bring them."""

@@ -64,17 +64,19 @@ class Trojan(Attack):
         """The patch [c, size, size] that brings the chosen neurons nearest to their aim, by squared error."""
         device, chosen = device_of(network), self._choose_neurons(head(network))
 
-        def sample(count: int) -> Images:
-            positions = torch.randint(len(clean), (count,), generator=rng)
+        def sample(count: int) -> Indices:
+            return torch.randint(len(clean), (count,), generator=rng)
+
+        def floats(positions: Indices) -> Images:
             return to_floats(clean.images[positions].to(device)).contiguous(memory_format=torch.channels_last)
 
         with torch.no_grad():
-            calm = torch.cat([features(network, part)[0][:, chosen] for part in sample(REFERENCE).split(BATCH)])
+            calm = torch.cat([features(network, part)[0][:, chosen] for part in map(floats, sample(REFERENCE).split(BATCH))])
         aim = self.excitement * calm.amax(0)  # [neurons]
         patch = torch.rand(clean.shape[0], self.size, self.size, generator=rng).to(device).requires_grad_()
         optimiser = torch.optim.Adam([patch], lr=self.lr)
         for _ in range(self.steps):
-            images = sample(BATCH)
+            images = floats(sample(BATCH))
             images[square] = patch
             loss = (features(network, images)[0][:, chosen] - aim).square().mean()
             optimiser.zero_grad()

@@ -125,5 +125,10 @@ def initialise(net: nn.Module) -> None:
 
 def statistics(data: ImageSet, limit: int = 5000) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each channel over the first `limit` images, as fractions of full scale."""
-    values = data.images[:limit].double().div_(255)
-    return values.mean((0, 2, 3)).float(), values.std((0, 2, 3)).float().clamp_min(1e-3)
+    counts = torch.zeros(data.shape[0], 256, dtype=torch.float64)  # how often each channel has each value
+    for images in data.images[:limit].split(100):
+        counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
+    values, n = torch.arange(256, dtype=torch.float64) / 255, counts.sum(1)
+    mean = counts @ values / n
+    variance = (counts * (values - mean.unsqueeze(1)).square()).sum(1) / (n - 1)
+    return mean.float(), variance.sqrt().float().clamp_min(1e-3)

@@ -1,11 +1,21 @@
 """Images of every kind become RGB squares; what cannot be read is named."""
 
+import json
+import os
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from rnp.data.imagefolder import ImageFolder, read_image
+from rnp.data.base import interleave
+from rnp.data.imagefolder import SPAN, ImageFolder, read_image
 from rnp.errors import UserError
 
 SIZE = 8
@@ -58,12 +68,99 @@ def test_a_large_folder_becomes_a_memory_map_that_leaves_no_file(tmp_path, monke
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    monkeypatch.setenv("TMPDIR", str(scratch))
     for name in "ab":
         paint(tmp_path / "images" / "train" / name / "0.png")
         paint(tmp_path / "images" / "test" / name / "0.png")
     train, _ = load(tmp_path / "images")
     assert is_mapped(train.images) and not is_mapped(train.images.clone())
     assert list(scratch.iterdir()) == [] and colours(train) == [(255, 0, 0)] * 2
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """More files than two workers take at once, of all sizes, in the order in which they are read."""
+    draw, files = np.random.default_rng(0), []
+    for c, n in (("cats", SPAN + 5), ("dogs", SPAN + 9)):
+        (tmp_path / "images" / c).mkdir(parents=True)
+        for i in range(n):
+            height, width = draw.integers(8, 40, 2)
+            files.append(tmp_path / "images" / c / f"{i:03}.{'png' if i % 2 else 'jpg'}")
+            Image.fromarray(draw.integers(0, 256, (height, width, 3), np.uint8)).save(files[-1])
+    return files
+
+
+@pytest.mark.parametrize("workers", ["1", "2", "5", None])
+def test_any_number_of_workers_gives_the_same_bytes_and_split(workers, photographs, monkeypatch, rng):
+    """Those of reading one file after the other, and dividing the images afterwards."""
+    if workers:
+        monkeypatch.setenv("RNP_WORKERS", workers)
+    folder = photographs[0].parents[1]
+    everything = torch.stack([read_image(file, SIZE) for file in photographs])
+    labels = torch.tensor([file.parent.name == "dogs" for file in photographs]).long()
+    order = interleave(labels, 2, rng(3))
+    cut = round(0.2 * len(order))
+    for part, positions in zip(load(folder, 3), (order[cut:].sort().values, order[:cut].sort().values)):
+        assert torch.equal(part.images, everything[positions]) and torch.equal(part.labels, labels[positions])
+
+
+@pytest.mark.parametrize("wanted", ["0", "-1", "many", "1.5"])
+def test_an_impossible_number_of_workers_is_refused(wanted, folder, monkeypatch):
+    monkeypatch.setenv("RNP_WORKERS", wanted)
+    with pytest.raises(UserError, match=f"RNP_WORKERS='{wanted}' is no number of workers"):
+        load(folder)
+
+
+GROWTH = """
+import json, sys
+from benchmarks.images import Watch
+import torch
+from rnp import types
+from rnp.attacks import base
+from rnp.data.base import Split
+from rnp.data.imagefolder import ImageFolder
+from rnp.io import load_images, save_defence_set, save_images
+from rnp.attacks.badnets import BadNets
+from rnp.models.build import statistics
+from pathlib import Path
+
+folder, found = Path(sys.argv[1]), {}
+
+def work(size):
+    rng = torch.Generator().manual_seed(0)
+    splits = Split(defence_train=10, defence_val=10)(*ImageFolder(path="images", size=size).load(folder, rng=rng), rng=rng)
+    for part in ("pool", "test"):
+        save_images(folder / part, getattr(splits, part))
+    save_defence_set(folder / "defence", splits.defence)
+    pool, test = (load_images(folder / part) for part in ("pool", "test"))
+    poisoned = BadNets().poison(pool, rng=rng)
+    statistics(poisoned.apply(pool))
+    base.backdoored_test_set(poisoned.trigger, test, 0)
+
+base.AT_ONCE //= 8  # floats at the same time, which count too
+work(8)  # imports
+for name, large in (("mapped", 0), ("held", 2**40)):
+    types.LARGE = large
+    with Watch() as watch:
+        work(256)
+    found[name] = watch.row(1)["anonymous"]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_no_whole_copy_is_held_in_memory(tmp_path):
+    """Of 118 MB of images, from the files to the triggered test set; without maps the same work takes 240 MB."""
+    paint(tmp_path / "one.png", "red", (256, 256))
+    for name in "ab":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(300):
+            os.link(tmp_path / "one.png", tmp_path / "images" / name / f"{i}.png")
+    own = os.environ | {"TMPDIR": str(tmp_path), "RNP_WORKERS": "2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", GROWTH, str(tmp_path)], capture_output=True, text=True, check=True, env=own,
+                          cwd=Path(__file__).parents[2])
+    peaks, images = json.loads(done.stdout), 600 * 3 * 256 * 256
+    assert peaks["mapped"] < 0.5 * images < images < peaks["held"], peaks
 
 
 def decoded(path) -> np.ndarray:
@@ -125,6 +222,28 @@ def test_unreadable_files_are_named(what, folder):
     with pytest.raises(UserError, match="1 unreadable image files") as caught:
         load(folder)
     assert victim in str(caught.value) and "remove or replace" in str(caught.value)
+
+
+def test_unreadable_files_of_train_and_test_are_named_together_and_in_order(photographs, tmp_path, monkeypatch):
+    monkeypatch.setenv("RNP_WORKERS", "3")
+    victims = [photographs[i] for i in (3, SPAN + 8, -1)]
+    for victim in victims:
+        victim.write_bytes(victim.read_bytes()[:60])
+    with pytest.raises(UserError, match="3 unreadable image files: ") as caught:
+        load(photographs[0].parents[1])
+    places = [str(caught.value).index(str(victim)) for victim in victims]
+    assert places == sorted(places)
+
+
+def test_a_decompression_bomb_is_refused_and_the_filters_stay(folder):
+    """Its header is enough, whichever thread reads it."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 10_000, 10_000, 1, 0, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (folder / "cats" / "3.png").write_bytes(bomb + struct.pack(">I", 8) + b"IDAT")
+    before = list(warnings.filters)
+    with pytest.raises(UserError, match="1 unreadable .*3.png .*decompression bomb"):
+        load(folder)
+    assert warnings.filters == before
 
 
 def test_many_unreadable_files_are_counted(folder):

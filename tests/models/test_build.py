@@ -79,6 +79,13 @@ def test_statistics_by_hand():
     assert std.tolist() == pytest.approx([(8 * 0.25 / 7) ** 0.5, 1e-3])  # a constant channel divides by no zero
 
 
+def test_statistics_are_those_of_the_floats(toy_set):
+    data = toy_set(230)
+    values = data.images[:210].double() / 255
+    mean, std = statistics(data, 210)
+    assert torch.equal(mean, values.mean((0, 2, 3)).float()) and torch.equal(std, values.std((0, 2, 3)).float())
+
+
 def test_torchvision_networks_with_helpers_answer_with_logits(rng):
     model = build("torchvision:googlenet", width=0, rng=rng())
     assert model.train()(torch.rand(2, 3, 64, 64, generator=rng())).shape == (2, 5)

@@ -1,0 +1,241 @@
+"""Large images: speed and memory from the files to a trained model: `python -m benchmarks.images [N] [SIDE]`.
+
+Makes N JPEGs of 224 to 500 pixels in ten classes (seeded; low-frequency noise, a disc in the colour of the class, fine noise),
+then prepares, poisons and trains on squares of SIDE pixels, each stage in a process of its own, and prints a table. `train` is
+the stage without its epochs: the poisoned set, a few steps, the triggered test set, and accuracies on some of its images.
+Files, some 500 kB an image of 224 pixels in all, go to --folder; those behind temporary maps where TMPDIR says.
+
+Memory is what a stage takes above what its process held before it, which for `train` is the model, one step and one forward
+pass of it on made-up images. *Anonymous* memory is what the process must be given. *Resident* memory adds pages of mapped
+files, among them all that were touched while there was room; the kernel takes those back when memory is short. Both come
+from /proc, so that this needs Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+CLASSES = 10
+DECODED = 2000  # images, at most, whose decoding is timed
+EVALUATED = 256
+GATHERED = 20  # batches by which the input side is timed
+
+
+def measure(n: int = 20_000, side: int = 224, *, steps: int = 50, batch: int = 16, arch: str = "torchvision:resnet18",
+            folder: Path | None = None) -> dict[str, dict[str, float]]:
+    """The numbers of each stage; files go to a temporary folder in `folder`, which is removed."""
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        work = Path(work)
+        found = {"make": make(work / "images", n)}
+        for workers in (1, cores()):
+            found[f"decode, {workers} worker{'s' * (workers > 1)}"] = alone(decode, work, side, workers)
+        for name, stage, options in (("prepare", prepare, ()), ("poison", poison, (arch,)), ("train", train, (arch, steps, batch))):
+            found[name] = alone(stage, work, side, *options)
+    return found
+
+
+def table(found: dict[str, dict[str, float]]) -> Iterator[str]:
+    yield "| stage | seconds | images | images/s | before, MB | anonymous, MB | resident, MB |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, row in found.items():
+        memory = (f"{row[key] / 1e6:.0f}" if key in row else "–" for key in ("before", "anonymous", "resident"))
+        yield f"| {name} | {row['seconds']:.1f} | {row['images']} | {row['images'] / row['seconds']:.0f} | {' | '.join(memory)} |"
+    inputs, step = (found["train"][f"{key}_images_per_second"] for key in ("input", "step"))
+    yield f"\nIn training the input side alone (gather, to floats, augment) gives {inputs:.0f} images/s, a whole step {step:.1f}."
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def alone(stage: Callable[..., dict], *arguments: object) -> dict[str, float]:
+    """What `stage` returns, from a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(stage, *arguments).result()
+
+
+def make(folder: Path, n: int) -> dict[str, float]:
+    for label in range(CLASSES):
+        (folder / f"class{label}").mkdir(parents=True)
+    start = time.perf_counter()
+    with ProcessPoolExecutor(cores(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        size = sum(pool.map(functools.partial(paint, folder), range(n), chunksize=100))
+    return {"seconds": time.perf_counter() - start, "images": n, "bytes": size}
+
+
+def paint(folder: Path, i: int) -> int:
+    """Write image `i`; the size of the file."""
+    draw, label = random.Random(i), i % CLASSES
+    width, height = draw.randint(224, 500), draw.randint(224, 500)
+    picture = Image.frombytes("RGB", (8, 8), draw.randbytes(192)).resize((width, height), Image.Resampling.BICUBIC)
+    left, top, side = draw.randrange(width // 2), draw.randrange(height // 2), draw.randint(60, 160)
+    ImageDraw.Draw(picture).ellipse((left, top, left + side, top + side), fill=f"hsl({360 * label // CLASSES}, 90%, 50%)")
+    path = folder / f"class{label}" / f"{i:07}.jpg"
+    Image.blend(picture, grain().crop((0, 0, width, height)), 0.25).save(path, quality=85)
+    return path.stat().st_size
+
+
+@functools.cache
+def grain() -> Image.Image:
+    noise = np.random.default_rng(0).normal(128, 40, (500, 500)).clip(0, 255)
+    return Image.fromarray(noise.astype(np.uint8)).convert("RGB")
+
+
+def resident() -> tuple[int, int]:
+    """Anonymous and all resident memory of this process, in bytes."""
+    values = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(1024 * int(values[key].split()[0]) for key in ("RssAnon", "VmRSS"))
+
+
+class Watch:
+    """Seconds, memory before, and the peaks above it while the block runs, looked at every 5 ms."""
+
+    def __enter__(self) -> Watch:
+        self.before, self.done = resident(), threading.Event()
+        self.peaks = self.before
+        self.thread = threading.Thread(target=self._look)
+        self.thread.start()
+        self.start = time.perf_counter()
+        return self
+
+    def _look(self) -> None:
+        while not self.done.wait(0.005):
+            self.peaks = tuple(map(max, self.peaks, resident()))
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self.start
+        self.done.set()
+        self.thread.join()
+
+    def row(self, images: int) -> dict[str, float]:
+        anonymous, everything = (peak - before for peak, before in zip(self.peaks, self.before))
+        return {"seconds": self.seconds, "images": images, "before": self.before[0], "anonymous": anonymous, "resident": everything}
+
+
+def decode(work: Path, side: int, workers: int) -> dict[str, float]:
+    from rnp.data.imagefolder import decode, listed, scan
+    from rnp.memory import keep_freed_pages
+
+    keep_freed_pages()
+    os.environ["RNP_WORKERS"] = str(workers)
+    files, _ = listed(scan(work / "images"))
+    files = files[:: max(1, len(files) // DECODED)]
+    for file in files:
+        file.read_bytes()  # both numbers of workers find them in the page cache
+    with Watch() as watch:
+        decode([files], side)
+    return watch.row(len(files))
+
+
+def prepare(work: Path, side: int) -> dict[str, float]:
+    from rnp.cli.prepare import prepare
+    from rnp.memory import keep_freed_pages
+
+    keep_freed_pages()
+    n = sum(1 for _ in (work / "images").glob("*/*.jpg"))
+    held = str(min(500, n // 10))
+    with Watch() as watch:
+        prepare.main(["--set", "imagefolder", "--imagefolder.path", str(work / "images"), "--imagefolder.size", str(side),
+                      "--defence_train", held, "--defence_val", held, "--out", str(work / "data"), "--report", str(work / "report")],
+                     standalone_mode=False)
+    return watch.row(n)
+
+
+def poison(work: Path, side: int, arch: str) -> dict[str, float]:
+    import torch
+
+    from rnp.cli.poison import poison
+    from rnp.io import load_images, save_model
+    from rnp.memory import keep_freed_pages
+    from rnp.models.build import Architecture
+
+    keep_freed_pages()
+    pool, architecture = load_images(work / "data/pool"), Architecture(arch=arch)
+    twin = architecture.build(CLASSES, 3, torch.full((3,), 0.5), torch.full((3,), 0.25), rng=torch.Generator())
+    save_model(work / "twin.safetensors", twin, architecture, pool.classes)
+    with Watch() as watch:
+        poison.main(["--attack", "badnets", "--badnets.size", str(max(1, side // 16)), "--pool", str(work / "data/pool"),
+                     "--twin", str(work / "twin.safetensors"), "--out", str(work / "poisoned"), "--report", str(work / "report")],
+                    standalone_mode=False)
+    return watch.row(len(pool))
+
+
+def train(work: Path, side: int, arch: str, steps: int, batch: int) -> dict[str, float]:
+    import torch
+
+    from rnp.attacks.base import backdoored_test_set
+    from rnp.augment import Augment
+    from rnp.io import load_images, load_poisoned
+    from rnp.memory import keep_freed_pages
+    from rnp.metrics import score
+    from rnp.models.build import Architecture, statistics
+    from rnp.training import EVAL_BATCH, cross_entropy, default_device, eval_batches, fit, predict
+    from rnp.types import ImageSet, to_floats
+
+    keep_freed_pages()
+    rng = torch.Generator().manual_seed(0)
+    made_up = torch.randint(0, 256, (EVAL_BATCH, 3, side, side), dtype=torch.uint8, generator=rng)
+    made_up = made_up[: max(batch, len(eval_batches(made_up)[0]))]
+    made_up = ImageSet(made_up, torch.arange(len(made_up)) % CLASSES, tuple(map(str, range(CLASSES))))
+    model = Architecture(arch=arch).build(CLASSES, 3, *statistics(made_up), rng=rng).to(default_device())
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
+
+    def run(data: ImageSet, number: int) -> None:
+        fit(model.train(), data, objective=cross_entropy(model), optimiser=optimiser, epochs=number, max_steps=number,
+            batch_size=batch, rng=rng, augment=Augment(), precision="auto")
+
+    run(made_up, 1)
+    predict(model, made_up.images, precision="auto")
+    del made_up
+    with Watch() as watch:
+        clean, (changes, options) = load_images(work / "data/pool"), load_poisoned(work / "poisoned")
+        data = changes.apply(clean)
+        mean, std = statistics(data)
+        model.mean.copy_(mean.view_as(model.mean)), model.std.copy_(std.view_as(model.std))
+        start = time.perf_counter()
+        run(data, steps)
+        trained = time.perf_counter() - start
+        tests = load_images(work / "data/test")
+        attacked = backdoored_test_set(changes.trigger, tests, options["target_label"])
+        some = torch.arange(min(EVALUATED, len(attacked)))
+        scores = score(model, tests.subset(some), attacked.subset(some), options["target_label"], precision="auto")
+    start, augment = time.perf_counter(), Augment()
+    for positions in torch.randint(len(data), (GATHERED, batch), generator=rng):
+        augment(to_floats(data.images.index_select(0, positions)), rng=rng)
+    return watch.row(steps * batch) | {
+        "input_images_per_second": GATHERED * batch / (time.perf_counter() - start), "step_images_per_second": steps * batch / trained,
+        "clean_accuracy": scores.clean_accuracy.value, "attack_success_rate": scores.attack_success_rate.value,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("n", type=int, nargs="?", default=20_000)
+    parser.add_argument("side", type=int, nargs="?", default=224)
+    parser.add_argument("--steps", type=int, default=50, help="of training")
+    parser.add_argument("--batch", type=int, default=16, help="images per step")
+    parser.add_argument("--arch", default="torchvision:resnet18")
+    parser.add_argument("--folder", type=Path, help="where the temporary folder goes")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    options = vars(parser.parse_args())
+    as_json = options.pop("json")
+    found = measure(**options)
+    print(json.dumps(found, indent=2) if as_json else "\n".join(table(found)))
+
+
+if __name__ == "__main__":
+    main()
