@@ -68,8 +68,9 @@ class Run:
         return score(model, self.tests, self.attacked, self.target, precision="auto")
 
     def rnp(self, model: nn.Module, defence: DefenceSet) -> tuple[nn.Module, int]:
-        """The method as the stages run it: the repaired copy, and how many neurons it lost."""
-        unlearned = self.unlearn(model, defence.train, rng=generator(self.seed, "unlearn")).model
+        """The method as the stages run it, up to the stop that it needs: the repaired copy, and how many neurons it lost."""
+        to_the_stop = dataclasses.replace(self.unlearn, to_collapse=False)  # what comes after it serves detection
+        unlearned = to_the_stop(model, defence.train, rng=generator(self.seed, "unlearn")).model
         mask = self.recover(unlearned, defence.train, rng=generator(self.seed, "recover")).mask
         pruned = self.prune(model, mask, defence.both)
         return pruned.model, pruned.chosen.pruned
