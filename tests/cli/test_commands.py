@@ -120,6 +120,15 @@ def test_an_attack_that_poisons_no_image(run):
     assert len(rows) > 1 and json.loads(Path("data/triggered/attack.json").read_text())["attack"] == "awp_attack"
 
 
+def test_a_defence_and_its_variant_draw_the_same(run):
+    """Where the unlearned model has no say, they are one, byte for byte."""
+    words = ["--model", "models/backdoored.safetensors", "--defence", "data/defence", "--report", "reports/defend/x", "--steps", "3"]
+    for name, extra in (("ft", []), ("ft_unlearned", ["--share", "0", "--unlearn.epochs", "1"])):
+        with guard():
+            cli(["defend", name, *words, *extra, "--out", f"{name}.safetensors"], standalone_mode=False)
+    assert Path("ft.safetensors").read_bytes() == Path("ft_unlearned.safetensors").read_bytes()
+
+
 def test_a_defence_that_trains_nothing(run):
     """It has no epoch to tell of; DVC wants the history all the same."""
     assert run("defend ft", "--steps", "1") == 0 and rnp.io.read_rows(Path("reports/defend/ft/history.csv"))
@@ -220,7 +229,7 @@ def test_a_full_disk_leaves_the_old_files(run, capsys, monkeypatch):
 @pytest.fixture
 def ended(run):
     """The finished chain with what stages leave beside it: run.json and params.yaml."""
-    for stage in ("poison", "train", "unlearn", "recover", "prune", "detect"):
+    for stage in ("poison", "train", "unlearn", "recover", "prune", "detect", "defend/ft"):
         Path(f"reports/{stage}/run.json").write_text('{"seconds": 1.5, "params": {"seed": 3}}')
     Path("params.yaml").write_text("preset: demo\nseed: 3\ndata: {set: shapes}\npoison: {attack: blend}\nrecover: {lr: 0.2}\n")
     return lambda *arguments: CliRunner().invoke(cli, ["rows", "rows.csv", *arguments])
@@ -250,6 +259,37 @@ def test_rows_of_detection(ended):
     assert rows["labels", "mm_bd", "backdoored"]["label_correct"] in ("true", "false")
     assert float(rows["triggers", "neural_cleanse", "unlearned"]["l1"]) > 0
     assert all(row["seconds"] for row in rows.values() if row["detector"] != "class_shares")
+
+
+def test_rows_of_removal(ended):
+    """A row per defence in the table of detection, whose rows it leaves there."""
+    for option in ("--detection", "--removal"):
+        assert CliRunner().invoke(cli, ["rows", "detection.csv", option], catch_exceptions=False).exit_code == 0
+    rows = rnp.io.read_rows(Path("detection.csv"))
+    found = {(row["detector"], row["model"]): row for row in rows if row["task"] == "removal"}
+    assert set(found) == {("ft", "backdoored"), ("rnp", "unlearned")} and len(rows) > 2
+    measured = json.loads(Path("reports/evaluate/metrics.json").read_text())["models"]
+    for (name, _), row in found.items():
+        assert [float(row[key]) for key in ("clean_accuracy", "attack_success_rate", "der")] == pytest.approx(
+            [measured[name][key] for key in ("clean_accuracy", "attack_success_rate", "der")], abs=1e-4)
+        assert float(row["seconds"]) == (4.5 if name == "rnp" else 1.5) and row["setting"] == "test"
+
+
+def test_a_variant_is_a_row_of_its_defence(ended):
+    """`ft` with the unlearned model; a run of it with other options makes no row."""
+    path = Path("reports/evaluate/metrics.json")
+    found = json.loads(path.read_text())
+    found["models"]["ft_unlearned"] = found["models"]["ft"]
+    path.write_text(json.dumps(found))
+    Path("reports/defend/ft_unlearned").mkdir()
+    Path("reports/defend/ft_unlearned/run.json").write_text('{"seconds": 2.5, "params": {"seed": 3, "unlearn.lr": 0.1}}')
+    assert ended("--removal").exit_code == 0
+    rows = {row["model"]: row["seconds"] for row in rnp.io.read_rows(Path("rows.csv")) if row["detector"] == "ft"}
+    assert rows == {"backdoored": "1.5", "unlearned": "2.5"}
+    params = yaml.safe_load(Path("params.yaml").read_text()) | {"defences": {"ft_unlearned": {"unlearn": {"lr": 0.2}}}}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    done = ended("--removal")
+    assert isinstance(done.exception, UserError) and "defend/ft_unlearned ran with unlearn.lr 0.1, params.yaml says 0.2" in str(done.exception)
 
 
 def test_rows_of_controls(ended):
