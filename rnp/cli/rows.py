@@ -165,9 +165,10 @@ def detection_rows(reports: Path, params: dict) -> list[dict[str, object]]:
         model = "unlearned" if name == "class_shares" or name.endswith(UNLEARNED) else "backdoored"
         rows.append({"task": "labels", "detector": name.removesuffix(UNLEARNED), "model": model,
                      "label_correct": str(values["correct"]).lower(), "seconds": seconds.get(f"labels_{name}"), **values})
-    for name, values in found["samples"].items():
-        rows.append({"task": "samples", "detector": name, "model": "unlearned" if values["asks_unlearned"] else "backdoored",
-                     "seconds": seconds.get(f"samples_{name}"), **values})
+    for key, setting in (("samples", "test"), ("training_samples", "training")):
+        for name, values in found.get(key, {}).items():
+            rows.append({"task": "samples", "detector": name, "model": "unlearned" if values["asks_unlearned"] else "backdoored",
+                         "setting": setting, "seconds": seconds.get(f"{key}_{name}"), **values})
     return [written(common | each, DETECTION_COLUMNS) for each in rows]
 
 

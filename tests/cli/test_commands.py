@@ -35,8 +35,9 @@ CHAIN = {
              " --out models/pruned --report reports/prune",
     "defend ft": "--model models/backdoored.safetensors --defence data/defence --out models/defended/ft.safetensors"
                  " --report reports/defend/ft --steps 3",
-    "detect": "--model models/backdoored.safetensors --unlearned models/unlearned --defence data/defence --test data/test"
-              " --triggered data/triggered --out models/triggers.safetensors --report reports/detect --images 20"
+    "detect": "--model models/backdoored.safetensors --unlearned models/unlearned"
+              " --defence data/defence --test data/test --triggered data/triggered --pool data/pool --poisoned data/poisoned"
+              " --out models/triggers.safetensors --report reports/detect --images 20 --training_images 200"
               " --neural_cleanse.steps 3 --strip.overlays 2",
     "evaluate": "--test data/test --triggered data/triggered --twin models/twin.safetensors --model models/backdoored.safetensors"
                 " --unlearned models/unlearned --masks models/recovered --pruned models/pruned --defended models/defended"
@@ -249,7 +250,12 @@ def test_rows_of_detection(ended):
     for _ in range(2):  # the second takes the place of the first
         done = CliRunner().invoke(cli, ["rows", "detection.csv", "--detection"], catch_exceptions=False)
         assert done.exit_code == 0
-    rows = {(row["task"], row["detector"], row["model"]): row for row in rnp.io.read_rows(Path("detection.csv"))}
+    every = rnp.io.read_rows(Path("detection.csv"))
+    training = {row["detector"]: row for row in every if row["setting"] == "training"}
+    rows = {(row["task"], row["detector"], row["model"]): row for row in every if row["setting"] == "test"}
+    assert len(every) == len(training) + len(rows)
+    assert set(training) == {"training_loss", *(detector for task, detector, _ in rows if task == "samples")}
+    assert all(0 <= float(row["auroc"]) <= 1 and 0.05 < float(row["base_rate"]) < 0.2 for row in training.values())
     assert set(rows) == {
         *(("triggers", "neural_cleanse", model) for model in ("backdoored", "unlearned")), ("labels", "class_shares", "unlearned"),
         *(("labels", name, model) for name in ("mm_bd", "neural_cleanse_index") for model in ("backdoored", "unlearned")),
