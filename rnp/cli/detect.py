@@ -26,8 +26,10 @@ from rnp.io import (load_array, load_defence_set, load_images, load_model, load_
 from rnp.plots import recovered_triggers, roc
 from rnp.registry import Method, load, names, suggest
 from rnp.training import predict
-from rnp.types import Bytes, DefenceSet, Epoch, ImageSet, Indices
+from rnp.types import Bytes, DefenceSet, Epoch, ImageSet, Images, Indices, Logits
 
+LEVELS = ("0.8", "0.5", "0.2")
+"""The unlearned checkpoints, by their accuracy."""
 FEWEST = 20
 """Poisoned training images to look for, where there are as many: of fewer an AUROC says little."""
 
@@ -84,11 +86,10 @@ def detect(options: Detect, *methods: Method, model: Path, unlearned: Path, defe
         suspects["training_samples"] = drawn(load_images(pool), changes, target, options.training_images,
                                              generator(seed, "training_samples"))
     judged, curves = {task: {} for task in suspects}, {}
-    weak = checkpoint(unlearned, options.sample_model)
     for task, them in suspects.items():
         for name in options.samples:
             with clock(f"{task}_{name}"):
-                scores, own = ask(ask_for[name], victim, them.images, clean, weak, seed)
+                scores, own = ask(ask_for[name], victim, them.images, clean, exposed(ask_for[name], unlearned, options.sample_model), seed)
             judged[task][name] = them.judge(scores, own, ask_for[name].asks_unlearned)
             if task == "samples":
                 curves[name] = curve(scores, them.positives)
@@ -164,6 +165,22 @@ def checkpoint(unlearned: Path, level: str) -> nn.Module:
     """The unlearned model at the first fall below an accuracy; the last one where it never fell so far."""
     path = unlearned / f"accuracy_{level}.safetensors"
     return load_model(path if path.exists() else unlearned / "accuracy_end.safetensors")[0]
+
+
+class Average(nn.Module):
+    """Logits whose soft-max is the mean of those of `members`."""
+
+    def __init__(self, members: list[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, images: Images) -> Logits:
+        return torch.stack([member(images).float().softmax(1) for member in self.members]).mean(0).clamp_min(1e-30).log()
+
+
+def exposed(detector: SampleDetector, unlearned: Path, level: str) -> nn.Module:
+    """The unlearned model that `detector` asks: the checkpoint at an accuracy, or the mean of all on the way."""
+    return Average([checkpoint(unlearned, each) for each in LEVELS]) if detector.asks_average else checkpoint(unlearned, level)
 
 
 def smallest(triggers: list[RecoveredTrigger]) -> int:

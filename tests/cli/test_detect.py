@@ -1,12 +1,18 @@
-"""Which images the stage `detect` lets its detectors judge."""
+"""Which images the stage `detect` lets its detectors judge, and what it makes of several checkpoints."""
 
 import pytest
 import torch
+from torch import nn
 
 from rnp.attacks.base import Mix, Poisoned
-from rnp.cli.detect import Detect, drawn, screened
+from rnp.cli.detect import LEVELS, Average, Detect, drawn, exposed, screened
 from rnp.cli.options import generator
+from rnp.detection.samples.confidence import Confidence
+from rnp.detection.samples.mean_confidence import MeanConfidence
 from rnp.errors import UserError
+from rnp.io import save_model
+from rnp.models.build import Architecture
+from rnp.training import predict
 
 
 def poisoned(pool, real: int, covers: int) -> Poisoned:
@@ -35,6 +41,29 @@ def test_training_images_are_drawn_at_the_rate_of_the_set(real, n, bad, toy_set)
 def test_test_images_are_half_triggered(toy_set):
     them = screened(toy_set(40), toy_set(30, seed=1), None, 25)
     assert int(them.positives.sum()) == 25 == len(them.images) // 2 and not them.targets.any(), "all-to-all has no target class"
+
+
+def test_the_average_is_that_of_confidences(toy_model, toy_set):
+    images, members = toy_set(8).images, [toy_model(seed=seed) for seed in range(3)]
+    mean = torch.stack([predict(member, images).softmax(1) for member in members]).mean(0)
+    torch.testing.assert_close(predict(Average(members), images).softmax(1), mean)
+
+
+def test_the_average_of_members_that_are_certain():
+    """A probability of 0 has no logarithm."""
+    assert Average([nn.Flatten()])(1e4 * torch.rand(3, 3, 2, 2, generator=generator(0, "x"))).isfinite().all()
+
+
+def test_who_asks_all_checkpoints(tmp_path, rng):
+    """A checkpoint that unlearning never reached is the last one."""
+    architecture = Architecture(arch="resnet10", width=4)
+    build = lambda seed: architecture.build(4, 3, torch.full((3,), 0.5), torch.ones(3), rng=rng(seed)).eval()
+    for seed, level in enumerate((*LEVELS[:2], "end")):
+        save_model(tmp_path / f"accuracy_{level}.safetensors", build(seed), architecture, tuple("abcd"))
+    images = torch.rand(4, 3, 16, 16, generator=rng())
+    found, one = (predict(exposed(detector, tmp_path, "0.5"), images) for detector in (MeanConfidence(), Confidence()))
+    torch.testing.assert_close(one, predict(build(1), images))
+    torch.testing.assert_close(found, predict(Average([build(seed) for seed in range(3)]), images))
 
 
 @pytest.mark.parametrize("n", [-1, 99])
