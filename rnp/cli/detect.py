@@ -7,6 +7,7 @@ to score them, nothing else.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from rnp.plots import recovered_triggers, roc
 from rnp.registry import Method, load, names, suggest
 from rnp.training import predict
 from rnp.types import Bytes, DefenceSet, Epoch, ImageSet, Images, Indices, Logits
+from rnp.unlearn import Unlearn
 
 LEVELS = ("0.8", "0.5", "0.2")
 """The unlearned checkpoints, by their accuracy."""
@@ -40,6 +42,7 @@ class Detect:
     training_images: Annotated[int, "images of the poisoned training set among which to find the poisoned ones; 0: none"] = 2000
     trigger_model: Annotated[Literal["0.8", "0.5", "0.2"], "unlearned checkpoint, by its accuracy, to recover triggers from"] = "0.5"
     sample_model: Annotated[Literal["0.8", "0.5", "0.2"], "unlearned checkpoint, by its accuracy, to find samples with"] = "0.2"
+    twin: Annotated[bool, "unlearn the benign twin too, and ask the detectors of the label for their false alarms"] = False
     labels: Annotated[tuple[str, ...], "detectors of the label to ask"] = ("class_shares", "neural_cleanse_index", "mm_bd")
     samples: Annotated[tuple[str, ...], "detectors of triggered images to ask"] = (
         "confidence", "strip", "badexpert", "spectral_signatures", "activation_clustering")
@@ -62,11 +65,14 @@ def detectors() -> list[tuple[type[Method], str]]:
     return [(load(family, name), f"{name}.") for family in ("triggers", "labels", "samples") for name in names(family)]
 
 
-@command("detect", Detect, *detectors(),
-         inputs=("model", "unlearned", "defence", "test", "triggered", "pool", "poisoned"))
-def detect(options: Detect, *methods: Method, model: Path, unlearned: Path, defence: Path, test: Path,
+@command("detect", Detect, Unlearn, *detectors(),
+         inputs=("model", "benign", "unlearned", "defence", "test", "triggered", "pool", "poisoned"))
+def detect(options: Detect, unlearn: Unlearn, *methods: Method, model: Path, benign: Path, unlearned: Path, defence: Path, test: Path,
            triggered: Path, pool: Path, poisoned: Path, out: Path, report: Path, seed: int) -> None:
-    """Write the recovered triggers to OUT, and to REPORT how right each detector was."""
+    """Write the recovered triggers to OUT, and to REPORT how right each detector was.
+
+    The options of the unlearning are for the twin alone.
+    """
     victim, _, classes = load_model(model)
     clean, attack = load_defence_set(defence), read_json(triggered / "attack.json")
     target, truth = attack["target_label"], load_trigger(triggered / "trigger.safetensors")
@@ -78,6 +84,7 @@ def detect(options: Detect, *methods: Method, model: Path, unlearned: Path, defe
                        for name, triggers in found.items() for part in ("mask", "pattern")}, {"kind": "recovered triggers"})
     verdicts = labelled([ask_for[name] for name in options.labels], nets, found, read_trajectory(unlearned / "trajectory.csv"),
                         clean.train, seed, clock)
+    alarms = of_the_twin(load_model(benign)[0], unlearn, ask_for, options, clean.train, seed, clock) if options.twin else {}
 
     tests, changes = load_images(test), load_poisoned(poisoned)[0]
     best = {name: triggers[smallest(triggers) if target is None else target] for name, triggers in found.items()}
@@ -111,8 +118,8 @@ def detect(options: Detect, *methods: Method, model: Path, unlearned: Path, defe
     write_json(report / "metrics.json", {
         "target_label": -1 if target is None else target,
         "triggers": {name: trigger_scores(trigger, support, victim, tests, options.images) for name, trigger in best.items()},
-        "labels": {name: {"label": -1 if verdict.label is None else verdict.label, "margin": verdict.margin,
-                          "correct": verdict.label == target} for name, verdict in verdicts.items()},
+        "labels": told(verdicts, target),
+        **({"twin_labels": told(alarms, None)} if options.twin else {}),
         **judged,
     })
     write_json(report / "seconds.json", clock.seconds)
@@ -159,6 +166,25 @@ def labelled(detectors: list[LabelDetector], nets: dict[str, nn.Module], found: 
 
 def suffixed(detector: str, net: str) -> str:
     return detector if net == "backdoored" else f"{detector}_{net}"
+
+
+def of_the_twin(twin: nn.Module, unlearn: Unlearn, ask_for: dict[str, Method], options: Detect, clean: ImageSet, seed: int,
+                clock: Clock) -> dict[str, LabelVerdict]:
+    """What the detectors of the label say of a model without a backdoor and of its unlearned copy: each label named is false."""
+    with clock("twin_unlearn"):
+        unlearned = unlearn(twin, clean, rng=generator(seed, "unlearn"))
+    weak = copy.deepcopy(twin)
+    weak.load_state_dict(unlearned.checkpoints.get(options.trigger_model, unlearned.checkpoints["end"]))
+    nets, own = {"backdoored": twin, "unlearned": weak.eval()}, Clock()
+    found = searched(ask_for["neural_cleanse"], nets, clean, seed, own) if "neural_cleanse_index" in options.labels else {}
+    verdicts = labelled([ask_for[name] for name in options.labels], nets, found, unlearned.trajectory, clean, seed, own)
+    clock.seconds |= {f"twin_{name}": value for name, value in own.seconds.items()}
+    return verdicts
+
+
+def told(verdicts: dict[str, LabelVerdict], target: int | None) -> dict[str, dict]:
+    return {name: {"label": -1 if verdict.label is None else verdict.label, "margin": verdict.margin,
+                   "correct": verdict.label == target} for name, verdict in verdicts.items()}
 
 
 def checkpoint(unlearned: Path, level: str) -> nn.Module:

@@ -149,7 +149,10 @@ def removal_rows(reports: Path, params: dict) -> list[dict[str, object]]:
 
 
 def detection_rows(reports: Path, params: dict) -> list[dict[str, object]]:
-    """What the detectors of one run found: a row per task, detector, model and setting."""
+    """What the detectors of one run found: a row per task, detector, model and setting.
+
+    Detectors that were asked of the unlearned twin have `_unlearned` behind their names, since the model is the twin then.
+    """
     flat = dict(leaves(params))
     trained, found = (read_json(reports / stage / "metrics.json") for stage in ("train", "detect"))
     for stage in ("poison", "train", "unlearn", "detect"):
@@ -165,6 +168,9 @@ def detection_rows(reports: Path, params: dict) -> list[dict[str, object]]:
         model = "unlearned" if name == "class_shares" or name.endswith(UNLEARNED) else "backdoored"
         rows.append({"task": "labels", "detector": name.removesuffix(UNLEARNED), "model": model,
                      "label_correct": str(values["correct"]).lower(), "seconds": seconds.get(f"labels_{name}"), **values})
+    for name, values in found.get("twin_labels", {}).items():
+        rows.append({"task": "labels", "detector": name, "model": "twin", "label_correct": str(values["correct"]).lower(),
+                     "seconds": seconds.get(f"twin_labels_{name}"), **values})
     for key, setting in (("samples", "test"), ("training_samples", "training")):
         for name, values in found.get(key, {}).items():
             rows.append({"task": "samples", "detector": name, "model": "unlearned" if values["asks_unlearned"] else "backdoored",

@@ -35,9 +35,9 @@ CHAIN = {
              " --out models/pruned --report reports/prune",
     "defend ft": "--model models/backdoored.safetensors --defence data/defence --out models/defended/ft.safetensors"
                  " --report reports/defend/ft --steps 3",
-    "detect": "--model models/backdoored.safetensors --unlearned models/unlearned"
+    "detect": "--model models/backdoored.safetensors --benign models/twin.safetensors --unlearned models/unlearned"
               " --defence data/defence --test data/test --triggered data/triggered --pool data/pool --poisoned data/poisoned"
-              " --out models/triggers.safetensors --report reports/detect --images 20 --training_images 200"
+              " --out models/triggers.safetensors --report reports/detect --images 20 --training_images 200 --epochs 1"
               " --neural_cleanse.steps 3 --strip.overlays 2",
     "evaluate": "--test data/test --triggered data/triggered --twin models/twin.safetensors --model models/backdoored.safetensors"
                 " --unlearned models/unlearned --masks models/recovered --pruned models/pruned --defended models/defended"
@@ -265,6 +265,17 @@ def test_rows_of_detection(ended):
     assert rows["labels", "mm_bd", "backdoored"]["label_correct"] in ("true", "false")
     assert float(rows["triggers", "neural_cleanse", "unlearned"]["l1"]) > 0
     assert all(row["seconds"] for row in rows.values() if row["detector"] != "class_shares")
+
+
+def test_rows_of_the_twin(run, ended):
+    """Each label that is named there is wrong; what was asked of the unlearned twin has that behind its name."""
+    assert run("detect", "--twin", "--training_images", "0", "--labels", "class_shares", "--labels", "neural_cleanse_index") == 0
+    assert CliRunner().invoke(cli, ["rows", "detection.csv", "--detection"], catch_exceptions=False).exit_code == 0
+    rows = rnp.io.read_rows(Path("detection.csv"))
+    twin = {row["detector"]: row for row in rows if row["model"] == "twin"}
+    assert set(twin) == {"class_shares", "neural_cleanse_index", "neural_cleanse_index_unlearned"}
+    assert all((row["label"] == "-1") == (row["label_correct"] == "true") and row["task"] == "labels" for row in twin.values())
+    assert not any(row["setting"] == "training" for row in rows)
 
 
 def test_rows_of_removal(ended):
