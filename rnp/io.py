@@ -205,8 +205,8 @@ def load_state(model: torch.nn.Module, state: dict[str, Tensor], what: str) -> N
 def save_images(path: Path, data: ImageSet) -> None:
     with whole(path) as draft:
         draft.mkdir()
-        np.save(draft / "images.npy", data.images.numpy(), allow_pickle=False)
-        np.save(draft / "labels.npy", data.labels.numpy(), allow_pickle=False)
+        save_array(draft / "images.npy", data.images)
+        save_array(draft / "labels.npy", data.labels)
         write_json(draft / "meta.json", {"classes": data.classes})
 
 
@@ -226,6 +226,10 @@ def load_images(path: Path) -> ImageSet:
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
         raise UserError(f"{path} has labels from {labels.min()} to {labels.max()}, but {len(classes)} classes; make it anew")
     return ImageSet(images, labels, classes)
+
+
+def save_array(path: Path, values: Tensor) -> None:
+    np.save(path, values.numpy(), allow_pickle=False)
 
 
 def load_array(path: Path) -> Tensor:
@@ -272,7 +276,7 @@ def save_poisoned(path: Path, poisoned: Poisoned, attack: dict) -> None:
     with whole(path) as draft:
         draft.mkdir()
         for name in ("positions", "images", "labels", "covers"):
-            np.save(draft / f"{name}.npy", getattr(poisoned, name).numpy(), allow_pickle=False)
+            save_array(draft / f"{name}.npy", getattr(poisoned, name))
         save_trigger(draft / "trigger.safetensors", poisoned.trigger)
         write_json(draft / "attack.json", attack)
 

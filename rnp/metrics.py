@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rnp.training import Precision, predict
-from rnp.types import ImageSet, Labels, targets
+from rnp.training import Precision, Train, predict
+from rnp.types import ImageSet, Indices, Labels, Logits, OnEpoch, ignore, targets
 
 
 @dataclass(frozen=True)
@@ -108,3 +109,36 @@ def gate_reason(backdoored: Scores, accuracy_twin: float, least_asr: float) -> s
     if ca < accuracy_twin - ALLOWED_COST:
         return f"CA {ca:.3f} is more than {ALLOWED_COST} below the twin's {accuracy_twin:.3f}"
     return ""
+
+
+class EarlyLoss:
+    """Hears of the steps of a training run: the mean cross-entropy of each image over its first epochs, in nats.
+
+    Source: Li et al., NeurIPS 2021 (ABL), section 3.2: poisoned images are learned first; a fifth of the run, as there.
+    Differs: the mean of the losses that training computes anyway, where ABL adds a pass at the end of that part, and holds
+    the loss near a value of its own meanwhile.
+    """
+
+    def __init__(self, images: int, epochs: int, device: torch.device) -> None:
+        self.epochs = max(1, round(0.2 * epochs))
+        self.total, self.times = torch.zeros(images, device=device), torch.zeros(images, device=device)
+
+    def __call__(self, positions: Indices, labels: Labels, logits: Logits) -> None:
+        here = positions.to(logits.device)
+        fresh = self.times[here] < self.epochs
+        self.total[here] += fresh * F.cross_entropy(logits.float(), labels, reduction="none")
+        self.times[here] += fresh.float()
+
+    def mean(self) -> Float[Tensor, "n"]:
+        """NaN for images that were never seen; on the CPU."""
+        return (self.total / self.times).cpu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded(Train):
+    """A recipe of which `losses` hears."""
+
+    losses: EarlyLoss
+
+    def __call__(self, model: nn.Module, data: ImageSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> nn.Module:
+        return super().__call__(model, data, rng=rng, on_epoch=on_epoch, on_batch=self.losses)

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from rnp.augment import Augment, shrink
 from rnp.errors import NonFinite, UserError
-from rnp.types import Epoch, ImageSet, Images, Labels, Logits, OnEpoch, ignore, to_floats
+from rnp.types import Epoch, ImageSet, Images, Indices, Labels, Logits, OnEpoch, ignore, to_floats
 
 Objective = Callable[[Images, Labels], tuple[Tensor, Logits]]
 """Batch -> the scalar to minimise, and the logits by which accuracy is counted."""
+OnBatch = Callable[[Indices, Labels, Logits], None]
+"""Hears of each step: positions of its images in the set, their labels, and the logits before the step."""
 Precision = Literal["fp32", "bf16", "auto"]
 EVAL_BATCH = 500
 EVAL_VALUES = 2**23  # of images in one forward pass; the activations of its first layer are many times that
@@ -73,6 +75,7 @@ def fit(
     stop_step: Callable[[int], bool] = lambda step: False,
     stop_epoch: Callable[[Epoch], bool] = lambda epoch: False,
     on_epoch: OnEpoch = ignore,
+    on_batch: OnBatch = lambda positions, labels, logits: None,
 ) -> list[Epoch]:
     """Minimise `objective` over shuffled batches of `data`, changing in place whatever `optimiser` holds.
 
@@ -106,6 +109,7 @@ def fit(
                 norm = nn.utils.clip_grad_norm_(held, clip_norm)
             optimiser.step()
             after_step()
+            on_batch(positions, labels, logits.detach())
             step += 1
             correct = (logits.detach().argmax(1) == labels).sum()
             sums += torch.stack([loss.detach().double() * len(labels), correct.double(), correct.new_tensor(len(labels)).double()])
@@ -179,7 +183,8 @@ class Train:
         if not 0 <= self.grow_until < 1:
             raise UserError(f"train.grow_until must be in [0, 1), got {self.grow_until}; the end of a run needs whole images")
 
-    def __call__(self, model: nn.Module, data: ImageSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> nn.Module:
+    def __call__(self, model: nn.Module, data: ImageSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore,
+                 on_batch: OnBatch = lambda positions, labels, logits: None) -> nn.Module:
         """Train `model` in place and return it in eval mode."""
         optimiser = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0,
                                     weight_decay=self.weight_decay)
@@ -187,7 +192,7 @@ class Train:
             epochs=self.epochs, batch_size=self.batch_size, rng=rng, augment=self.augment,
             schedule=lambda epoch: one_cycle(epoch / self.epochs, self.warm_up),
             side=lambda epoch: growing(epoch / self.epochs, self.grow_from, self.grow_until), precision=self.precision,
-            on_epoch=on_epoch)
+            on_epoch=on_epoch, on_batch=on_batch)
         return model.eval()
 
 

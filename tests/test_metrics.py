@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from rnp.metrics import Scores, Share, class_shares, defence_effectiveness, gate_reason, score
+from rnp.augment import Augment
+from rnp.metrics import EarlyLoss, Recorded, Scores, Share, class_shares, defence_effectiveness, gate_reason, score
 from rnp.types import ImageSet
 
 TARGET = 0
@@ -93,3 +95,21 @@ def test_a_share_of_nothing_is_not_a_number():
 ])
 def test_the_gate(ca, asr, twin, reason):
     assert gate_reason(scores(ca, asr), twin, 0.9) == reason
+
+
+def test_the_early_loss_of_each_image(toy_model, toy_set, rng):
+    """Two passes of ten; with a step size that changes nothing and BatchNorm on batches of all images they agree with one pass."""
+    data, model = toy_set(24), toy_model()
+    losses = EarlyLoss(len(data), 10, torch.device("cpu"))
+    recipe = Recorded(losses=losses, epochs=10, batch_size=24, lr=1e-12, weight_decay=0.0, augment=Augment(crop=0, flip=False),
+                      precision="fp32", label_smoothing=0.3)
+    recipe(model, data, rng=rng())
+    expected = F.cross_entropy(model.train()(data.floats()), data.labels, reduction="none")
+    assert losses.times.tolist() == [2] * 24 and torch.allclose(losses.mean(), expected.detach(), atol=1e-5)
+
+
+def test_later_losses_do_not_count():
+    losses = EarlyLoss(3, 4, torch.device("cpu"))  # one pass of four
+    for logit in (0.0, 50.0):
+        losses(torch.tensor([2, 0]), torch.tensor([0, 1]), torch.tensor([[logit, 0.0], [0.0, logit]]))
+    assert losses.mean()[[0, 2]].tolist() == pytest.approx([math.log(2)] * 2) and losses.mean()[1].isnan()

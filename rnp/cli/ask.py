@@ -12,7 +12,7 @@ import click
 import torch
 
 from rnp.cli import unlearn as unlearn_stage
-from rnp.cli.detect import Clock, Detect, ask, checkpoint, labelled, searched
+from rnp.cli.detect import Clock, Detect, ask, checkpoint, exposed, labelled, searched
 from rnp.cli.detect import detect as stage
 from rnp.cli.examination import Case, Subject, prepare
 from rnp.cli.options import build, generator, options
@@ -146,9 +146,8 @@ def samples(model: Path, clean: str, suspects: str, out: Path, seed: int, by: tu
         paths, images, skipped = in_order(suspects, size=defence.train.shape[1])
         rows = [{"path": str(path), "predicted": defence.train.classes[label]}
                 for path, label in zip(paths, predict(net, images).argmax(1).tolist())]
-        weak = checkpoint(it.unlearned, DEFAULTS.sample_model)
         for method in methods:
-            scores, own = ask(method, net, images, defence, weak, seed)
+            scores, own = ask(method, net, images, defence, exposed(method, it.unlearned, DEFAULTS.sample_model), seed)
             limit = threshold(own)
             for row, score in zip(rows, scores.tolist()):
                 row |= {method.name: f"{score:.6g}", f"{method.name}_flagged": str(score > limit).lower()}

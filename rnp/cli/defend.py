@@ -9,7 +9,7 @@ import click
 
 from rnp.cli.options import command, generator
 from rnp.cli.progress import progress
-from rnp.defences.base import Defence
+from rnp.defences.base import UNLEARNED, Defence
 from rnp.io import History, load_defence_set, load_model, save_model, write_json, write_rows
 from rnp.registry import load, names
 from rnp.training import accuracy
@@ -31,8 +31,9 @@ def repair(method: Defence, *, model: Path, defence: Path, out: Path, report: Pa
     """Write the repaired model to OUT."""
     victim, architecture, classes = load_model(model)
     clean = load_defence_set(defence)
+    rng = generator(seed, f"defend/{method.name.removesuffix(UNLEARNED)}")
     with History(report / "history.csv") as history, progress(method.name, None, history) as on_epoch:
-        repaired = method.repair(victim, clean, rng=generator(seed, f"defend/{method.name}"), on_epoch=on_epoch)
+        repaired = method.repair(victim, clean, rng=rng, on_epoch=on_epoch)
     save_model(out, repaired.model, architecture, classes)
     if repaired.sweep:
         write_rows(report / "sweep.csv", [dataclasses.asdict(point) for point in repaired.sweep])

@@ -1,11 +1,13 @@
 """Recover triggers, name the target label and find triggered images, with the unlearned model and without it.
 
-The detectors see the defender's images and the models; the triggered test set serves to score them, nothing else.
+The detectors see the defender's images, the models and the images that they are to judge; what is known of the attack serves
+to score them, nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -14,23 +16,33 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from rnp.attacks.base import Poisoned
 from rnp.cli.options import command, generator
 from rnp.detection.base import LabelDetector, LabelVerdict, RecoveredTrigger, SampleDetector, TriggerRecovery, iou, iou_top_k, judge
 from rnp.errors import UserError
-from rnp.io import load_defence_set, load_images, load_model, load_trigger, read_json, read_trajectory, save_tensors, write_json
+from rnp.io import (load_array, load_defence_set, load_images, load_model, load_poisoned, load_trigger, read_json, read_trajectory,
+                    save_tensors, write_json)
 from rnp.plots import recovered_triggers, roc
 from rnp.registry import Method, load, names, suggest
 from rnp.training import predict
-from rnp.types import DefenceSet, Epoch, ImageSet
+from rnp.types import Bytes, DefenceSet, Epoch, ImageSet, Images, Indices, Logits
+from rnp.unlearn import Unlearn
+
+LEVELS = ("0.8", "0.5", "0.2")
+"""The unlearned checkpoints, by their accuracy."""
+FEWEST = 20
+"""Poisoned training images to look for, where there are as many: of fewer an AUROC says little."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Detect:
     images: Annotated[int, "clean test images, and as many triggered ones, among which the latter are to be found"] = 500
+    training_images: Annotated[int, "images of the poisoned training set among which to find the poisoned ones; 0: none"] = 2000
     trigger_model: Annotated[Literal["0.8", "0.5", "0.2"], "unlearned checkpoint, by its accuracy, to recover triggers from"] = "0.5"
     sample_model: Annotated[Literal["0.8", "0.5", "0.2"], "unlearned checkpoint, by its accuracy, to find samples with"] = "0.2"
+    twin: Annotated[bool, "unlearn the benign twin too, and ask the detectors of the label for their false alarms"] = False
     labels: Annotated[tuple[str, ...], "detectors of the label to ask"] = ("class_shares", "neural_cleanse_index", "mm_bd")
     samples: Annotated[tuple[str, ...], "detectors of triggered images to ask"] = (
         "confidence", "strip", "badexpert", "spectral_signatures", "activation_clustering")
@@ -38,6 +50,8 @@ class Detect:
     def __post_init__(self) -> None:
         if self.images < 10:
             raise UserError(f"detect.images must be at least 10, got {self.images}")
+        if self.training_images and self.training_images < 100:
+            raise UserError(f"detect.training_images must be 0 or at least 100, got {self.training_images}")
         for family in ("labels", "samples"):
             if not getattr(self, family):
                 raise UserError(f"detect.{family} must name at least one detector")
@@ -51,10 +65,14 @@ def detectors() -> list[tuple[type[Method], str]]:
     return [(load(family, name), f"{name}.") for family in ("triggers", "labels", "samples") for name in names(family)]
 
 
-@command("detect", Detect, *detectors(), inputs=("model", "unlearned", "defence", "test", "triggered"))
-def detect(options: Detect, *methods: Method, model: Path, unlearned: Path, defence: Path, test: Path, triggered: Path, out: Path,
-           report: Path, seed: int) -> None:
-    """Write the recovered triggers to OUT, and to REPORT how right each detector was."""
+@command("detect", Detect, Unlearn, *detectors(),
+         inputs=("model", "benign", "unlearned", "defence", "test", "triggered", "pool", "poisoned"))
+def detect(options: Detect, unlearn: Unlearn, *methods: Method, model: Path, benign: Path, unlearned: Path, defence: Path, test: Path,
+           triggered: Path, pool: Path, poisoned: Path, out: Path, report: Path, seed: int) -> None:
+    """Write the recovered triggers to OUT, and to REPORT how right each detector was.
+
+    The options of the unlearning are for the twin alone.
+    """
     victim, _, classes = load_model(model)
     clean, attack = load_defence_set(defence), read_json(triggered / "attack.json")
     target, truth = attack["target_label"], load_trigger(triggered / "trigger.safetensors")
@@ -66,18 +84,27 @@ def detect(options: Detect, *methods: Method, model: Path, unlearned: Path, defe
                        for name, triggers in found.items() for part in ("mask", "pattern")}, {"kind": "recovered triggers"})
     verdicts = labelled([ask_for[name] for name in options.labels], nets, found, read_trajectory(unlearned / "trajectory.csv"),
                         clean.train, seed, clock)
+    alarms = of_the_twin(load_model(benign)[0], unlearn, ask_for, options, clean.train, seed, clock) if options.twin else {}
 
-    tests = load_images(test)
+    tests, changes = load_images(test), load_poisoned(poisoned)[0]
     best = {name: triggers[smallest(triggers) if target is None else target] for name, triggers in found.items()}
-    images, positives, targets = screened(tests, load_images(triggered / "test"), target, options.images)
-    weak = checkpoint(unlearned, options.sample_model)
-    samples, curves = {}, {}
-    for name in options.samples:
-        with clock(f"samples_{name}"):
-            scores = ask(ask_for[name], victim, images, clean, weak, seed)
-        samples[name] = dataclasses.asdict(judge(scores[0], positives, targets, scores[1]))
-        samples[name]["asks_unlearned"] = ask_for[name].asks_unlearned
-        curves[name] = curve(scores[0], positives)
+    suspects = {"samples": screened(tests, load_images(triggered / "test"), target, options.images)}
+    if options.training_images and (~changes.covers).any():
+        suspects["training_samples"] = drawn(load_images(pool), changes, target, options.training_images,
+                                             generator(seed, "training_samples"))
+    judged, curves = {task: {} for task in suspects}, {}
+    for task, them in suspects.items():
+        for name in options.samples:
+            with clock(f"{task}_{name}"):
+                scores, own = ask(ask_for[name], victim, them.images, clean, exposed(ask_for[name], unlearned, options.sample_model), seed)
+            judged[task][name] = them.judge(scores, own, ask_for[name].asks_unlearned)
+            if task == "samples":
+                curves[name] = curve(scores, them.positives)
+    losses = triggered / "losses.npy"
+    if "training_samples" in suspects and losses.exists():
+        them = suspects["training_samples"]
+        scores = -load_array(losses)[them.places]  # the defender's images have none: the clean ones scored set the threshold
+        judged["training_samples"]["training_loss"] = them.judge(scores, scores[~them.positives], False)
 
     example = tests.subset(torch.tensor([0])).floats()
     support = truth.support
@@ -91,9 +118,9 @@ def detect(options: Detect, *methods: Method, model: Path, unlearned: Path, defe
     write_json(report / "metrics.json", {
         "target_label": -1 if target is None else target,
         "triggers": {name: trigger_scores(trigger, support, victim, tests, options.images) for name, trigger in best.items()},
-        "labels": {name: {"label": -1 if verdict.label is None else verdict.label, "margin": verdict.margin,
-                          "correct": verdict.label == target} for name, verdict in verdicts.items()},
-        "samples": samples,
+        "labels": told(verdicts, target),
+        **({"twin_labels": told(alarms, None)} if options.twin else {}),
+        **judged,
     })
     write_json(report / "seconds.json", clock.seconds)
 
@@ -141,10 +168,45 @@ def suffixed(detector: str, net: str) -> str:
     return detector if net == "backdoored" else f"{detector}_{net}"
 
 
+def of_the_twin(twin: nn.Module, unlearn: Unlearn, ask_for: dict[str, Method], options: Detect, clean: ImageSet, seed: int,
+                clock: Clock) -> dict[str, LabelVerdict]:
+    """What the detectors of the label say of a model without a backdoor and of its unlearned copy: each label named is false."""
+    with clock("twin_unlearn"):
+        unlearned = unlearn(twin, clean, rng=generator(seed, "unlearn"))
+    weak = copy.deepcopy(twin)
+    weak.load_state_dict(unlearned.checkpoints.get(options.trigger_model, unlearned.checkpoints["end"]))
+    nets, own = {"backdoored": twin, "unlearned": weak.eval()}, Clock()
+    found = searched(ask_for["neural_cleanse"], nets, clean, seed, own) if "neural_cleanse_index" in options.labels else {}
+    verdicts = labelled([ask_for[name] for name in options.labels], nets, found, unlearned.trajectory, clean, seed, own)
+    clock.seconds |= {f"twin_{name}": value for name, value in own.seconds.items()}
+    return verdicts
+
+
+def told(verdicts: dict[str, LabelVerdict], target: int | None) -> dict[str, dict]:
+    return {name: {"label": -1 if verdict.label is None else verdict.label, "margin": verdict.margin,
+                   "correct": verdict.label == target} for name, verdict in verdicts.items()}
+
+
 def checkpoint(unlearned: Path, level: str) -> nn.Module:
     """The unlearned model at the first fall below an accuracy; the last one where it never fell so far."""
     path = unlearned / f"accuracy_{level}.safetensors"
     return load_model(path if path.exists() else unlearned / "accuracy_end.safetensors")[0]
+
+
+class Average(nn.Module):
+    """Logits whose soft-max is the mean of those of `members`."""
+
+    def __init__(self, members: list[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, images: Images) -> Logits:
+        return torch.stack([member(images).float().softmax(1) for member in self.members]).mean(0).clamp_min(1e-30).log()
+
+
+def exposed(detector: SampleDetector, unlearned: Path, level: str) -> nn.Module:
+    """The unlearned model that `detector` asks: the checkpoint at an accuracy, or the mean of all on the way."""
+    return Average([checkpoint(unlearned, each) for each in LEVELS]) if detector.asks_average else checkpoint(unlearned, level)
 
 
 def smallest(triggers: list[RecoveredTrigger]) -> int:
@@ -152,18 +214,51 @@ def smallest(triggers: list[RecoveredTrigger]) -> int:
     return min(triggers, key=lambda trigger: trigger.l1).label
 
 
-def screened(tests: ImageSet, attacked: ImageSet, target: int | None, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Images, which of them are triggered, and which belong to the target class: `n` clean and as many triggered ones.
+@dataclass(frozen=True)
+class Suspects:
+    """Images to judge, which of them carry a trigger, which belong to the target class, and where they lie in their set."""
+
+    images: Bytes
+    positives: Tensor  # bool [n]
+    targets: Tensor  # bool [n]
+    places: Indices
+
+    def judge(self, scores: Tensor, own: Tensor, asks_unlearned: bool) -> dict[str, object]:
+        return dataclasses.asdict(judge(scores, self.positives, self.targets, own)) | {"asks_unlearned": asks_unlearned}
+
+
+def screened(tests: ImageSet, attacked: ImageSet, target: int | None, n: int) -> Suspects:
+    """`n` clean and as many triggered test images.
 
     The triggered ones are taken from the end of their set, so that few of them repeat a clean one.
     """
     n = min(n, len(tests), len(attacked))
-    clean, bad = tests.subset(torch.arange(n)), attacked.subset(torch.arange(len(attacked) - n, len(attacked)))
+    good, bad = torch.arange(n), torch.arange(len(attacked) - n, len(attacked))
+    return gathered(tests.subset(good), attacked.subset(bad), target, torch.cat([good, bad]))
+
+
+def drawn(pool: ImageSet, changes: Poisoned, target: int | None, n: int, rng: torch.Generator) -> Suspects:
+    """`n` images of the poisoned training set at random, as many poisoned ones among them as among all, but `FEWEST` at least.
+
+    Covers are left out: they are neither clean nor poisoned. The target class is that of the labels as they are in the set.
+    """
+    real, untouched = (~changes.covers).nonzero().squeeze(1), torch.ones(len(pool), dtype=torch.bool)
+    untouched[changes.positions] = False
+    good = untouched.nonzero().squeeze(1)
+    n = min(n, len(good) + len(real))
+    wanted = min(len(real), max(FEWEST, round(n * len(real) / (len(good) + len(real)))))
+    bad, good = (those[torch.randperm(len(those), generator=rng)[:count]] for those, count in ((real, wanted), (good, n - wanted)))
+    poisoned = ImageSet(changes.images[bad], changes.labels[bad], pool.classes)
+    return gathered(pool.subset(good), poisoned, target, torch.cat([good, changes.positions[bad]]))
+
+
+def gathered(clean: ImageSet, bad: ImageSet, target: int | None, places: Indices) -> Suspects:
     labels = torch.cat([clean.labels, bad.labels])
-    return torch.cat([clean.images, bad.images]), torch.arange(2 * n) >= n, labels == (-1 if target is None else target)
+    return Suspects(torch.cat([clean.images, bad.images]), torch.arange(len(labels)) >= len(clean),
+                    labels == (-1 if target is None else target), places)
 
 
-def ask(detector: SampleDetector, victim: nn.Module, images: torch.Tensor, clean: DefenceSet, weak: nn.Module,
+def ask(detector: SampleDetector, victim: nn.Module, images: Bytes, clean: DefenceSet, weak: nn.Module,
         seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores of the screened images and of the defender's own, which set the threshold."""
     return tuple(detector.score(victim, each, clean.train, rng=generator(seed, f"samples/{detector.name}"), unlearned=weak)

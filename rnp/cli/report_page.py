@@ -61,11 +61,12 @@ def page(reports: Path, params: dict, out: Path, stranger: dict | None = None) -
     figures: dict[str, list[dict[str, str]]] = {}
     for stage, path in found(reports, "*.png"):
         figures.setdefault(stage, []).append(figure(stage, path))
-    labels = metrics.get("detect", {}).get("labels", {})
+    said = {key: {name: decided(label) for name, label in metrics.get("detect", {}).get(key, {}).items()}
+            for key in ("labels", "twin_labels")}
     text = environment().get_template("report.html.j2").render(
         metrics=metrics, figures=figures, params=dict(leaves(params)), measures=MEASURES,
         numbers={stage: dict(leaves(values)) for stage, values in metrics.items()}, times=times, took=dict(took(times)),
-        labels={name: decided(label) for name, label in labels.items()}, verdict=list(verdict(metrics)),
+        **said, verdict=list(verdict(metrics)),
         seed=params.get("seed"), versions=dict(versions()), stranger=stranger,
     )
     with whole(out) as draft:

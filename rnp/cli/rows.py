@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
@@ -13,11 +14,15 @@ from pathlib import Path
 import click
 
 from rnp.cli.check import leaves, read_params
+from rnp.defences.base import UNLEARNED
 from rnp.errors import UserError
 from rnp.io import put_rows, read_json, read_rows
+from rnp.registry import load
 
 MEASURES = ("clean_accuracy", "attack_success_rate", "robust_accuracy")
 STAGES = ("poison", "train", "unlearn", "recover", "prune")
+UNREPAIRED = {"backdoored", "unlearned", "recovered", "twin", "oracle"}
+"""The models that `evaluate` measures beside the defences."""
 COLUMNS = (
     "preset", "attack", "defence", "seed", "gate", *(f"{name}_before" for name in MEASURES), *MEASURES, "der",
     "neurons_pruned", "neurons", "threshold", "oracle_clean_accuracy", "oracle_attack_success_rate",
@@ -25,17 +30,17 @@ COLUMNS = (
     "n_triggered", "torch", "seconds_poison", "settings", "made",
 )
 KEY = ("preset", "attack", "defence", "seed")
+DETECTION_KEY = ("preset", "attack", "seed", "task", "detector", "model", "setting")
 DETECTION_COLUMNS = (
-    "preset", "attack", "seed", "gate", "task", "detector", "model", "label_correct", "label", "margin", "auroc", "auprc",
-    "base_rate", "tpr_at_5_fpr", "fpr", "fpr_target_class", "iou", "l1", "attack_success_rate", "gain", "seconds", "device",
-    "version", "torch", "settings", "made",
+    "preset", "attack", "seed", "gate", "task", "detector", "model", "setting", "label_correct", "label", "margin", "auroc", "auprc",
+    "base_rate", "tpr_at_5_fpr", "fpr", "fpr_target_class", "iou", "l1", "attack_success_rate", "clean_accuracy", "der", "gain",
+    "seconds", "device", "version", "torch", "settings", "made",
 )
 CONTROL_KEY = ("preset", "attack", "seed", "control", "model", "amount")
 CONTROL_COLUMNS = (
     *CONTROL_KEY, "gate", "clean_accuracy_before", "attack_success_rate_before", "clean_accuracy", "attack_success_rate",
     "robust_accuracy", "der", "neurons_pruned", "seconds", "n_clean", "n_triggered", "device", "version", "torch", "settings", "made",
 )
-DETECTION_KEY = ("preset", "attack", "seed", "task", "detector", "model")
 
 
 def machine() -> str:
@@ -69,8 +74,10 @@ def settings(params: dict[str, object], attack: str, defence: str) -> str:
 
 def check_fresh(stage: str, options: dict[str, object], params: dict) -> None:
     """Raises: UserError when the stage ran with other options than `params` has."""
-    sections = {"train": ("train", "model"), "poison": ("poison", "attacks")}.get(stage, (stage,))
-    wanted = {"seed": params["seed"]} | {name: value for each in sections for name, value in leaves(params.get(each, {}))}
+    whole, _, part = stage.partition("/")
+    names = {"train": ("train", "model"), "poison": ("poison", "attacks")}.get(whole, (whole,))
+    sections = [params.get("defences", {}).get(part) or {}] if part else [params.get(each, {}) for each in names]
+    wanted = {"seed": params["seed"]} | {name: value for section in sections for name, value in leaves(section)}
     used = params["poison"]["attack"] + "."
     for name, value in options.items():
         matters = stage != "poison" or name == "attack" or name.startswith(used)
@@ -104,9 +111,7 @@ def row(reports: Path, params: dict, defence: str) -> dict[str, object]:
     if defence == "none":
         values |= {name: trained[name] for name in MEASURES}
     else:
-        found = read_json(reports / "evaluate" / "metrics.json")
-        if found["attack"] != attack or found["model"] != trained["model"]:
-            raise UserError("evaluate measured another model than the one that train made; run `dvc repro` first")
+        found = evaluated(reports, trained, attack)
         if defence not in found["models"]:
             raise UserError(f"this run has no defence {defence!r}; choose from none, {', '.join(found['models'])}")
         values |= {name: found["models"][defence][name] for name in (*MEASURES, "der")}
@@ -116,26 +121,60 @@ def row(reports: Path, params: dict, defence: str) -> dict[str, object]:
     return written(values, COLUMNS)
 
 
+def evaluated(reports: Path, trained: dict, attack: str) -> dict:
+    """Raises: UserError when `evaluate` measured another model than `trained` tells of."""
+    found = read_json(reports / "evaluate" / "metrics.json")
+    if found["attack"] != attack or found["model"] != trained["model"]:
+        raise UserError("evaluate measured another model than the one that train made; run `dvc repro` first")
+    return found
+
+
+def removal_rows(reports: Path, params: dict) -> list[dict[str, object]]:
+    """What each defence of one run came to, the unlearned model being part of it or not: a row per defence."""
+    flat, trained = dict(leaves(params)), read_json(reports / "train" / "metrics.json")
+    attack = flat["poison.attack"]
+    found = evaluated(reports, trained, attack)
+    rows = []
+    for name in sorted(found["models"].keys() - UNREPAIRED):
+        asks = name == "rnp" or any(field.name == "unlearn" for field in dataclasses.fields(load("defence", name)))
+        runs = {stage: read_json(reports / stage / "run.json") for stage in (STAGES[2:] if name == "rnp" else [f"defend/{name}"])}
+        for stage, run in runs.items():
+            check_fresh(stage, run["params"], params)
+        rows.append({
+            "preset": flat["preset"], "attack": attack, "seed": flat["seed"], "gate": str(trained["gate"]).lower(),
+            "task": "removal", "detector": name.removesuffix(UNLEARNED), "model": "unlearned" if asks else "backdoored",
+            "setting": "test", "seconds": float(sum(run["seconds"] for run in runs.values())), **origin(flat, name),
+            **{key: found["models"][name][key] for key in ("clean_accuracy", "attack_success_rate", "der")}})
+    return [written(each, DETECTION_COLUMNS) for each in rows]
+
+
 def detection_rows(reports: Path, params: dict) -> list[dict[str, object]]:
-    """What the detectors of one run found: a row per task, detector and model."""
+    """What the detectors of one run found: a row per task, detector, model and setting.
+
+    Detectors that were asked of the unlearned twin have `_unlearned` behind their names, since the model is the twin then.
+    """
     flat = dict(leaves(params))
     trained, found = (read_json(reports / stage / "metrics.json") for stage in ("train", "detect"))
     for stage in ("poison", "train", "unlearn", "detect"):
         check_fresh(stage, read_json(reports / stage / "run.json")["params"], params)
     seconds = read_json(reports / "detect" / "seconds.json")
-    common = {"preset": flat["preset"], "attack": flat["poison.attack"], "seed": flat["seed"],
+    common = {"preset": flat["preset"], "attack": flat["poison.attack"], "seed": flat["seed"], "setting": "test",
               "gate": str(trained["gate"]).lower(), **origin(flat, "detect")}
     rows = []
     for model, values in found["triggers"].items():
         rows.append({"task": "triggers", "detector": "neural_cleanse", "model": model, "attack_success_rate": values["success"],
                      "seconds": seconds.get(f"triggers_{model}"), **values})
     for name, values in found["labels"].items():
-        model = "unlearned" if name == "class_shares" or name.endswith("_unlearned") else "backdoored"
-        rows.append({"task": "labels", "detector": name.removesuffix("_unlearned"), "model": model,
+        model = "unlearned" if name == "class_shares" or name.endswith(UNLEARNED) else "backdoored"
+        rows.append({"task": "labels", "detector": name.removesuffix(UNLEARNED), "model": model,
                      "label_correct": str(values["correct"]).lower(), "seconds": seconds.get(f"labels_{name}"), **values})
-    for name, values in found["samples"].items():
-        rows.append({"task": "samples", "detector": name, "model": "unlearned" if values["asks_unlearned"] else "backdoored",
-                     "seconds": seconds.get(f"samples_{name}"), **values})
+    for name, values in found.get("twin_labels", {}).items():
+        rows.append({"task": "labels", "detector": name, "model": "twin", "label_correct": str(values["correct"]).lower(),
+                     "seconds": seconds.get(f"twin_labels_{name}"), **values})
+    for key, setting in (("samples", "test"), ("training_samples", "training")):
+        for name, values in found.get(key, {}).items():
+            rows.append({"task": "samples", "detector": name, "model": "unlearned" if values["asks_unlearned"] else "backdoored",
+                         "setting": setting, "seconds": seconds.get(f"{key}_{name}"), **values})
     return [written(common | each, DETECTION_COLUMNS) for each in rows]
 
 
@@ -163,12 +202,14 @@ def written(values: dict[str, object], columns: tuple[str, ...]) -> dict[str, ob
 @click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True)
 @click.option("--defence", default="rnp", show_default=True, help="rnp, another defence of the run, or none: the backdoored model")
 @click.option("--detection", is_flag=True, help="what the detectors found instead: a row per task, detector and model")
+@click.option("--removal", is_flag=True, help="what the defences came to, with the unlearned model and without: rows for the same table")
 @click.option("--controls", is_flag=True, help="what the controls showed instead: a row per control, model and amount")
-def rows(table: Path, reports: Path, params: Path, defence: str, detection: bool, controls: bool) -> None:
+def rows(table: Path, reports: Path, params: Path, defence: str, detection: bool, removal: bool, controls: bool) -> None:
     """Put the finished run of this folder into TABLE (a CSV), in place of its older rows there."""
     settings = read_params(params)
-    if detection:
-        put_rows(table, detection_rows(reports, settings), DETECTION_COLUMNS, DETECTION_KEY)
+    if detection or removal:
+        found = [*(detection_rows(reports, settings) if detection else ()), *(removal_rows(reports, settings) if removal else ())]
+        put_rows(table, found, DETECTION_COLUMNS, DETECTION_KEY)
     elif controls:
         put_rows(table, control_rows(reports, settings), CONTROL_COLUMNS, CONTROL_KEY)
     else:

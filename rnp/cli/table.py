@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from rnp import tracking
-from rnp.cli.rows import COLUMNS, DETECTION_COLUMNS, MEASURES, settings
+from rnp.cli.rows import COLUMNS, DETECTION_COLUMNS, MEASURES, UNREPAIRED, settings
 from rnp.errors import UserError
 from rnp.io import read_rows, write_rows
 
@@ -18,9 +18,10 @@ GROUP = ("preset", "defence", "attack")
 NUMBERS = (*(f"{name}_before" for name in MEASURES[:2]), *MEASURES, "der")
 TITLES = {"clean_accuracy_before": "CA before", "attack_success_rate_before": "ASR before", "clean_accuracy": "CA",
           "attack_success_rate": "ASR", "robust_accuracy": "RA", "der": "DER"}
-DETECTION_GROUP = ("preset", "task", "detector", "model")
-DETECTION_TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "tpr_at_5_fpr": "TPR at 5 % FPR", "fpr": "FPR", "fpr_target_class": "FPR, target class",
-                    "iou": "IoU", "l1": "size", "attack_success_rate": "ASR", "seconds": "seconds"}
+DETECTION_GROUP = ("preset", "task", "detector", "model", "setting")
+DETECTION_TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "base_rate": "base rate", "tpr_at_5_fpr": "TPR at 5 % FPR", "fpr": "FPR",
+                    "fpr_target_class": "FPR, target class", "iou": "IoU", "l1": "size", "attack_success_rate": "ASR", "clean_accuracy": "CA", "der": "DER",
+                    "seconds": "seconds"}
 Row = dict[str, str]
 
 
@@ -32,7 +33,7 @@ def table(tables: tuple[Path, ...], out: Path | None) -> None:
 
     A run counts when it is the newest of its preset, attack, defence and seed, and was made with the same settings as the
     newest of its preset and defence; how many others there are is said below the table. A mean over attacks takes in those
-    whose gate passed for every seed. Tables of `rnp rows --detection` give a line per task, detector and model instead.
+    whose gate passed for every seed. Tables of `rnp rows --detection` give a line per task, detector, model and setting instead.
     """
     if tables and all(is_detection(path) for path in tables):
         lines = detection([row for path in tables for row in read_rows(path)])
@@ -65,7 +66,7 @@ def from_mlflow() -> list[Row]:
     for params, metrics, made in tracking.finished_rows():
         attack = params["poison.attack"]
         names = {name.split("/")[2] for name in metrics if name.startswith("evaluate/models/")}
-        for defence in sorted(names - {"backdoored", "unlearned", "recovered", "twin", "oracle"}):
+        for defence in sorted(names - UNREPAIRED):
             values = {name: metrics[f"evaluate/models/{defence}/{name}"] for name in (*MEASURES, "der")}
             values |= {f"{name}_before": metrics[f"evaluate/{name}_before"] for name in MEASURES[:2]}
             rows.append({name: f"{value:.5g}" for name, value in values.items()} | {
@@ -112,7 +113,7 @@ def is_detection(path: Path) -> bool:
 
 
 def detection(rows: list[Row]) -> list[dict[str, object]]:
-    """Means over the runs whose gate passed, for each task, detector and model; what a task does not measure is None."""
+    """Means over the runs whose gate passed, for each task, detector, model and setting; what a task does not measure is None."""
     group = lambda row: tuple(row[name] for name in DETECTION_GROUP)
     lines = []
     for key, some in itertools.groupby(sorted((row for row in rows if row["gate"] == "true"), key=group), key=group):

@@ -7,8 +7,9 @@ from pathlib import Path
 from rnp.attacks.base import backdoored_test_set, covered_test_set
 from rnp.cli.options import command, generator
 from rnp.cli.progress import progress
-from rnp.io import History, load_images, load_model, load_poisoned, save_images, save_model, save_trigger, sha256, whole, write_json
-from rnp.metrics import gate_reason, score
+from rnp.io import (History, load_images, load_model, load_poisoned, save_array, save_images, save_model, save_trigger, sha256, whole,
+                    write_json)
+from rnp.metrics import EarlyLoss, Recorded, gate_reason, score
 from rnp.models.build import Architecture, statistics
 from rnp.plots import training_curves
 from rnp.registry import load
@@ -18,15 +19,20 @@ from rnp.training import Train, accuracy, default_device
 @command("train", Architecture, Train, inputs=("pool", "poisoned", "test", "twin"), outs=("out", "triggered"))
 def train(architecture: Architecture, recipe: Train, *, pool: Path, poisoned: Path, test: Path, twin: Path, out: Path,
           triggered: Path, report: Path, seed: int) -> None:
-    """Write the backdoored model to OUT; to TRIGGERED the test images with the trigger on, the trigger and the gate."""
+    """Write the backdoored model to OUT; to TRIGGERED what detectors are scored with.
+
+    That is the test images with the trigger on, the trigger, the gate, and the mean loss of each training image early in the run.
+    """
     clean = load_images(pool)
     changes, options = load_poisoned(poisoned)
     name = options.pop("attack")
     attack = load("attack", name)(**options)
     data, rng = changes.apply(clean), generator(seed, "train")
     model = architecture.build(len(data.classes), data.shape[0], *statistics(data), rng=rng).to(default_device())
+    losses = EarlyLoss(len(data), recipe.epochs, default_device())
+    recorded = Recorded(**vars(recipe), losses=losses)
     with History(report / "history.csv") as history, progress("train", recipe.epochs, history) as on_epoch:
-        model, trigger = attack.train(model, data, changes.trigger, recipe, rng=rng, on_epoch=on_epoch)
+        model, trigger = attack.train(model, data, changes.trigger, recorded, rng=rng, on_epoch=on_epoch)
     tests = load_images(test)
     attacked = backdoored_test_set(trigger, tests, attack.target)
     scores = score(model, tests, attacked, attack.target, precision=recipe.precision)
@@ -43,6 +49,7 @@ def train(architecture: Architecture, recipe: Train, *, pool: Path, poisoned: Pa
     with whole(triggered) as draft:
         save_images(draft / "test", attacked)
         save_trigger(draft / "trigger.safetensors", trigger)
+        save_array(draft / "losses.npy", losses.mean())
         write_json(draft / "attack.json", {"attack": name, "target_label": attack.target, **facts})
     training_curves(report / "training.png", {name: report / "history.csv"})
     write_json(report / "metrics.json", {**scores.flat(), **facts, "model": sha256(out)})

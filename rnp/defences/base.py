@@ -18,6 +18,12 @@ from rnp.registry import Method
 from rnp.training import Objective, Precision, cross_entropy, fit, steps_per_epoch
 from rnp.types import DefenceSet, ImageSet, NeuronMask, OnEpoch, ignore
 
+UNLEARNED = "_unlearned"
+"""The end of a name: what is before it names the defence of which this is the variant with the unlearned model.
+
+The two draw the same random numbers, so that they differ by the unlearned model alone.
+"""
+
 
 @dataclass(frozen=True)
 class Repaired:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from rnp.defences.base import Repaired, TuningDefence
@@ -37,8 +38,8 @@ class FP(TuningDefence):
                 raise UserError(f"fp.{name} must be in [0, 1), got {getattr(self, name):g}; it is a fraction, not percent")
 
     def repair(self, model: nn.Module, defence_set: DefenceSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> Repaired:
-        tuned = copy.deepcopy(model)
-        kept, chosen = self.prune(tuned.eval(), defence_set.both)
+        tuned = copy.deepcopy(model).eval()
+        kept, chosen = self.prune(tuned, defence_set.both, self.score(tuned, defence_set, rng=rng))
 
         @torch.no_grad()
         def cut() -> None:
@@ -47,18 +48,27 @@ class FP(TuningDefence):
         cut()
         return Repaired(self.tune(tuned, defence_set.train, rng=rng, after_step=cut, on_epoch=on_epoch), chosen=chosen)
 
+    def score(self, model: nn.Module, defence_set: DefenceSet, *, rng: torch.Generator) -> Float[Tensor, "d"]:
+        """One value per feature, the lowest goes first: its mean activation on clean images."""
+        return seen(model, defence_set.both).mean(0)
+
     @torch.no_grad()
-    def prune(self, model: nn.Module, clean: ImageSet) -> tuple[Tensor, Point]:
+    def prune(self, model: nn.Module, clean: ImageSet, score: Float[Tensor, "d"]) -> tuple[Tensor, Point]:
         """A 0 for each feature that goes and a 1 for the others, and what that does to the accuracy on `clean`."""
-        device, classify = device_of(model), head(model)
-        parts = (to_floats(part.to(device)) for part in clean.images.split(EVAL_BATCH))
-        seen = torch.cat([features(model, part)[0] for part in parts])  # [n, d]
-        activation, order = seen.mean(0).sort(stable=True)
-        kept, measure = torch.ones_like(activation), Meter(clean.labels)
-        points = [measure(classify(seen).cpu(), 0, 0.0)]
+        values, order = score.sort(stable=True)
+        known, classify = seen(model, clean), head(model)
+        kept, measure = torch.ones_like(known[0]), Meter(clean.labels)
+        points = [measure(classify(known).cpu(), 0, 0.0)]
         for n in range(1, int(self.max_fraction * len(order)) + 1):
             kept[order[n - 1]] = 0
-            points.append(measure(classify(seen * kept).cpu(), n, activation[n - 1].item()))
+            points.append(measure(classify(known * kept).cpu(), n, values[n - 1].item()))
         chosen = last_within(points, self.epsilon)
         kept[order[chosen.pruned :]] = 1
         return kept, chosen
+
+
+@torch.no_grad()
+def seen(model: nn.Module, clean: ImageSet) -> Float[Tensor, "n d"]:
+    """What the classifier at the end reads of each image."""
+    device = device_of(model)
+    return torch.cat([features(model, to_floats(part.to(device)))[0] for part in clean.images.split(EVAL_BATCH)])

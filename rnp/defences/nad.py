@@ -43,7 +43,7 @@ class NAD(TuningDefence):
     def repair(self, model: nn.Module, defence_set: DefenceSet, *, rng: torch.Generator,
                on_epoch: OnEpoch = ignore) -> Repaired:
         """`on_epoch` hears of the student only."""
-        teacher, student = copy.deepcopy(model), copy.deepcopy(model)
+        teacher, student = self.untaught(model, defence_set, rng=rng), copy.deepcopy(model)
 
         def distil(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
@@ -54,6 +54,10 @@ class NAD(TuningDefence):
 
         self.tune(teacher, defence_set.train, rng=rng, steps=self.teacher_steps)
         return Repaired(self.tune(student, defence_set.train, rng=rng, objective=distil, on_epoch=on_epoch))
+
+    def untaught(self, model: nn.Module, defence_set: DefenceSet, *, rng: torch.Generator) -> nn.Module:
+        """A new network, which fine-tuning makes the teacher: a copy of the victim."""
+        return copy.deepcopy(model)
 
 
 def attention(model: nn.Module, images: Images) -> tuple[list[Float[Tensor, "n _"]], Logits]:

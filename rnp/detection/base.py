@@ -97,6 +97,8 @@ class SampleDetector(Method, ABC):
 
     asks_unlearned: ClassVar[bool] = False
     """Whether the unlearned model is part of the method."""
+    asks_average: ClassVar[bool] = False
+    """Whether `unlearned` is to be the mean of the checkpoints along the unlearning, not one of them."""
 
     @abstractmethod
     def score(self, model: nn.Module, images: Bytes, clean: ImageSet, *, rng: torch.Generator,

@@ -35,8 +35,9 @@ CHAIN = {
              " --out models/pruned --report reports/prune",
     "defend ft": "--model models/backdoored.safetensors --defence data/defence --out models/defended/ft.safetensors"
                  " --report reports/defend/ft --steps 3",
-    "detect": "--model models/backdoored.safetensors --unlearned models/unlearned --defence data/defence --test data/test"
-              " --triggered data/triggered --out models/triggers.safetensors --report reports/detect --images 20"
+    "detect": "--model models/backdoored.safetensors --benign models/twin.safetensors --unlearned models/unlearned"
+              " --defence data/defence --test data/test --triggered data/triggered --pool data/pool --poisoned data/poisoned"
+              " --out models/triggers.safetensors --report reports/detect --images 20 --training_images 200 --epochs 1"
               " --neural_cleanse.steps 3 --strip.overlays 2",
     "evaluate": "--test data/test --triggered data/triggered --twin models/twin.safetensors --model models/backdoored.safetensors"
                 " --unlearned models/unlearned --masks models/recovered --pruned models/pruned --defended models/defended"
@@ -118,6 +119,15 @@ def test_an_attack_that_poisons_no_image(run):
     assert run("train") == 0
     rows = rnp.io.read_rows(Path("reports/train/history.csv"))
     assert len(rows) > 1 and json.loads(Path("data/triggered/attack.json").read_text())["attack"] == "awp_attack"
+
+
+def test_a_defence_and_its_variant_draw_the_same(run):
+    """Where the unlearned model has no say, they are one, byte for byte."""
+    words = ["--model", "models/backdoored.safetensors", "--defence", "data/defence", "--report", "reports/defend/x", "--steps", "3"]
+    for name, extra in (("ft", []), ("ft_unlearned", ["--share", "0", "--unlearn.epochs", "1"])):
+        with guard():
+            cli(["defend", name, *words, *extra, "--out", f"{name}.safetensors"], standalone_mode=False)
+    assert Path("ft.safetensors").read_bytes() == Path("ft_unlearned.safetensors").read_bytes()
 
 
 def test_a_defence_that_trains_nothing(run):
@@ -220,7 +230,7 @@ def test_a_full_disk_leaves_the_old_files(run, capsys, monkeypatch):
 @pytest.fixture
 def ended(run):
     """The finished chain with what stages leave beside it: run.json and params.yaml."""
-    for stage in ("poison", "train", "unlearn", "recover", "prune", "detect"):
+    for stage in ("poison", "train", "unlearn", "recover", "prune", "detect", "defend/ft"):
         Path(f"reports/{stage}/run.json").write_text('{"seconds": 1.5, "params": {"seed": 3}}')
     Path("params.yaml").write_text("preset: demo\nseed: 3\ndata: {set: shapes}\npoison: {attack: blend}\nrecover: {lr: 0.2}\n")
     return lambda *arguments: CliRunner().invoke(cli, ["rows", "rows.csv", *arguments])
@@ -240,7 +250,12 @@ def test_rows_of_detection(ended):
     for _ in range(2):  # the second takes the place of the first
         done = CliRunner().invoke(cli, ["rows", "detection.csv", "--detection"], catch_exceptions=False)
         assert done.exit_code == 0
-    rows = {(row["task"], row["detector"], row["model"]): row for row in rnp.io.read_rows(Path("detection.csv"))}
+    every = rnp.io.read_rows(Path("detection.csv"))
+    training = {row["detector"]: row for row in every if row["setting"] == "training"}
+    rows = {(row["task"], row["detector"], row["model"]): row for row in every if row["setting"] == "test"}
+    assert len(every) == len(training) + len(rows)
+    assert set(training) == {"training_loss", *(detector for task, detector, _ in rows if task == "samples")}
+    assert all(0 <= float(row["auroc"]) <= 1 and 0.05 < float(row["base_rate"]) < 0.2 for row in training.values())
     assert set(rows) == {
         *(("triggers", "neural_cleanse", model) for model in ("backdoored", "unlearned")), ("labels", "class_shares", "unlearned"),
         *(("labels", name, model) for name in ("mm_bd", "neural_cleanse_index") for model in ("backdoored", "unlearned")),
@@ -250,6 +265,48 @@ def test_rows_of_detection(ended):
     assert rows["labels", "mm_bd", "backdoored"]["label_correct"] in ("true", "false")
     assert float(rows["triggers", "neural_cleanse", "unlearned"]["l1"]) > 0
     assert all(row["seconds"] for row in rows.values() if row["detector"] != "class_shares")
+
+
+def test_rows_of_the_twin(run, ended):
+    """Each label that is named there is wrong; what was asked of the unlearned twin has that behind its name."""
+    assert run("detect", "--twin", "--training_images", "0", "--labels", "class_shares", "--labels", "neural_cleanse_index") == 0
+    assert CliRunner().invoke(cli, ["rows", "detection.csv", "--detection"], catch_exceptions=False).exit_code == 0
+    rows = rnp.io.read_rows(Path("detection.csv"))
+    twin = {row["detector"]: row for row in rows if row["model"] == "twin"}
+    assert set(twin) == {"class_shares", "neural_cleanse_index", "neural_cleanse_index_unlearned"}
+    assert all((row["label"] == "-1") == (row["label_correct"] == "true") and row["task"] == "labels" for row in twin.values())
+    assert not any(row["setting"] == "training" for row in rows)
+
+
+def test_rows_of_removal(ended):
+    """A row per defence in the table of detection, whose rows it leaves there."""
+    for option in ("--detection", "--removal"):
+        assert CliRunner().invoke(cli, ["rows", "detection.csv", option], catch_exceptions=False).exit_code == 0
+    rows = rnp.io.read_rows(Path("detection.csv"))
+    found = {(row["detector"], row["model"]): row for row in rows if row["task"] == "removal"}
+    assert set(found) == {("ft", "backdoored"), ("rnp", "unlearned")} and len(rows) > 2
+    measured = json.loads(Path("reports/evaluate/metrics.json").read_text())["models"]
+    for (name, _), row in found.items():
+        assert [float(row[key]) for key in ("clean_accuracy", "attack_success_rate", "der")] == pytest.approx(
+            [measured[name][key] for key in ("clean_accuracy", "attack_success_rate", "der")], abs=1e-4)
+        assert float(row["seconds"]) == (4.5 if name == "rnp" else 1.5) and row["setting"] == "test"
+
+
+def test_a_variant_is_a_row_of_its_defence(ended):
+    """`ft` with the unlearned model; a run of it with other options makes no row."""
+    path = Path("reports/evaluate/metrics.json")
+    found = json.loads(path.read_text())
+    found["models"]["ft_unlearned"] = found["models"]["ft"]
+    path.write_text(json.dumps(found))
+    Path("reports/defend/ft_unlearned").mkdir()
+    Path("reports/defend/ft_unlearned/run.json").write_text('{"seconds": 2.5, "params": {"seed": 3, "unlearn.lr": 0.1}}')
+    assert ended("--removal").exit_code == 0
+    rows = {row["model"]: row["seconds"] for row in rnp.io.read_rows(Path("rows.csv")) if row["detector"] == "ft"}
+    assert rows == {"backdoored": "1.5", "unlearned": "2.5"}
+    params = yaml.safe_load(Path("params.yaml").read_text()) | {"defences": {"ft_unlearned": {"unlearn": {"lr": 0.2}}}}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    done = ended("--removal")
+    assert isinstance(done.exception, UserError) and "defend/ft_unlearned ran with unlearn.lr 0.1, params.yaml says 0.2" in str(done.exception)
 
 
 def test_rows_of_controls(ended):

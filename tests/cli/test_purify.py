@@ -280,7 +280,7 @@ def test_images_that_a_stranger_sends(scene, tmp_path):
     for name in ("b", "a", "c"):
         shutil.copy(next((scene / "clean" / "class1").iterdir()), tmp_path / f"{name}.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
-    done = detect(scene, "samples", tmp_path, "-o", tmp_path / "out.csv", "--by", "confidence", "--by", "strip")
+    done = detect(scene, "samples", tmp_path, "-o", tmp_path / "out.csv", "--by", "confidence", "--by", "strip", "--by", "mean_confidence")
     assert done.exit_code == 0, done.output
     rows = io.read_rows(tmp_path / "out.csv")
     assert [Path(row["path"]).name for row in rows] == ["a.png", "b.png", "c.png"] and "broken.png" in done.output

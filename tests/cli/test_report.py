@@ -50,6 +50,7 @@ def reports(tmp_path: Path) -> Path:
                                                "neurons": 4800, "layers": {HOSTILE: 37}})
     write(tmp_path / "detect", "metrics.json", {
         "triggers": {"unlearned": {"success": 0.97, "l1": 7.1}}, "labels": {HOSTILE: {"label": None, "margin": 0.1, "correct": False}},
+        "twin_labels": {"mm_bd": {"label": -1, "margin": 0.1, "correct": True}}, "training_samples": {"training_loss": {"auroc": 0.913}},
         "samples": {"strip": {"auroc": 0.912}, "loss_gap": {"auroc": 0.99, "base_rate": 0.47}}})
     write(tmp_path / "evaluate", "metrics.json", evaluation())
     for stage, seconds in {"unlearn": 10, "recover": 20, "prune": 45.5, "defend/ft": 3}.items():
@@ -114,7 +115,7 @@ def test_a_rise_is_called_a_rise(reports: Path) -> None:
 
 def test_labels_and_methods_are_all_listed(reports: Path) -> None:
     text = html(reports, {})
-    assert "no decision" in text and "0.912" in text and "loss gap" in text and "size (pixels)" in text
+    assert "no decision" in text and "0.912" in text and "0.913" in text and "a false alarm" in text and "loss gap" in text and "size (pixels)" in text
 
 
 def test_its_own_earlier_run_does_not_change_the_page(reports: Path) -> None:

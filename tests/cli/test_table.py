@@ -1,6 +1,7 @@
 """`rnp table` counts the newest comparable runs and nothing else."""
 
 import math
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -75,14 +76,21 @@ def test_a_file_of_another_kind(tmp_path):
 
 
 def test_a_table_of_detection(tmp_path):
-    """A line per task, detector and model over runs that are real; what a task does not measure is a dash."""
-    empty = dict.fromkeys(DETECTION_COLUMNS, "") | {"preset": "demo", "seed": "0", "gate": "true"}
+    """A line per task, detector, model and setting over runs that are real; what a task does not measure is a dash."""
+    empty = dict.fromkeys(DETECTION_COLUMNS, "") | {"preset": "demo", "seed": "0", "gate": "true", "setting": "test"}
     labels = [empty | {"attack": attack, "task": "labels", "detector": "mm_bd", "model": "backdoored", "label_correct": right}
               for attack, right in (("badnets", "true"), ("blend", "false"))]
     samples = [empty | {"attack": attack, "task": "samples", "detector": "strip", "model": "backdoored", "auroc": auroc, "gate": gate}
                for attack, auroc, gate in (("badnets", "0.8", "true"), ("blend", "0.9", "true"), ("sig", "0.1", "false"))]
-    io.write_rows(tmp_path / "detection.csv", [*labels, *samples])
+    filtering = empty | {"attack": "blend", "task": "samples", "detector": "strip", "model": "backdoored", "setting": "training", "auroc": "0.4"}
+    io.write_rows(tmp_path / "detection.csv", [*labels, *samples, filtering])
     done = CliRunner().invoke(cli, ["table", str(tmp_path / "detection.csv")], catch_exceptions=False)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.output.splitlines()]
-    assert cells[2][:7] == ["demo", "labels", "mm_bd", "backdoored", "2", "1 of 2", "–"]
-    assert cells[3][:7] == ["demo", "samples", "strip", "backdoored", "2", "–", "0.850"] and len(cells) == 4
+    assert cells[2][:8] == ["demo", "labels", "mm_bd", "backdoored", "test", "2", "1 of 2", "–"]
+    assert cells[3][:8] == ["demo", "samples", "strip", "backdoored", "test", "2", "–", "0.850"]
+    assert cells[4][:8] == ["demo", "samples", "strip", "backdoored", "training", "1", "–", "0.400"] and len(cells) == 5
+
+
+def test_the_published_table_of_detection_has_the_columns_of_today():
+    rows = io.read_rows(Path(__file__).parents[2] / "results/cifar10-fast/detection.csv")
+    assert tuple(rows[0]) == DETECTION_COLUMNS and {row["setting"] for row in rows} <= {"test", "training"}
