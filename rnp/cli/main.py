@@ -36,6 +36,7 @@ COMMANDS = {
     "inspect": "Say what is odd about a stranger's model; change nothing.",
     "convert": "Take the weights out of a stranger's checkpoint, as safetensors.",
     "gallery": "Write the page that shows every attack.",
+    "bench": "Measure speed and memory of everything on this machine.",
 }
 
 
