@@ -20,9 +20,11 @@ def headline(parts: dict[str, dict]) -> dict[str, dict]:
     for name, part in sorted(parts.items(), key=lambda item: item[1]["device"] == "cpu"):
         base, runs = name.removesuffix(f"_{part['device']}"), part.get("runs", {})
         if base == "train":
-            put(ratio["train_vs_fp32"], part["device"], quotient(*(median(runs, which, "images_per_second") for which in ("ours", "plain"))))
+            rates = (median(runs, which, "images_per_second") for which in ("ours", "plain"))
+            put(ratio["train_vs_fp32"], part["device"], quotient(*rates))
         elif base == "rnp":
-            put(ratio["rnp_vs_published"], part["device"], quotient(*(median(runs, which, "seconds") for which in ("published", "ours"))))
+            seconds_of = (median(runs, which, "seconds") for which in ("published", "ours"))
+            put(ratio["rnp_vs_published"], part["device"], quotient(*seconds_of))
         elif base == "start":
             put(seconds, "stage_start", median(runs, "stage, tracking on", "seconds"))
         elif base == "demo":
@@ -46,13 +48,15 @@ def markdown(record: dict, *, picture: str) -> str:
     parts = record["parts"]
     lines = ["# Benchmarks", "", "Made by `make bench`, or `rnp bench`; the raw numbers with all repeats are in the JSON file beside"
              " this page. Numbers are medians over repeats, of which there is one where a measurement takes over a minute. Each"
-             " measurement is a process of its own. Under each title stands the machine that gave the numbers.", ""]
+             " measurement is a process of its own. Under each title stands the machine that gave the numbers; where its load average was"
+             " not near 0, other work took part of it and the seconds are too many. The JSON file keeps processor seconds too.", ""]
     lines += table(["", "ours is faster by a factor of", "device"], [
         [title, number(value), device] for key, title in (
             ("rnp_vs_published", "RNP against the published procedure"), ("train_vs_fp32", "training against a plain fp32 loop"))
         for device, value in record["ratio"][key].items()])
     lines += table(["", "seconds"], [[title, number(record["seconds"][key])] for key, title in (
-        ("stage_start", "start of a stage"), ("noop_repro", "`dvc repro` with nothing to do"), ("demo_pipeline", "`dvc repro` of demo from nothing"))
+        ("stage_start", "start of a stage"), ("noop_repro", "`dvc repro` with nothing to do"),
+        ("demo_pipeline", "`dvc repro` of demo from nothing"))
         if key in record["seconds"]])
     for name, part in parts.items():
         base = name.removesuffix(f"_{part['device']}")
@@ -74,7 +78,8 @@ def origin(part: dict) -> str:
     versions = ", ".join(f"{name} {part['versions'][name]}" for name in ("torch", "Python", "python") if name in part["versions"])
     commit = f"commit {part['commit'][:8]}{'-dirty' * part['commit'].endswith('-dirty')}, " if part["commit"] else ""
     arithmetic = "bf16 is native" if part["machine"]["bf16"] else "no native bf16, `auto` is fp32"
-    return f"{part['machine']['name']}; {part['machine']['memory_gib']:g} GiB; {arithmetic}; {versions}; {commit}{part['made']} UTC"
+    load = "" if part["load"] is None else f"; load average {part['load']:.1f} before it began"
+    return f"{part['machine']['name']}; {part['machine']['memory_gib']:g} GiB; {arithmetic}; {versions}; {commit}{part['made']} UTC{load}"
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
@@ -130,27 +135,34 @@ def rnp(part: dict) -> list[str]:
     runs = part["runs"]
     ours, theirs = (runs[name][0] if isinstance(runs.get(name), list) else None for name in ("ours", "published"))
     some = ours or theirs or {}
-    lines = [f"The backdoored model of a run of `{part['subject']}`, {some.get('n_clean', 0):,} test images and {some.get('n_triggered', 0):,}"
-             " triggered ones; the same weights and images for both. *Ours* unlearns, recovers and prunes with the settings of the run and is"
-             " then evaluated once; in the first row its ascent ends at the stop, as the published one does, in the second it goes on to the"
-             " collapse, as the pipeline does for the detectors. *Published* is a plain restatement (fp32, contiguous tensors, a DataLoader,"
-             " learning rate .01): it takes as many optimiser steps, in whole epochs, and evaluates the model on all test images after every"
-             " epoch and at each of 19 thresholds. Its masks are learned from where its own rule stops; the CA and ASR given are those of the"
-             " threshold with the lowest ASR among those that cost at most two points of CA, which is chosen on the test images and so"
-             " flatters it: ours chooses on the defence set. Image passes count forward passes only, those of a part of the network by its"
-             " share of the work.", ""]
-    keys = {"seconds": number, "peak": mib, "unlearn_steps": number, "recover_steps": number, "evaluations": number,
-            "image_passes": number, "clean_accuracy_before": share, "attack_success_rate_before": share, "clean_accuracy": share,
-            "attack_success_rate": share}
-    titles = ["seconds", "peak, MiB", "unlearning steps", "recovery steps", "evaluations", "image passes", "CA before", "ASR before", "CA", "ASR"]
-    lines += table(["", *titles, "repeats"], rows(runs, keys, ("ours", "ours, to collapse", "published")))
+    lines = [f"The backdoored model of a run of `{part['subject']}`, {some.get('n_clean', 0):,} test images and"
+             f" {some.get('n_triggered', 0):,} triggered ones; the same weights and images for both. *Ours* unlearns, recovers and prunes"
+             " with the settings of the run and is then evaluated once; in the first row its ascent ends at the stop, as the published"
+             " one does, in the second it goes on to the collapse, as the pipeline does for the detectors. *Published* is a plain"
+             " restatement (fp32, contiguous tensors, a DataLoader, learning rate .01): it takes as many optimiser steps, in whole epochs,"
+             " and evaluates the model on all test images after every epoch and at each of 19 thresholds. Its masks are learned from where"
+             " its own rule stops; the CA and ASR given are those of the threshold with the lowest ASR among those that cost at most two"
+             " points of CA, which is chosen on the test images and so flatters it: ours chooses on the defence set. Image passes count"
+             " forward passes only, those of a part of the network by its share of the work.", ""]
+    columns = {
+        "seconds": ("seconds", number), "evaluation_seconds": ("of it evaluations, s", number), "peak": ("peak, MiB", mib),
+        "unlearn_steps": ("unlearning steps", number), "recover_steps": ("recovery steps", number), "evaluations": ("evaluations", number),
+        "image_passes": ("image passes", number), "clean_accuracy_before": ("CA before", share),
+        "attack_success_rate_before": ("ASR before", share), "clean_accuracy": ("CA", share), "attack_success_rate": ("ASR", share),
+    }
+    lines += table(["", *(title for title, _ in columns.values()), "repeats"],
+                   rows(runs, {key: write for key, (_, write) in columns.items()}, ("ours", "ours, to collapse", "published")))
+    if theirs and theirs["recover_epochs"] != 20:
+        lines += [f"With these images {theirs['recover_steps']} steps of recovery are {theirs['recover_epochs']} epochs, each with its"
+                  " evaluation; the published run has 500 images and 20 epochs.", ""]
     if theirs and theirs["extrapolated"]:
         lines += ["The seconds of *published* are **extrapolated** from one epoch of each kind and one evaluation; no model was made.", ""]
     elif theirs:
         lines += [f"The published rule {'stops' if theirs['stopped'] else 'had not stopped'} after {theirs['own_unlearn_steps']} steps of"
                   f" unlearning; counted to there the published run takes {number(theirs['own_seconds'])} s.", ""]
     if ours:
-        lines += [f"Ours, by phase: {', '.join(f'{name} {number(value)} s' for name, value in ours['phases'].items())}.", ""]
+        phases = (f"{name} {number(value)} s ({precision})" for (name, value), precision in zip(ours["phases"].items(), ours["precision"]))
+        lines += [f"Ours, by phase and its `precision`: {', '.join(phases)}.", ""]
     return lines
 
 
@@ -209,8 +221,8 @@ def noop(part: dict) -> list[str]:
 def scaling(part: dict) -> list[str]:
     """A row for each point, a column for each phase; then the exponents."""
     runs, lines = part["runs"], []
-    lines += ["One thing at a time grows from a base: ResNet-18 of width 16, 250 clean images to optimise on and as many to choose with, 2 %"
-              " of the neurons tried, 32 by 32 pixels; settings of `demo` otherwise. The models were trained for two passes over 6,000"
+    lines += ["One thing at a time grows from a base: ResNet-18 of width 16, 250 clean images to optimise on and as many to choose with,"
+              " 2 % of the neurons tried, 32 by 32 pixels; settings of `demo` otherwise. The models were trained for four passes over 6,000"
               " generated images with BadNets, so that costs, not decisions, can be read from them. The ascent lasts until its stop, or for"
               " about 40 steps, of which each evaluates all images: its cost is given for a step. Recovery takes 80 steps.", ""]
     points = dict.fromkeys(tuple(name.split("/")[:2]) for name in runs if not name.startswith("subject/"))
@@ -222,7 +234,8 @@ def scaling(part: dict) -> list[str]:
                      number(median(runs, name("recover"), "seconds")), number(median(runs, name("prune"), "seconds")), number(tried),
                      *(mib(median(runs, name(phase), "peak")) for phase in ("unlearn", "recover", "prune")),
                      " ".join(repeats(runs, name(phase)) for phase in ("unlearn", "recover", "prune"))])
-    lines += table(["", "unlearn, s a step", "recover, s", "prune, s", "neurons tried", "peak, MiB: unlearn", "recover", "prune", "repeats"], body)
+    lines += table(["", "unlearn, s a step", "recover, s", "prune, s", "neurons tried", "peak, MiB: unlearn", "recover", "prune",
+                    "repeats"], body)
     lines += ["Exponents *b* of *seconds = a · sizeᵇ*, by least squares in logarithms:", ""]
     lines += table(["", "unlearn, a step", "recover", "prune"], [
         [axis, *(NO if fits.get(phase) is None else f"{fits[phase]:.2f}" for phase in ("unlearn", "recover", "prune"))]

@@ -22,7 +22,7 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
     """b of the power law y = a x^b, by least squares in logarithms; NaN for fewer than two different x."""
     if len(set(x)) < 2:
         return math.nan
-    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+    return round(float(np.polyfit(np.log(x), np.log(y), 1)[0]), 4) + 0.0  # no -0
 
 
 def points(runs: Runs) -> Points:
@@ -47,7 +47,7 @@ def exponents(runs: Runs) -> dict[str, dict[str, float | None]]:
 
 def draw(path: Path, part: dict) -> None:
     """Seconds against each thing that grows, both on logarithmic scales; the exponent stands at the end of each line."""
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     figure, axes = canvas(5.4, 2, 2)
     plain = FuncFormatter(lambda value, _: f"{value:g}")
@@ -58,15 +58,18 @@ def draw(path: Path, part: dict) -> None:
             x, y = zip(*sorted(some))
             ax.plot(x, y, color=colour, marker="o", markersize=3.5, linewidth=1.8)
             fit = part["exponents"][axis][phase]
-            ends.append((y[-1], f"{name}\n{'' if fit is None else f'exponent {fit:.2f}'}", colour))
+            ends.append((y[-1], f"{name}\n{'' if fit is None else f'exponent {round(fit, 2) + 0.0:.2f}'}", colour))
             at |= set(x)
         ax.set(xscale="log", yscale="log")
+        ax.margins(y=0.15)
         ax.set_xticks(sorted(at))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        ax.yaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter(plain)
         ax.yaxis.set_major_formatter(plain)
         ax.xaxis.set_minor_locator(NullLocator())
         ax.grid(axis="x", color="#e4e4e4", linewidth=0.8)
         name_axes(ax, "seconds", title)
         name_lines(ax, ends, gap=0.2)
-    figure.text(0.01, -0.02, part["machine"]["name"], fontsize=SMALL, color=GREY)
+    figure.supxlabel(part["machine"]["name"], x=0.01, ha="left", fontsize=SMALL, color=GREY)
     save(figure, path)

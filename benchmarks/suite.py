@@ -49,7 +49,8 @@ pid = os.spawnv(os.P_NOWAIT, {python!r}, [{python!r}, *sys.argv[1:]])
 _, status, usage = os.wait4(pid, 0)
 if "DVC_STAGE" in os.environ:
     with open({log!r}, "a") as file:
-        print(json.dumps({{"stage": os.environ["DVC_STAGE"], "seconds": time.monotonic() - start, "peak": usage.ru_maxrss * 1024}}), file=file)
+        line = {{"stage": os.environ["DVC_STAGE"], "seconds": time.monotonic() - start, "peak": usage.ru_maxrss * 1024}}
+        print(json.dumps(line), file=file)
 sys.exit(os.waitstatus_to_exitcode(status))
 """
 
@@ -238,7 +239,8 @@ def facts(run: Path | None, quick: bool) -> dict[str, object]:
     device = default_device()
     whose = read_params(run / "params.yaml").get("preset", "unnamed") if run else "demo"
     return {"made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}", "commit": git_commit(), "device": device.type,
-            "machine": hardware(), "versions": dict(versions()), "threads": torch.get_num_threads(), "subject": whose, "quick": quick}
+            "machine": hardware(), "versions": dict(versions()), "threads": torch.get_num_threads(), "subject": whose, "quick": quick,
+            "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None}
 
 
 def hardware() -> dict[str, object]:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import published, suite
 from benchmarks.measure import MEASURES, Work, cost, oracle
-from benchmarks.page import SECTIONS, headline, markdown, number
+from benchmarks.page import FOUR, SECTIONS, headline, markdown, number
 from benchmarks.process import Failed, measure, median, peak, repeat
 from benchmarks.scaling import draw, exponent, exponents
 from rnp.cli.main import cli
@@ -23,7 +23,7 @@ MACHINE = {"name": "a machine", "cores": 2, "memory_gib": 8.0, "bf16": False}
 
 def part(runs, device="cpu", **more):
     return {"made": "2025-01-01 00:00", "commit": "0123456789", "device": device, "machine": MACHINE, "threads": 2,
-            "versions": {"python": "3", "torch": "2"}, "subject": "demo", "quick": False, "runs": runs} | more
+            "versions": {"python": "3", "torch": "2"}, "subject": "demo", "quick": False, "load": 0.0, "runs": runs} | more
 
 
 def scaled():
@@ -41,16 +41,18 @@ def scaled():
 def full():
     """A record with every part, some of it failed."""
     numbers = {"seconds": 2.0, "peak": 2**30, "images_per_second": 50.0}
-    ours = numbers | {"phases": {"unlearn": 1.0}, "n_clean": 10, "n_triggered": 9, "clean_accuracy": 0.9}
-    theirs = numbers | {"seconds": 60.0, "extrapolated": False, "stopped": True, "own_unlearn_steps": 52, "own_seconds": 70.0}
-    stages = [{"stage": "prepare", "seconds": 3.0, "work": 1.0, "peak": 2**29}, {"stage": "publish", "seconds": 1.0, "work": None, "peak": 1}]
+    ours = numbers | {"phases": {"unlearn": 1.0}, "precision": ["fp32"], "n_clean": 10, "n_triggered": 9, "clean_accuracy": 0.9}
+    theirs = numbers | {"seconds": 60.0, "extrapolated": False, "recover_epochs": 40, "recover_steps": 80, "stopped": True,
+                        "own_unlearn_steps": 52, "own_seconds": 70.0}
+    stages = [{"stage": name, "seconds": 3.0, "work": work, "peak": 2**29} for name, work in (("prepare", 1.0), ("publish", None))]
     runs = {
         "start": {"stage, tracking on": [{"seconds": 2.5}], "import torch": [{"seconds": 1.0}]},
         "train": {"plain": [numbers], "ours": [numbers | {"images_per_second": value} for value in (90.0, 200.0, 100.0)]},
-        "poison": {"badnets": [numbers | {"changed": 5000, "stamp_seconds": 0.1, "copies": 1.5}], "lira": {"failed": "exit code 1: why"}},
+        "poison": {"badnets": [numbers | {"changed": 5000, "stamp_seconds": 0.1, "copies": 1.5}],
+                   "lira": {"failed": "exit code 1: why"}},
         "rnp": {"ours": [ours], "published": [theirs]},
         "defences": {"rnp": [numbers], "ft": [numbers]},
-        "detectors": {"rnp": [numbers], "triggers/neural_cleanse": [numbers], "labels/class_shares": [numbers], "samples/confidence": [numbers]},
+        "detectors": dict.fromkeys(FOUR.values(), [numbers]),
         "demo": {"pipeline": [{"seconds": 100.0, "setup_seconds": 5.0, "stages": stages}]},
         "noop": {"repro": [{"seconds": 1.5}]},
         "scaling": scaled(),
@@ -129,7 +131,8 @@ def test_an_extrapolated_number_is_named_so():
     assert "**extrapolated**" in markdown(record, picture="")
 
 
-@pytest.mark.parametrize("value, text", [(None, "–"), (0.000012, "0.0000"), (0.0123, "0.0123"), (1.5, "1.5"), (12345.6, "12,346"), (100.4, "100")])
+@pytest.mark.parametrize("value, text", [(None, "–"), (0.000012, "0.0000"), (0.0123, "0.0123"), (1.5, "1.5"), (12345.6, "12,346"),
+                                         (100.4, "100")])
 def test_numbers(value, text):
     assert number(value) == text
 

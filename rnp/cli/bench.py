@@ -29,7 +29,7 @@ def bench(**options: object) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "benchmarks":
             raise
-        raise UserError("rnp bench needs a checkout of the repository, which holds benchmarks/; clone it and install it from there") from error
+        raise UserError("rnp bench needs a checkout of the repository, which holds benchmarks/; clone it and run it there") from error
     failed = run(**options)
     if failed:
         raise click.ClickException(f"these failed: {', '.join(failed)}")
