@@ -1,4 +1,5 @@
-# `make` sets up and runs the whole pipeline; `make test` tests; `make ui` opens the comparison of runs.
+# `make` sets up and runs the whole pipeline; `make test` tests; `make ui` opens the comparison of runs;
+# `make bench` measures speed and memory (options: BENCH_ARGS="--only train").
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -19,4 +20,7 @@ test: $(STAMP)
 ui: $(STAMP)
 	$(IN_VENV) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1
 
-.PHONY: run test ui
+bench: $(STAMP)
+	$(IN_VENV) python -m rnp bench $(BENCH_ARGS)
+
+.PHONY: run test ui bench

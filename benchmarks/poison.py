@@ -7,15 +7,16 @@ the peak of memory above that of the loaded data and model, in copies of the dat
 
 from __future__ import annotations
 
-import platform
-import resource
+import json
 import subprocess
 import sys
 import time
 
 import torch
 
+from benchmarks.process import peak
 from rnp.attacks.base import trigger_images
+from rnp.cli.rows import machine
 from rnp.models.build import Architecture
 from rnp.registry import load, names
 from rnp.types import ImageSet
@@ -23,12 +24,7 @@ from rnp.types import ImageSet
 N = 50_000
 
 
-def peak() -> int:
-    """Bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def measure(name: str) -> str:
+def measure(name: str) -> dict[str, float]:
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (N, 3, 32, 32), dtype=torch.uint8, generator=rng)
     clean = ImageSet(images, torch.arange(N) % 10, tuple("0123456789"))
@@ -38,18 +34,21 @@ def measure(name: str) -> str:
     seconds, start = time.perf_counter() - start, time.perf_counter()
     trigger_images(poisoned.trigger, images)
     stamp = time.perf_counter() - start
-    return f"| {name} | {len(poisoned.positions)} | {seconds:.2f} | {stamp:.2f} | {(peak() - before) / images.numel():.2f} |"
+    return {"changed": len(poisoned.positions), "seconds": seconds, "stamp_seconds": stamp, "copies": (peak() - before) / images.numel()}
+
+
+def line(name: str, found: dict[str, float]) -> str:
+    """A row of the table."""
+    return f"| {name} | {found['changed']} | {found['seconds']:.2f} | {found['stamp_seconds']:.2f} | {found['copies']:.2f} |"
 
 
 def main(chosen: list[str]) -> None:
-    if len(chosen) == 1:
-        return print(measure(chosen[0]))
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print(f"{machine()}, torch {torch.__version__}\n")
     print("| attack | images changed | poison, s | stamp, s | copies |\n|---|---|---|---|---|")
     for name in chosen or names("attack"):
-        print(subprocess.run([sys.executable, "-m", "benchmarks.poison", name], capture_output=True, text=True, check=True).stdout,
-              end="", flush=True)
-    return None
+        done = subprocess.run([sys.executable, "-m", "benchmarks.measure", "poison", json.dumps({"name": name})],
+                              stdout=subprocess.PIPE, text=True, check=True)
+        print(line(name, json.loads(done.stdout.splitlines()[-1])), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.published import recovery
+from drawn import batches
 from rnp.augment import Augment
 from rnp.errors import UserError
 from rnp.masks import ranking
@@ -28,50 +29,15 @@ def unlearned(_unlearned):
     return copy.deepcopy(_unlearned)
 
 
-class MaskedBatchNorm(nn.Module):
-    """BatchNorm with the scale multiplied by a mask and the bias as it is, in train mode, as in the published layer."""
-
-    def __init__(self, norm: nn.BatchNorm2d) -> None:
-        super().__init__()
-        self.norm, self.mask = norm, nn.Parameter(torch.ones(norm.num_features))
-
-    def forward(self, x):
-        n = self.norm
-        n.num_batches_tracked += 1
-        return F.batch_norm(x, n.running_mean, n.running_var, n.weight * self.mask, n.bias, True, n.momentum, n.eps)
-
-
-def published(unlearned: nn.Module, data, rng, *, steps: int, batch: int) -> tuple[list, list, nn.Module]:
-    """The loop of RNP's main.py: SGD .2 with momentum .9 on .2 times the loss, masks clamped to [0, 1] after each step."""
-    model = copy.deepcopy(unlearned).train()
-    model.bn1, model.bn2 = MaskedBatchNorm(model.bn1), MaskedBatchNorm(model.bn2)
-    masks = [model.bn1.mask, model.bn2.mask]
-    optimiser = torch.optim.SGD(masks, lr=0.2, momentum=0.9)
-    sums = [torch.zeros_like(mask) for mask in masks]
-    while steps:
-        for positions in torch.randperm(len(data), generator=rng).split(batch):
-            torch.randint(0, 1, (2, len(positions)), generator=rng)  # the augmentation that shifts by nothing
-            part = data.subset(positions)
-            optimiser.zero_grad()
-            loss = 0.2 * F.cross_entropy(model(part.floats().contiguous(memory_format=torch.channels_last)), part.labels)
-            loss.backward()
-            optimiser.step()
-            for mask, total in zip(masks, sums):
-                mask.data.clamp_(0, 1)
-                total += mask.data
-            steps -= 1
-            if not steps:
-                break
-    return [mask.detach() for mask in masks], sums, model
-
-
 @pytest.mark.parametrize("seed", [0, 1])
 def test_parity_with_the_published_loop(seed, unlearned, toy_set, rng):
-    data = toy_set(60)
-    masks, sums, model = published(unlearned, data, rng(seed), steps=80, batch=16)
+    data, generator = toy_set(60), rng(seed)
+    sums = {"bn1": torch.zeros(8), "bn2": torch.zeros(8)}
+    *_, (model, masks) = recovery(unlearned, lambda: batches(data, 16, generator), epochs=20,
+                                  after_step=lambda masks: [sums[layer].add_(mask) for layer, mask in masks.items()])
     ours = Recover(batch_size=16, augment=PLAIN)(unlearned, data, rng=rng(seed))
-    for layer, mask, total in zip(("bn1", "bn2"), masks, sums):
-        assert torch.allclose(ours.final[layer], mask, atol=1e-6) and torch.allclose(ours.mask[layer], total / 80, atol=1e-6)
+    for layer, mask in masks.items():
+        assert torch.allclose(ours.final[layer], mask, atol=1e-6) and torch.allclose(ours.mask[layer], sums[layer] / 80, atol=1e-6)
         assert torch.allclose(ours.model.get_submodule(layer).running_var, model.get_submodule(layer).norm.running_var, rtol=1e-5)
         assert 0 < (mask < 1).sum() and not torch.allclose(ours.final[layer], ours.mask[layer]), "something happened"
 

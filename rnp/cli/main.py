@@ -36,6 +36,7 @@ COMMANDS = {
     "inspect": "Say what is odd about a stranger's model; change nothing.",
     "convert": "Take the weights out of a stranger's checkpoint, as safetensors.",
     "gallery": "Write the page that shows every attack.",
+    "bench": "Measure speed and memory of everything on this machine.",
 }
 ELSEWHERE = {"list": ("list", "list_"), "detect": ("ask", "detect")}
 """Module and member of the commands that are not called as their module is."""

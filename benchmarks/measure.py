@@ -1,0 +1,486 @@
+"""What one process measures: `python -m benchmarks.measure NAME '{"argument": ...}'` prints its numbers as JSON, last of all.
+
+Loading is not timed; `peak` is the most memory of the whole process and `loaded` what it had before the work, in bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from benchmarks import poison as poisoning
+from benchmarks import published
+from benchmarks.process import peak
+from rnp.attacks.badnets import BadNets
+from rnp.cli.check import leaves, read_params
+from rnp.cli.options import from_section, generator
+from rnp.cli.prepare import data_root
+from rnp.cli.preset import FOLDER as PRESETS
+from rnp.data.base import Split
+from rnp.data.cifar10 import Cifar10
+from rnp.data.shapes import Shapes
+from rnp.errors import UserError
+from rnp.io import (
+    load_defence_set, load_images, load_mask, load_model, read_json, read_trajectory, save_defence_set, save_mask, save_model,
+)
+from rnp.memory import keep_freed_pages
+from rnp.metrics import score
+from rnp.models.build import Architecture, Classifier, statistics
+from rnp.prune import Prune
+from rnp.recover import Recover
+from rnp.registry import load
+from rnp.training import Train, accuracy, default_device, device_of
+from rnp.types import DefenceSet, Epoch, ImageSet, targets, to_floats
+from rnp.unlearn import Unlearn
+
+Numbers = dict[str, object]
+SIZE = {"arch": "resnet18", "width": 32}
+"""That of the preset cifar10-fast, as are the next two."""
+BATCH, PEAK_LR = 256, 0.2
+LARGEST_DROP = 0.02
+"""CA that the reader of a published sweep gives up."""
+LEVEL = "0.2"
+"""Accuracy of the unlearned checkpoint that sample detectors ask."""
+
+
+class Clock:
+    """Seconds by name: `with clock("name"): work`; what has the same name is added up. `cpu` are those of all threads."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.cpu: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start, cpu = now(), time.process_time()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + now() - start
+        self.cpu[name] = self.cpu.get(name, 0.0) + time.process_time() - cpu
+
+
+def now() -> float:
+    """Seconds, when all that was asked of a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def timed(work: Callable[[], object]) -> tuple[object, Numbers]:
+    """What `work` returns; its seconds and memory."""
+    loaded, start, cpu = peak(), now(), time.process_time()
+    made = work()
+    found: Numbers = {"seconds": now() - start, "cpu_seconds": time.process_time() - cpu, "loaded": loaded, "peak": peak()}
+    if torch.cuda.is_available():
+        found["peak_gpu"] = torch.cuda.max_memory_allocated()
+    return made, found
+
+
+class Work:
+    """Multiply-adds of convolutions and linear layers in all forward passes while the block lasts, whoever runs them."""
+
+    def __enter__(self) -> Work:
+        self.total = 0
+        self.handle = nn.modules.module.register_module_forward_hook(self._count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
+
+    def _count(self, module: nn.Module, _: object, output: Tensor) -> None:
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            self.total += output.numel() * module.weight[0].numel()
+
+
+def cost(model: nn.Module, data: ImageSet) -> int:
+    """Multiply-adds of one image."""
+    with Work() as work, torch.no_grad():
+        model.eval()(to_floats(data.images[:1]).to(device_of(model)))
+    return work.total
+
+
+# ---- train ------------------------------------------------------------------------------------------------------------------
+
+
+def pictures(n: int) -> ImageSet:
+    """CIFAR-10's first training images; random ones where it is not to be had."""
+    try:
+        return Cifar10().load(data_root(), rng=torch.Generator())[0].subset(torch.arange(n))
+    except UserError:
+        rng = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=rng)
+        return ImageSet(images, torch.arange(n) % 10, tuple("0123456789"))
+
+
+class Pictures(Dataset):
+    """As torchvision hands out CIFAR-10: a PIL image through the usual transforms, one at a time."""
+
+    def __init__(self, data: ImageSet) -> None:
+        from torchvision import transforms
+
+        self.arrays, self.labels = data.images.permute(0, 2, 3, 1).contiguous().numpy(), data.labels.tolist()
+        mean, std = statistics(data)
+        self.transform = transforms.Compose([
+            transforms.RandomCrop(data.shape[1], padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+            transforms.Normalize(mean.tolist(), std.tolist())])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.arrays[i])), self.labels[i]
+
+
+def train_plain(steps: int, warm_up: int) -> Numbers:
+    """The loop that most people write, in fp32; the loader has two workers and enough images never to run dry."""
+    data, device = pictures(min(50_000, 2 * (steps + warm_up) * BATCH)), default_device()
+    net = Architecture(**SIZE).build(10, 3, *statistics(data), rng=torch.Generator().manual_seed(0)).net
+    net = net.to(device, memory_format=torch.contiguous_format).train()
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    loader = iter(DataLoader(Pictures(data), batch_size=BATCH, shuffle=True, num_workers=2, drop_last=True))
+
+    def train(n: int) -> float:
+        total = 0.0
+        for images, labels in itertools.islice(loader, n):
+            images, labels = images.to(device), labels.to(device)
+            optimiser.zero_grad()
+            loss = F.cross_entropy(net(images), labels)
+            loss.backward()
+            optimiser.step()
+            total += loss.item()
+        return total
+
+    train(warm_up)
+    _, found = timed(lambda: train(steps))
+    return found | {"images_per_second": steps * BATCH / found["seconds"]}
+
+
+def train_ours(steps: int, warm_up: int, precision: str) -> Numbers:
+    """One epoch of `Train` on as many images as the steps take, after a shorter one."""
+    keep_freed_pages()
+    data, rng = pictures(steps * BATCH), torch.Generator().manual_seed(0)
+    model = Architecture(**SIZE).build(10, 3, *statistics(data), rng=rng).to(default_device())
+    recipe = Train(epochs=1, batch_size=BATCH, lr=PEAK_LR, weight_decay=0.001, precision=precision)
+    recipe(model, data.subset(torch.arange(warm_up * BATCH)), rng=rng)
+    _, found = timed(lambda: recipe(model, data, rng=rng))
+    return found | {"images_per_second": steps * BATCH / found["seconds"]}
+
+
+# ---- the defence, on the folder of a run ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A backdoored model, the defender's images and the settings of the run that they come from."""
+
+    folder: Path
+    params: dict
+    model: Classifier
+    defence: DefenceSet
+
+    @classmethod
+    def load(cls, folder: str) -> Subject:
+        path = Path(folder)
+        return cls(path, read_params(path / "params.yaml"), load_model(path / "models/backdoored.safetensors")[0],
+                   load_defence_set(path / "data/defence"))
+
+    def method(self, kind: type, section: str, prefix: str = "", **changes: object) -> object:
+        """`kind` with the settings of the run, and with its own defaults where the run says nothing."""
+        values = dict(leaves(self.params.get(section, {})))
+        return from_section(kind, values | {f"{prefix}{name}": value for name, value in changes.items()}, prefix)
+
+    def rng(self, stage: str) -> torch.Generator:
+        return generator(self.params["seed"], stage)
+
+    def tests(self) -> tuple[ImageSet, ImageSet, int | None]:
+        """Test images, triggered ones, and the target of the attack."""
+        attack = read_json(self.folder / "data/triggered/attack.json")
+        return load_images(self.folder / "data/test"), load_images(self.folder / "data/triggered/test"), attack["target_label"]
+
+    def unlearned(self) -> tuple[nn.Module, list[Epoch]]:
+        """The model that sample detectors ask, and the way to the collapse; made anew where the run did not get there."""
+        made = self.folder / "models/unlearned"
+        if made.exists():
+            level = made / f"accuracy_{LEVEL}.safetensors"
+            model = load_model(level if level.exists() else made / "accuracy_end.safetensors")[0]
+            return model, read_trajectory(made / "trajectory.csv")
+        result = self.method(Unlearn, "unlearn", to_collapse=True)(self.model, self.defence.train, rng=self.rng("unlearn"))
+        result.model.load_state_dict(result.checkpoints.get(LEVEL, result.checkpoints["end"]))
+        return result.model, result.trajectory
+
+
+def rnp_ours(folder: str, to_collapse: bool) -> Numbers:
+    """Unlearn, recover and prune as the stages do, then one evaluation; every one is counted in `seconds`."""
+    keep_freed_pages()
+    subject, clock = Subject.load(folder), Clock()
+    test, attacked, target = subject.tests()
+    clean, precision = subject.defence.train, subject.params.get("evaluate", {}).get("precision", "auto")
+    each = cost(subject.model, clean)
+    methods = (subject.method(Unlearn, "unlearn", to_collapse=to_collapse), subject.method(Recover, "recover"),
+               subject.method(Prune, "prune"))
+
+    def defend() -> tuple:
+        with clock("unlearn"):
+            unlearned = methods[0](subject.model, clean, rng=subject.rng("unlearn"))
+        with clock("recover"):
+            recovered = methods[1](unlearned.model, clean, rng=subject.rng("recover"))
+        with clock("prune"):
+            pruned = methods[2](subject.model, recovered.mask, subject.defence.both)
+        with clock("evaluate"):
+            return unlearned, pruned, score(pruned.model, test, attacked, target, precision=precision)
+
+    with Work() as work:
+        (unlearned, pruned, scores), found = timed(defend)
+    before = score(subject.model, test, attacked, target, precision=precision)
+    return found | {
+        "phases": clock.seconds, "unlearn_steps": unlearned.trajectory[-1].step, "recover_steps": methods[1].steps,
+        "stopped": unlearned.reached, "image_passes": work.total / each, "evaluations": 1, "pruned": pruned.chosen.pruned,
+        "evaluation_seconds": clock.seconds["evaluate"], "precision": [*(method.precision for method in methods), precision],
+        "n_defence": len(clean), "n_clean": len(test), "n_triggered": len(attacked),
+        **{f"{name}_before": value for name, value in before.flat().items()}, **scores.flat(),
+    }
+
+
+class Shifted(Dataset):
+    """The defence set as the published loader hands it out: cropped and flipped one image at a time."""
+
+    def __init__(self, data: ImageSet, device: torch.device) -> None:
+        from torchvision import transforms
+
+        self.images, self.labels = data.floats().to(device), data.labels.to(device)
+        self.transform = transforms.Compose([transforms.RandomCrop(data.shape[1:], padding=4), transforms.RandomHorizontalFlip()])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.transform(self.images[i]), self.labels[i]
+
+
+def rnp_published(folder: str, unlearn_steps: int, recover_steps: int, quick: bool) -> Numbers:
+    """The published procedure, which tests on all test images after every epoch and at every threshold.
+
+    `seconds` are those of as many optimiser steps as ours takes, in whole epochs. The ascent goes on beyond them, or to them,
+    for the sake of its own stop: the masks are learned from where the published rule stops, and `own_seconds` count to there.
+    `quick` measures one epoch of each kind and one evaluation, each after one that does not count, and multiplies; it reaches no
+    model.
+    """
+    torch.manual_seed(98)
+    subject = Subject.load(folder)
+    victim, device = subject.model.to(memory_format=torch.contiguous_format), default_device()
+    clean = subject.defence.train
+    test, attacked, target = subject.tests()
+    goals = targets(attacked.labels, target, len(attacked.classes))
+    train = DataLoader(Shifted(clean, device), batch_size=128, shuffle=True)
+    tests = [DataLoader(TensorDataset(data.floats().to(device), labels.to(device)), batch_size=128)
+             for data, labels in ((test, test.labels), (attacked, goals))]
+    per_epoch = len(train)
+    epochs, recover_epochs = math.ceil(unlearn_steps / per_epoch), math.ceil(recover_steps / per_epoch)
+
+    def evaluate(model: nn.Module) -> tuple[float, float]:
+        return tuple(published.evaluate(model, loader)[1] for loader in tests)
+
+    def passes(unlearning: int) -> int:
+        """Images of one run with so many epochs of unlearning."""
+        evaluations = unlearning + recover_epochs + len(published.THRESHOLDS)
+        return (unlearning + recover_epochs) * len(clean) + evaluations * (len(test) + len(attacked))
+
+    common = {"unlearn_steps": epochs * per_epoch, "recover_steps": recover_epochs * per_epoch, "recover_epochs": recover_epochs,
+              "image_passes": passes(epochs), "evaluations": epochs + recover_epochs + len(published.THRESHOLDS),
+              "n_clean": len(test), "n_triggered": len(attacked)}
+    if quick:
+        clock = Clock()
+        model, _ = next(published.ascent(victim, lambda: train))  # what comes first is slower
+        next(published.recovery(model, lambda: train))
+        evaluate(victim)
+        with clock("unlearn"):
+            next(published.ascent(victim, lambda: train))
+        with clock("recover"):
+            next(published.recovery(model, lambda: train))
+        with clock("evaluate"):
+            evaluate(victim)
+        one = clock.seconds
+        seconds = epochs * one["unlearn"] + recover_epochs * one["recover"] + common["evaluations"] * one["evaluate"]
+        return common | {"seconds": seconds, "evaluation_seconds": common["evaluations"] * one["evaluate"], "extrapolated": True,
+                         "measured": one, "measured_cpu": clock.cpu, "peak": peak()}
+
+    before, loaded, cpu = evaluate(victim), peak(), time.process_time()
+    ways, testing, stopped = [], [], False
+    loop = published.ascent(victim, lambda: train, epochs=max(21, epochs))
+
+    def assess(model: nn.Module) -> tuple[float, float]:
+        start = now()
+        found = evaluate(model)
+        testing.append(now() - start)
+        return found
+
+    while len(ways) < epochs or not stopped and len(ways) < 21:
+        start = now()
+        model, running = next(loop)
+        assess(model)
+        ways.append(now() - start)
+        if not stopped:
+            stopped, own = running <= published.STOP, len(ways)
+            kept = copy.deepcopy(model) if stopped else model
+    clock = Clock()
+    with clock("recover"):
+        for model, masks in published.recovery(kept, lambda: train, epochs=recover_epochs):
+            assess(model)
+    points = []
+    with clock("prune"), tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary, "mask_values.txt")
+        published.write_masks(path, masks)
+        for threshold, pruned, model in published.sweep(victim, path):
+            ca, asr = assess(model)
+            points.append({"threshold": threshold, "pruned": pruned, "clean_accuracy": ca, "attack_success_rate": asr})
+    rest = sum(clock.seconds.values())
+    return common | {
+        "seconds": sum(ways[:epochs]) + rest, "own_seconds": sum(ways[:own]) + rest, "own_unlearn_steps": own * per_epoch,
+        "stopped": stopped, "phases": {"unlearn": sum(ways[:epochs]), **clock.seconds}, "extrapolated": False, "sweep": points,
+        "evaluation_seconds": sum(testing[:epochs] + testing[len(ways):]),
+        "clean_accuracy_before": before[0], "attack_success_rate_before": before[1], **oracle(points, before[0]),
+        "cpu_seconds": time.process_time() - cpu, "loaded": loaded, "peak": peak(),
+    }
+
+
+def oracle(points: list[Numbers], before: float) -> Numbers:
+    """The point that a reader would choose who sees the test set: the lowest ASR at a fall of CA by at most `LARGEST_DROP`."""
+    allowed = [point for point in points if before - point["clean_accuracy"] <= LARGEST_DROP]
+    return min(allowed or points[:1], key=lambda point: point["attack_success_rate"])
+
+
+def defence(folder: str, name: str) -> Numbers:
+    keep_freed_pages()
+    subject = Subject.load(folder)
+    method = subject.method(load("defence", name), "defences", f"{name}.")
+    rng = subject.rng(f"defend/{name}")
+    return timed(lambda: method.repair(subject.model, subject.defence, rng=rng))[1]
+
+
+def defence_rnp(folder: str) -> Numbers:
+    """Our three steps without a test image, as the other defences are measured; with the ascent to the collapse, as in the pipeline."""
+    keep_freed_pages()
+    subject = Subject.load(folder)
+    unlearn, recover, prune = (subject.method(kind, kind.__name__.lower()) for kind in (Unlearn, Recover, Prune))
+
+    def defend() -> None:
+        unlearned = unlearn(subject.model, subject.defence.train, rng=subject.rng("unlearn"))
+        recovered = recover(unlearned.model, subject.defence.train, rng=subject.rng("recover"))
+        prune(subject.model, recovered.mask, subject.defence.both)
+
+    return timed(defend)[1]
+
+
+def detector(folder: str, family: str, name: str, images: int) -> Numbers:
+    """One detector; what `class_shares` and `neural_cleanse_index` read is made before, by unlearning and by `neural_cleanse`."""
+    keep_freed_pages()
+    subject = Subject.load(folder)
+    method = subject.method(load(family, name), "detect", f"{name}.")
+    model, clean, rng = subject.model, subject.defence.train, subject.rng(f"{family}/{name}")
+    if family == "triggers":
+        work = lambda: method.recover(model, clean, rng=rng)
+    elif family == "samples":
+        test, attacked, _ = subject.tests()
+        shown = torch.cat([part.images[:images] for part in (test, attacked)])
+        weak = subject.unlearned()[0] if method.asks_unlearned else None
+        work = lambda: method.score(model, shown, clean, rng=rng, unlearned=weak)
+    elif name == "class_shares":
+        _, rows = subject.unlearned()
+        work = lambda: method.from_trajectory(rows)
+    elif name == "neural_cleanse_index":
+        search = subject.method(load("triggers", "neural_cleanse"), "detect", "neural_cleanse.", steps=1)
+        found = search.recover(model, clean, rng=rng)
+        work = lambda: method.from_triggers(found)
+    else:
+        work = lambda: method.score(model, clean, rng=rng)
+    return timed(work)[1]
+
+
+def poison(name: str) -> Numbers:
+    keep_freed_pages()
+    return poisoning.measure(name)
+
+
+# ---- how cost grows ---------------------------------------------------------------------------------------------------------
+
+
+def demo(kind: type, **changes: object) -> object:
+    """`kind` with the settings of the preset demo."""
+    section = dict(leaves(read_params(PRESETS / "demo.yaml").get(kind.__name__.lower(), {})))
+    return from_section(kind, section | changes)
+
+
+def scale_subject(folder: str, width: int, side: int) -> Numbers:
+    """Write a backdoored ResNet-18, trained for four passes over 6,000 generated shapes, and 2,000 clean images of the defender."""
+    keep_freed_pages()
+    rng, path = torch.Generator().manual_seed(0), Path(folder)
+    train, test = Shapes(train=8000, test=1000, size=side).load(path, rng=rng)
+    splits = Split(defence_train=1000, defence_val=1000)(train, test, rng=rng)
+    attack, architecture = BadNets(), Architecture(arch="resnet18", width=width)
+    data = attack.poison(splits.pool, rng=rng).apply(splits.pool)
+    model = architecture.build(len(data.classes), 3, *statistics(data), rng=rng).to(default_device())
+    recipe = Train(epochs=4, batch_size=32, lr=0.05, weight_decay=0.005)
+    _, found = timed(lambda: recipe(model, data, rng=rng))
+    save_model(path / "model.safetensors", model, architecture, data.classes)
+    save_defence_set(path / "defence", splits.defence)
+    return found | {"clean_accuracy": accuracy(model, test, precision="auto")}
+
+
+def scale_unlearn(folder: str, images: int) -> Numbers:
+    """At most 40 steps, for models that do not stop by themselves."""
+    keep_freed_pages()
+    path, clean = Path(folder), few(folder, images).train
+    model, architecture, classes = load_model(path / "model.safetensors")
+    unlearn = demo(Unlearn, to_collapse=False)
+    unlearn = demo(Unlearn, to_collapse=False, epochs=math.ceil(40 / math.ceil(images / unlearn.batch_size)))
+    made, found = timed(lambda: unlearn(model, clean, rng=generator(0, "unlearn")))
+    save_model(path / "unlearned.safetensors", made.model, architecture, classes)
+    steps = made.trajectory[-1].step
+    return found | {"steps": steps, "seconds_per_step": found["seconds"] / steps}
+
+
+def scale_recover(folder: str, images: int) -> Numbers:
+    keep_freed_pages()
+    path, clean, recover = Path(folder), few(folder, images).train, demo(Recover)
+    model, _, _ = load_model(path / "unlearned.safetensors")
+    made, found = timed(lambda: recover(model, clean, rng=generator(0, "recover")))
+    save_mask(path / "mask.safetensors", made.mask)
+    return found | {"steps": recover.steps}
+
+
+def scale_prune(folder: str, images: int, max_fraction: float) -> Numbers:
+    keep_freed_pages()
+    path, clean = Path(folder), few(folder, images).both
+    model, mask = load_model(path / "model.safetensors")[0], load_mask(path / "mask.safetensors")
+    made, found = timed(lambda: demo(Prune, max_fraction=max_fraction)(model, mask, clean))
+    return found | {"tried": int(max_fraction * sum(map(len, mask.values()))), "pruned": made.chosen.pruned}
+
+
+def few(folder: str, images: int) -> DefenceSet:
+    """The first images of each half; their classes are spread evenly."""
+    both = load_defence_set(Path(folder) / "defence")
+    return DefenceSet(*(part.subset(torch.arange(images)) for part in (both.train, both.val)))
+
+
+MEASURES = {work.__name__: work for work in (
+    train_plain, train_ours, rnp_ours, rnp_published, defence, defence_rnp, detector, poison, scale_subject, scale_unlearn,
+    scale_recover, scale_prune)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(MEASURES[sys.argv[1]](**json.loads(sys.argv[2]))))
