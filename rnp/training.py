@@ -147,13 +147,14 @@ def accuracy(model: nn.Module, data: ImageSet, *, precision: Precision = "fp32")
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """How a classifier is trained, benign or backdoored: SGD with Nesterov momentum on a one-cycle schedule."""
+    """How a classifier is trained, benign or backdoored: SGD with Nesterov momentum, or AdamW, on a one-cycle schedule."""
 
+    optimiser: Annotated[Literal["sgd", "adamw"], "adamw serves transformers, with a learning rate near .001"] = "sgd"
     epochs: Annotated[int, "passes over the training set"] = 12
     batch_size: Annotated[int, "images per step"] = 128
     lr: Annotated[float, "peak learning rate"] = 0.1
     momentum: Annotated[float, "SGD momentum"] = 0.9
-    weight_decay: Annotated[float, "SGD weight decay"] = 5e-4
+    weight_decay: Annotated[float, "weight decay"] = 5e-4
     warm_up: Annotated[float, "share of the run in which the learning rate rises"] = 0.25
     label_smoothing: Annotated[float, "share of each label spread over all classes"] = 0.0
     grow_from: Annotated[float, "side of the images at the start, as a share of their own; below 1 the run takes less time"] = 1.0
@@ -174,8 +175,11 @@ class Train:
 
     def __call__(self, model: nn.Module, data: ImageSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> nn.Module:
         """Train `model` in place and return it in eval mode."""
-        optimiser = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0,
-                                    weight_decay=self.weight_decay)
+        if self.optimiser == "adamw":
+            optimiser = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        else:
+            optimiser = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0,
+                                        weight_decay=self.weight_decay)
         fit(model.train(), data, objective=cross_entropy(model, self.label_smoothing), optimiser=optimiser,
             epochs=self.epochs, batch_size=self.batch_size, rng=rng, augment=self.augment,
             schedule=lambda epoch: one_cycle(epoch / self.epochs, self.warm_up),
