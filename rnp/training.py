@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -53,6 +54,22 @@ def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractC
     return torch.autocast(device.type, dtype=torch.bfloat16) if on else contextlib.nullcontext()
 
 
+def seeded(function: Callable) -> Callable:
+    """What layers draw while they train (dropout, stochastic depth) comes from the global generator: it is set by the seed of
+    `rng`, and afterwards as it was. `rng` itself does not move.
+    """
+
+    @functools.wraps(function)
+    def run(model: nn.Module, *args: object, rng: torch.Generator, **options: object) -> list[Epoch]:
+        devices = range(torch.cuda.device_count()) if device_of(model).type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(rng.initial_seed())
+            return function(model, *args, rng=rng, **options)
+
+    return run
+
+
+@seeded
 def fit(
     model: nn.Module,
     data: ImageSet,
@@ -80,7 +97,7 @@ def fit(
     step; `stop_step`, given the number of steps done, and `stop_epoch` end the run when true. The mode of `model` (train or eval) is the
     caller's. Drawn at random from `rng`: the order of the images and their augmentation.
 
-    Raises: NonFinite after an epoch whose loss was NaN or infinite.
+    Raises: NonFinite after an epoch whose loss was NaN or infinite; UserError when BatchNorm is given a single value.
     """
     device = device_of(model)
     per_epoch = steps_per_epoch(len(data), batch_size)
@@ -96,8 +113,14 @@ def fit(
             images = shrink(augment(to_floats(data.images[positions].to(device)), rng=rng), side(step / per_epoch))
             images = images.contiguous(memory_format=torch.channels_last)
             labels = data.labels[positions].to(device)
-            with autocast(precision, device):
-                loss, logits = objective(images, labels)
+            try:
+                with autocast(precision, device):
+                    loss, logits = objective(images, labels)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise UserError(f"of {len(data)} images in batches of {batch_size} one is left alone, and a BatchNorm that sees a single"
+                                " value learns nothing; choose another batch_size") from error
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             if clip_norm is not None:
@@ -127,7 +150,10 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, *, precision: Precision = "fp32") -> Logits:
-    """Logits of all `images` (uint8 or floats, [n, c, h, w]) on the CPU, in eval mode; `model` is left as it was."""
+    """Logits of all `images` (uint8 or floats, [n, c, h, w]) on the CPU, in eval mode; `model` is left as it was.
+
+    Raises: UserError when the model answers with anything but logits.
+    """
     device, modes = device_of(model), [(module, module.training) for module in model.modules()]
     model.eval()
     logits = []
@@ -135,10 +161,19 @@ def predict(model: nn.Module, images: Tensor, *, precision: Precision = "fp32") 
         part = part.to(device)
         part = to_floats(part) if part.dtype == torch.uint8 else part
         with autocast(precision, device):
-            logits.append(model(part.contiguous(memory_format=torch.channels_last)).float().cpu())
+            logits.append(checked(model(part.contiguous(memory_format=torch.channels_last)), len(part)).float().cpu())
     for module, training in modes:  # one by one: frozen BatchNorm stays frozen
         module.training = training
     return torch.cat(logits)
+
+
+def checked(answer: object, n: int) -> Tensor:
+    """Raises: UserError when a model's answer for `n` images is no [n, k]."""
+    if not isinstance(answer, Tensor) or answer.dim() != 2 or len(answer) != n:
+        shape = f"tensor of shape {list(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+        raise UserError(f"the model answers {n} images with a {shape}, not with logits of shape [{n}, classes]; rnp repairs"
+                        " classifiers with one head")
+    return answer
 
 
 def accuracy(model: nn.Module, data: ImageSet, *, precision: Precision = "fp32") -> float:

@@ -54,7 +54,10 @@ def typed(arch: str) -> None:
 
 
 class Classifier(nn.Module):
-    """[0, 1] images -> logits: subtracts the mean, divides by the deviation of each channel, then runs `net`."""
+    """[0, 1] images -> logits: subtracts the mean, divides by the deviation of each channel, then runs `net`.
+
+    Raises: UserError when `net` answers with anything but one tensor.
+    """
 
     def __init__(self, net: nn.Module, mean: Tensor, std: Tensor) -> None:
         super().__init__()
@@ -63,7 +66,11 @@ class Classifier(nn.Module):
         self.net = net
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net((images - self.mean) / self.std)
+        logits = self.net((images - self.mean) / self.std)
+        if isinstance(logits, (tuple, list, dict)):  # in this order, for PyTorch traces with stand-ins for tensors
+            raise UserError(f"{type(self.net).__name__} answers with a {type(logits).__name__} of {len(logits)} parts, not with one"
+                            " tensor of logits; rnp repairs classifiers with one head")
+        return logits
 
 
 @dataclass(frozen=True, kw_only=True)
