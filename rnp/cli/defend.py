@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from rnp.cli.concerns import warn
 from rnp.cli.options import command, generator
 from rnp.cli.progress import progress
 from rnp.defences.base import Defence
@@ -30,7 +31,7 @@ class Defences(click.Group):
 def repair(method: Defence, *, model: Path, defence: Path, out: Path, report: Path, seed: int) -> None:
     """Write the repaired model to OUT."""
     victim, architecture, classes = load_model(model)
-    clean = load_defence_set(defence)
+    clean = warn(victim, classes, load_defence_set(defence))
     with History(report / "history.csv") as history, progress(method.name, None, history) as on_epoch:
         repaired = method.repair(victim, clean, rng=generator(seed, f"defend/{method.name}"), on_epoch=on_epoch)
     save_model(out, repaired.model, architecture, classes)
