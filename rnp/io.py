@@ -308,7 +308,8 @@ def mask_rows(mask: NeuronMask, model: torch.nn.Module) -> list[dict]:
     for layer, values in mask.items():
         module = model.get_submodule(layer)
         scales = module.weight.detach() if module.weight.dim() == 1 else module.weight.detach().flatten(1).norm(dim=1)
-        biases = torch.zeros_like(scales) if module.bias is None else module.bias
+        biases = getattr(module, "bias", None)
+        biases = torch.zeros_like(scales) if biases is None else biases
         rows += [
             {"layer": layer, "index": i, "mask": f"{m:.6f}", "scale": f"{s:.6g}", "bias": f"{b:.6g}"}
             for i, (m, s, b) in enumerate(zip(values.tolist(), scales.tolist(), biases.tolist()))

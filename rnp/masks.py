@@ -14,14 +14,15 @@ from rnp.types import Images, Logits, NeuronMask
 
 Neuron = tuple[str, int]
 """Layer name and channel index."""
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def maskable(model: nn.Module) -> dict[str, nn.Module]:
     """The layers whose channels are the neurons, by name: every normalisation with one scale per channel (BatchNorm,
-    GroupNorm, LayerNorm), whatever it normalises; in a network without any, the convolutions, whose scale is their kernel.
+    InstanceNorm, GroupNorm, LayerNorm, RMSNorm), whatever it normalises; in a network without any, the convolutions, whose
+    scale is their kernel. A layer that runs several times in a forward pass is one layer: its neurons are masked in each run.
 
-    Raises: UserError when there is neither.
+    Raises: UserError when there is neither, or when the scale of a layer is not its own.
     """
     modules = dict(model.named_modules())
     norms = {name: module for name, module in modules.items() if isinstance(module, NORMS)
@@ -30,7 +31,24 @@ def maskable(model: nn.Module) -> dict[str, nn.Module]:
     if not layers:
         raise UserError(f"{type(model).__name__} has neither a normalisation with a scale per channel nor a convolution, and"
                         " neurons are masked there; choose another architecture")
+    owners: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append(name)
+    for name, layer in layers.items():
+        kind = type(layer)
+        if "weight" not in layer._parameters or (isinstance(layer, nn.Conv2d) and kind.forward is not nn.Conv2d.forward):
+            raise UserError(f"layer {name} ({kind.__name__}) makes its weight anew in each forward pass, so that no channel can be"
+                            " cut out of it; remove the parametrisation, or choose another architecture")
+        shared = [other for part in (layer.weight, bias(layer)) if part is not None for other in owners[id(part)] if other != name]
+        if shared:
+            raise UserError(f"layers {name} and {shared[0]} share a weight, so that no channel belongs to one of them; give each its own")
     return layers
+
+
+def bias(layer: nn.Module) -> Tensor | None:
+    """What a maskable layer adds to its channels, if anything."""
+    return getattr(layer, "bias", None)
 
 
 def batch_norms(model: nn.Module, method: str) -> dict[str, nn.Module]:
@@ -101,7 +119,7 @@ def cut(model: nn.Module, neuron: Neuron, *, zero_bias: bool = False) -> None:
     name, index = neuron
     layer = model.get_submodule(name)
     layer.weight[index] = 0
-    if zero_bias and layer.bias is not None:
+    if zero_bias and bias(layer) is not None:
         layer.bias[index] = 0
 
 
@@ -110,6 +128,6 @@ def freeze_statistics(model: nn.Module, frozen: bool) -> nn.Module:
     model.train()
     if frozen:
         for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, nn.modules.batchnorm._NormBase):
                 module.eval()
     return model

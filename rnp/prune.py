@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from rnp.errors import UserError
-from rnp.masks import Neuron, cut, prune, ranking
+from rnp.masks import Neuron, bias, cut, prune, ranking
 from rnp.replay import Replay
 from rnp.training import Precision
 from rnp.types import ImageSet, Labels, Logits, NeuronMask
@@ -133,7 +133,7 @@ def harmless(model: nn.Module, order: list[Neuron], mask: NeuronMask, data: Imag
     replay.keep()
     for neuron in order:
         layer, index = trial.get_submodule(neuron[0]), neuron[1]
-        before = [(part, part[index].clone()) for part in (layer.weight, layer.bias) if part is not None]
+        before = [(part, part[index].clone()) for part in (layer.weight, bias(layer)) if part is not None]
         cut(trial, neuron, zero_bias=zero_bias)
         point = measure(replay.logits(neuron[0]), len(gone) + 1, float(mask[neuron[0]][index]))
         if point.loss - points[-1].loss <= tolerance and point.lost <= epsilon + 1e-9:

@@ -25,10 +25,7 @@ class Replay:
     def __init__(self, model: nn.Module, images: Bytes, precision: Precision) -> None:
         self.model, self.precision, self.device = model.eval(), precision, device_of(model)
         self.parts = eval_batches(images)
-        try:
-            self.graph = fx.symbolic_trace(model)
-        except Exception:  # whatever a tracer stumbles over, the network itself may work
-            self.graph = None
+        self.graph = self._traced()
         self.nodes = list(self.graph.graph.nodes) if self.graph else []
         self.place = {node: i for i, node in enumerate(self.nodes)}
         self.cuts = self._affordable(len(images)) if len(images) else []
@@ -37,10 +34,20 @@ class Replay:
         self.changed = 0
 
     @torch.no_grad()
+    def _traced(self) -> fx.GraphModule | None:
+        """The network's graph, if it says what the network says."""
+        images = self._input(0)[:1]
+        try:
+            graph = fx.symbolic_trace(self.model)
+            with autocast(self.precision, self.device):
+                return graph if torch.equal(graph(images), self.model(images)) else None
+        except Exception:  # whatever a tracer stumbles over, the network itself may work
+            return None
+
+    @torch.no_grad()
     def logits(self, *layers: str) -> Logits:
         """Logits on the CPU; `layers` are all that has changed since the last `keep`, everything when there are none."""
-        used = [i for i, node in enumerate(self.nodes) if node.op == "call_module" and node.target in layers]
-        self.changed = min(used, default=0)
+        self.changed = next((i for i, node in enumerate(self.nodes) if any(reads(node, layer) for layer in layers)), 0)
         return torch.cat([self._run(i) for i in range(len(self.parts))])
 
     def keep(self) -> None:
@@ -83,6 +90,13 @@ class Replay:
                 break
             chosen.append(node)
         return chosen
+
+
+def reads(node: fx.Node, layer: str) -> bool:
+    """Whether the node takes the weights of `layer`: it runs it, or a module that holds it, or fetches a weight by name."""
+    if node.op == "call_module":
+        return f"{layer}.".startswith(f"{node.target}.")
+    return node.op == "get_attr" and node.target.startswith(f"{layer}.")
 
 
 class Recorder(fx.Interpreter):

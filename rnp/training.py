@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -56,6 +57,22 @@ def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractC
     return torch.autocast(device.type, dtype=torch.bfloat16) if on else contextlib.nullcontext()
 
 
+def seeded(function: Callable) -> Callable:
+    """What layers draw while they train (dropout, stochastic depth) comes from the global generator: it is set by the seed of
+    `rng`, and afterwards as it was. `rng` itself does not move.
+    """
+
+    @functools.wraps(function)
+    def run(model: nn.Module, *args: object, rng: torch.Generator, **options: object) -> list[Epoch]:
+        devices = range(torch.cuda.device_count()) if device_of(model).type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(rng.initial_seed())
+            return function(model, *args, rng=rng, **options)
+
+    return run
+
+
+@seeded
 def fit(
     model: nn.Module,
     data: ImageSet,
@@ -84,7 +101,7 @@ def fit(
     step; `stop_step`, given the number of steps done, and `stop_epoch` end the run when true. The mode of `model` (train or eval) is the
     caller's. Drawn at random from `rng`: the order of the images and their augmentation.
 
-    Raises: NonFinite after an epoch whose loss was NaN or infinite.
+    Raises: NonFinite after an epoch whose loss was NaN or infinite; UserError when BatchNorm is given a single value.
     """
     device = device_of(model)
     per_epoch = steps_per_epoch(len(data), batch_size)
@@ -101,8 +118,14 @@ def fit(
             images = shrink(augment(to_floats(images.to(device)), rng=rng), side(step / per_epoch))
             images = images.contiguous(memory_format=torch.channels_last)
             labels = data.labels[positions].to(device)
-            with autocast(precision, device):
-                loss, logits = objective(images, labels)
+            try:
+                with autocast(precision, device):
+                    loss, logits = objective(images, labels)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise UserError(f"of {len(data)} images in batches of {batch_size} one is left alone, and a BatchNorm that sees a single"
+                                " value learns nothing; choose another batch_size") from error
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             if clip_norm is not None:
@@ -138,7 +161,10 @@ def eval_batches(images: Tensor) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, *, precision: Precision = "fp32") -> Logits:
-    """Logits of all `images` (uint8 or floats, [n, c, h, w]) on the CPU, in eval mode; `model` is left as it was."""
+    """Logits of all `images` (uint8 or floats, [n, c, h, w]) on the CPU, in eval mode; `model` is left as it was.
+
+    Raises: UserError when the model answers with anything but logits.
+    """
     device, modes = device_of(model), [(module, module.training) for module in model.modules()]
     model.eval()
     logits = []
@@ -146,10 +172,19 @@ def predict(model: nn.Module, images: Tensor, *, precision: Precision = "fp32") 
         part = part.to(device)
         part = to_floats(part) if part.dtype == torch.uint8 else part
         with autocast(precision, device):
-            logits.append(model(part.contiguous(memory_format=torch.channels_last)).float().cpu())
+            logits.append(checked(model(part.contiguous(memory_format=torch.channels_last)), len(part)).float().cpu())
     for module, training in modes:  # one by one: frozen BatchNorm stays frozen
         module.training = training
     return torch.cat(logits)
+
+
+def checked(answer: object, n: int) -> Tensor:
+    """Raises: UserError when a model's answer for `n` images is no [n, k]."""
+    if not isinstance(answer, Tensor) or answer.dim() != 2 or len(answer) != n:
+        shape = f"tensor of shape {list(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+        raise UserError(f"the model answers {n} images with a {shape}, not with logits of shape [{n}, classes]; rnp repairs"
+                        " classifiers with one head")
+    return answer
 
 
 def accuracy(model: nn.Module, data: ImageSet, *, precision: Precision = "fp32") -> float:
@@ -158,13 +193,14 @@ def accuracy(model: nn.Module, data: ImageSet, *, precision: Precision = "fp32")
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """How a classifier is trained, benign or backdoored: SGD with Nesterov momentum on a one-cycle schedule."""
+    """How a classifier is trained, benign or backdoored: SGD with Nesterov momentum, or AdamW, on a one-cycle schedule."""
 
+    optimiser: Annotated[Literal["sgd", "adamw"], "adamw serves transformers, with a learning rate near .001"] = "sgd"
     epochs: Annotated[int, "passes over the training set"] = 12
     batch_size: Annotated[int, "images per step"] = 128
     lr: Annotated[float, "peak learning rate"] = 0.1
     momentum: Annotated[float, "SGD momentum"] = 0.9
-    weight_decay: Annotated[float, "SGD weight decay"] = 5e-4
+    weight_decay: Annotated[float, "weight decay"] = 5e-4
     warm_up: Annotated[float, "share of the run in which the learning rate rises"] = 0.25
     label_smoothing: Annotated[float, "share of each label spread over all classes"] = 0.0
     grow_from: Annotated[float, "side of the images at the start, as a share of their own; below 1 the run takes less time"] = 1.0
@@ -186,8 +222,11 @@ class Train:
     def __call__(self, model: nn.Module, data: ImageSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore,
                  on_batch: OnBatch = lambda positions, labels, logits: None) -> nn.Module:
         """Train `model` in place and return it in eval mode."""
-        optimiser = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0,
-                                    weight_decay=self.weight_decay)
+        if self.optimiser == "adamw":
+            optimiser = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        else:
+            optimiser = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0,
+                                        weight_decay=self.weight_decay)
         fit(model.train(), data, objective=cross_entropy(model, self.label_smoothing), optimiser=optimiser,
             epochs=self.epochs, batch_size=self.batch_size, rng=rng, augment=self.augment,
             schedule=lambda epoch: one_cycle(epoch / self.epochs, self.warm_up),

@@ -16,18 +16,19 @@ def feeding(model: nn.Module, images: Bytes) -> dict[str, str]:
 
     `images` are any that the model takes; one is enough. `model` is left unchanged.
 
-    Raises: UserError when a layer normalises anything else; those of pre-activation networks normalise sums.
+    Raises: UserError when a layer normalises anything else, those of pre-activation networks sums; when it runs several times,
+    behind different convolutions; when it does not run.
     """
     made: dict[int, tuple[Tensor, int, str]] = {}  # the tensors are kept, so that no id serves twice
-    fed: dict[str, str] = {}
+    fed: dict[str, set[str]] = {}  # "" stands for anything but a convolution
 
     def leave(name: str, output: Tensor) -> None:
         made[id(output)] = output, output._version, name
 
     def enter(name: str, given: Tensor) -> None:
         output, version, convolution = made.get(id(given), (None, 0, ""))
-        if output is not None and version == given._version:  # a sum in place is the same tensor in a later version
-            fed[name] = convolution
+        changed = output is None or version != given._version  # a sum in place is the same tensor in a later version
+        fed.setdefault(name, set()).add("" if changed else convolution)
 
     layers = maskable(model)
     handles = [module.register_forward_hook(lambda _, inputs, output, name=name: leave(name, output))
@@ -39,9 +40,15 @@ def feeding(model: nn.Module, images: Bytes) -> dict[str, str]:
     finally:
         for handle in handles:
             handle.remove()
-    fed |= {name: name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
-    for name in layers:
-        if name not in fed:
-            raise UserError(f"layer {name} does not normalise the output of a convolution, so its channels have no kernel;"
-                            " choose a defence that needs none, or an architecture that normalises after each convolution")
-    return {name: fed[name] for name in layers}
+    other = "choose a defence that needs none, or an architecture that normalises after each convolution"
+    for name, layer in layers.items():
+        if isinstance(layer, nn.Conv2d):
+            fed[name] = {name}
+        elif name not in fed:
+            raise UserError(f"layer {name} takes no part in the forward pass, so its channels have no kernel; {other}")
+        elif "" in fed[name]:
+            raise UserError(f"layer {name} does not normalise the output of a convolution, so its channels have no kernel; {other}")
+        elif len(fed[name]) > 1:
+            raise UserError(f"layer {name} normalises the outputs of several convolutions ({', '.join(sorted(fed[name]))}), so its"
+                            f" channels have no kernel of their own; {other}")
+    return {name: fed[name].pop() for name in layers}

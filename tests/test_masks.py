@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rnp.errors import UserError
-from rnp.masks import batch_norms, freeze_statistics, maskable, masked, ones, prune, ranking
+from rnp.masks import batch_norms, bias, freeze_statistics, maskable, masked, ones, prune, ranking
 from rnp.models.build import Architecture
 
 
@@ -99,12 +99,17 @@ def family(name: str) -> nn.Module:
             return VisionTransformer(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=16, num_classes=4)
         layers = {"groupnorm": [nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU()],
                   "convnext": [nn.Conv2d(3, 4, 2, 2), LayerNorm2d(4), CNBlock(4, 1.0, 0.0)],
-                  "no norm": [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False), nn.ReLU()]}[name]
+                  "no norm": [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False), nn.ReLU()],
+                  "norm first": [nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3)],
+                  "instance norm": [nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.ReLU()],
+                  "rms norm": [nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.RMSNorm(36), nn.Unflatten(2, (6, 6))],
+                  "one layer twice": [nn.Conv2d(3, 4, 3), *[nn.GroupNorm(2, 4), nn.ReLU()] * 2]}[name]
         return nn.Sequential(*layers, *end)
 
 
 FAMILIES = {
-    "groupnorm": ["1"], "convnext": ["1", "2.block.2"], "no norm": ["0", "2"],
+    "groupnorm": ["1"], "convnext": ["1", "2.block.2"], "no norm": ["0", "2"], "norm first": ["0"], "instance norm": ["1"],
+    "rms norm": ["2"], "one layer twice": ["1"],
     "vit": [f"encoder.layers.encoder_layer_{i}.ln_{j}" for i in (0, 1) for j in (1, 2)] + ["encoder.ln"],
 }
 
@@ -122,7 +127,7 @@ def test_neurons_of_other_families(name, images, rng):
     assert torch.allclose(masked(model, images, mask), by_hand(images), atol=1e-6)
     first = FAMILIES[name][0]
     pruned = prune(model, [(first, 2)], zero_bias=True).get_submodule(first)
-    assert not pruned.weight[2].any() and pruned.weight[1].any() and (pruned.bias is None or pruned.bias[2] == 0)
+    assert not pruned.weight[2].any() and pruned.weight[1].any() and (bias(pruned) is None or bias(pruned)[2] == 0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -136,10 +141,43 @@ def test_the_whole_method_runs_on_other_families(name, toy_set, rng):
     recovered = Recover(steps=2)(unlearned.model, data, rng=rng())
     pruned = Prune(rule="number", number=2)(model, recovered.mask, data)
     changed = sum(int((a != b).any(dim=tuple(range(1, a.dim()))).sum()) if a.dim() else 0
-                  for a, b in zip(model.state_dict().values(), pruned.model.state_dict().values()))
+                  for a, b in zip(model.parameters(), pruned.model.parameters()))
     assert changed == 2 and len(pruned.neurons) == 2
     skipped = Prune(tolerance=10.0, epsilon=0.99, max_fraction=0.5)(model, recovered.mask, data)
     assert skipped.chosen.pruned == sum(len(value) for value in recovered.mask.values()) // 2, "all may go"
+
+
+@pytest.mark.parametrize("arch, layers, neurons", [
+    ("resnet18_gn", 20, 300), ("vgg11", 8, 172), ("convnext", 17, 248), ("vit", 13, 208), ("torchvision:efficientnet_b0", 49, 21008)])
+def test_neurons_of_whole_architectures(arch, layers, neurons, rng):
+    """By hand: ResNet-18 at width 4 has 4,800 / 16 of the published; VGG-11 43 times its width; a transformer two norms of 16 a block."""
+    found = maskable(Architecture(arch=arch, width=4).build(4, 3, torch.zeros(3), torch.ones(3), rng=rng()))
+    assert (len(found), sum(len(layer.weight) for layer in found.values())) == (layers, neurons)
+
+
+class Standardised(nn.Conv2d):
+    """Its kernel has unit deviation whatever its scale, so that no mask on it would do anything."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight / self.weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+def tied(part):
+    layers = nn.Sequential(nn.Conv2d(3, 3, 1), nn.GroupNorm(1, 3), nn.GroupNorm(3, 3))
+    setattr(layers[2], part, getattr(layers[1], part))
+    return layers
+
+
+@pytest.mark.parametrize("model, words", [
+    (lambda: tied("weight"), "layers 1 and 2 share a weight"),
+    (lambda: tied("bias"), "layers 1 and 2 share a weight"),
+    (lambda: nn.Sequential(Standardised(3, 4, 1)), r"layer 0 \(Standardised\) makes its weight anew"),
+    (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))), "makes its weight anew"),
+    (lambda: nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 1))), "makes its weight anew"),
+])
+def test_a_scale_that_is_not_the_layers_own_is_refused(model, words):
+    with pytest.raises(UserError, match=words):
+        maskable(model())
 
 
 def test_what_batchnorm_remembers_is_asked_of_batchnorm_alone(toy_model):

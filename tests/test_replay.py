@@ -99,3 +99,48 @@ def test_what_cannot_be_traced_runs_as_a_whole(toy_set):
     replay.keep()
     cut(model, ("norm", 1))
     assert torch.equal(replay.logits("norm"), predict(model, images)) and not torch.equal(first, predict(model, images))
+
+
+class Again(nn.Module):
+    """Runs one normalisation three times: by its own name, by another, and by its weights alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)
+        self.alias, self.later = self.norm, nn.GroupNorm(1, 4)
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = nn.functional.group_norm(x, 2, self.norm.weight, self.norm.bias) if self.weights_first else self.norm(x)
+        x = self.conv2(self.alias(self.conv2(x)))
+        return self.later(x).mean((2, 3))
+
+
+@pytest.mark.parametrize("weights_first", [True, False])
+def test_a_layer_that_runs_twice(weights_first, toy_set):
+    """What was kept behind its first run is stale when it changes, whichever way the first run reads its weights."""
+    torch.manual_seed(0)
+    model, images = Again().eval(), toy_set(4).images
+    model.weights_first, model.conv2 = weights_first, nn.Conv2d(4, 4, 1)
+    replay = Replay(model, images, "fp32")
+    replay.logits()
+    replay.keep()
+    assert replay.graph is not None and replay.cuts
+    cut(model, ("norm", 1))
+    assert torch.allclose(replay.logits("norm"), predict(model, images), atol=1e-6)
+
+
+class Counting(nn.Module):
+    """A trace of it holds what one pass did, which is not what the next one does."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.passes = nn.BatchNorm2d(3), 0
+
+    def forward(self, x):
+        self.passes += 1
+        return self.norm(x).mean((2, 3)) * (1 + self.passes % 3)
+
+
+def test_a_trace_that_says_something_else_is_not_used(toy_set):
+    assert Replay(Counting().eval(), toy_set(4).images, "fp32").graph is None

@@ -224,3 +224,49 @@ def test_images_grow_over_a_run(toy_model, toy_set, rng):
     Train(epochs=5, batch_size=8, grow_from=0.5, grow_until=0.8)(model, data, rng=rng())
     assert seen == [8, 8, 8, 8, 12, 12, 12, 12, 16, 16]
     assert [growing(done, 0.5, 0.8) for done in (0, 0.4, 0.8, 1)] == [0.5, 0.75, 1, 1] and growing(0, 0.5, 0) == 1
+
+
+def test_adamw_is_a_recipe_too(toy_model, toy_set, rng):
+    model = Train(optimiser="adamw", epochs=6, batch_size=8, lr=0.01)(toy_model(), toy_set(80), rng=rng())
+    assert accuracy(model, toy_set(40, seed=9)) > 0.9
+
+
+def test_dropout_follows_the_seed_and_nothing_else(toy_model, toy_set, rng):
+    """Layers draw from the global generator, which a fit sets and leaves as it was."""
+    def train(seed, before):
+        torch.manual_seed(before)
+        state = torch.get_rng_state()
+        model = nn.Sequential(toy_model(), nn.Dropout(0.5)).train()
+        run(model, toy_set(32), rng(seed), epochs=1)
+        assert torch.equal(torch.get_rng_state(), state)
+        return model[0].fc.weight
+
+    assert torch.equal(train(0, 5), train(0, 6)) and not torch.equal(train(0, 5), train(1, 5))
+
+
+class Heads(nn.Module):
+    def __init__(self, answer):
+        super().__init__()
+        self.fc, self.answer = nn.Linear(3, 4), answer
+
+    def forward(self, x):
+        logits = self.fc(x.mean((2, 3)))
+        return {"tuple": (logits, logits), "dictionary": {"logits": logits}, "map": logits[:, :, None, None], "vector": logits[:, 0]}[self.answer]
+
+
+@pytest.mark.parametrize("answer, words", [
+    ("tuple", "answers 6 images with a tuple, not with logits"), ("dictionary", "with a dict, not"),
+    ("map", r"with a tensor of shape \[6, 4, 1, 1\], not with logits of shape \[6, classes\]"), ("vector", r"of shape \[6\], not")])
+def test_what_is_no_classifier_is_refused(answer, words, toy_set, rng):
+    from rnp.unlearn import Unlearn
+
+    with pytest.raises(UserError, match=words):
+        predict(Heads(answer), toy_set(6).images)
+    with pytest.raises(UserError, match="classifiers with one head"):
+        Unlearn(epochs=1)(Heads(answer), toy_set(6), rng=rng())
+
+
+def test_a_batch_too_small_for_batch_norm_is_told(toy_set, rng):
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 4)).train()
+    with pytest.raises(UserError, match="of 17 images in batches of 8 one is left alone"):
+        run(model, toy_set(17), rng(), epochs=1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rnp.types import Epoch, gather, to_bytes, to_floats
+from rnp.types import DefenceSet, Epoch, gather, to_bytes, to_floats
 
 
 def test_every_byte_survives():
@@ -38,3 +38,14 @@ def test_a_large_copy_lies_behind_a_file(toy_set, monkeypatch, is_mapped):
     copied.zero_()
     assert data.images.float().mean() > 0
     assert not is_mapped(gather(data.images, positions[:2]))
+
+
+def test_both_halves_of_a_defence_set(toy_set, monkeypatch, is_mapped):
+    halves = DefenceSet(toy_set(1200), toy_set(7, seed=1))
+    small = halves.both
+    monkeypatch.setattr("rnp.types.LARGE", 1000)
+    large = halves.both
+    assert is_mapped(large.images) and not is_mapped(small.images) and len(large) == 1207 and large.classes == halves.train.classes
+    for both in (small, large):
+        assert torch.equal(both.images, torch.cat([halves.train.images, halves.val.images]))
+        assert torch.equal(both.labels, torch.cat([halves.train.labels, halves.val.labels]))

@@ -57,3 +57,54 @@ def test_pre_activation_networks_are_refused(toy_set, rng):
     model = Architecture(arch="preactresnet18", width=2).build(4, 3, torch.zeros(3), torch.ones(3), rng=rng())
     with pytest.raises(UserError, match=r"layer net\.stages\.0\.1\.bn1 .* choose a defence that needs none"):
         feeding(model, toy_set(1, size=32).images)
+
+
+class Several(nn.Module):
+    """`how` one normalisation is fed by two convolutions, or one convolution feeds two normalisations."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.norm = nn.BatchNorm2d(3)
+        self.other = self.norm if how == "under two names" else nn.BatchNorm2d(3)
+        self.how = how
+
+    def forward(self, x):
+        if self.how == "one convolution":
+            x = self.other(self.a(self.norm(self.a(x))))
+        elif self.how == "a sum too":
+            x = self.other(self.b(self.norm(self.norm(self.a(x)) + x)))
+        elif self.how == "never":
+            x = self.norm(self.a(x))
+        else:
+            x = self.norm(self.a(x))
+            x = self.other(self.b(x)) if self.how == "under two names" else self.other(self.b(self.norm(self.b(x))))
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("how, words", [
+    ("twice", r"layer norm normalises the outputs of several convolutions \(a, b\)"),
+    ("under two names", r"layer norm normalises the outputs of several convolutions \(a, b\)"),
+    ("a sum too", "layer norm does not normalise the output of a convolution"),
+    ("never", "layer other takes no part in the forward pass"),
+])
+def test_an_ambiguous_pairing_is_refused(how, words, toy_set):
+    with pytest.raises(UserError, match=words):
+        feeding(Several(how), toy_set(1).images)
+
+
+def test_one_convolution_may_feed_two_normalisations(toy_set):
+    assert feeding(Several("one convolution"), toy_set(1).images) == {"norm": "a", "other": "a"} == {
+        name: "a" for name in maskable(Several("one convolution"))}
+
+
+@pytest.mark.parametrize("arch", ["vit", "convnext"])
+def test_layer_norms_have_no_kernel(arch, toy_set, rng):
+    model = Architecture(arch=arch, width=4).build(4, 3, torch.zeros(3), torch.ones(3), rng=rng())
+    with pytest.raises(UserError, match="choose a defence that needs none"):
+        feeding(model, toy_set(1, size=32).images)
+
+
+def test_without_norms_convolutions_feed_themselves(toy_set, rng):
+    model = Architecture(arch="vgg11", width=4).build(4, 3, torch.zeros(3), torch.ones(3), rng=rng())
+    assert all(name == convolution for name, convolution in feeding(model, toy_set(1, size=32).images).items())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from rnp.cli.concerns import warn
 from rnp.cli.options import command, generator
 from rnp.cli.progress import progress
 from rnp.defences.base import UNLEARNED, Defence
@@ -30,7 +31,7 @@ class Defences(click.Group):
 def repair(method: Defence, *, model: Path, defence: Path, out: Path, report: Path, seed: int) -> None:
     """Write the repaired model to OUT."""
     victim, architecture, classes = load_model(model)
-    clean = load_defence_set(defence)
+    clean = warn(victim, classes, load_defence_set(defence))
     rng = generator(seed, f"defend/{method.name.removesuffix(UNLEARNED)}")
     with History(report / "history.csv") as history, progress(method.name, None, history) as on_epoch:
         repaired = method.repair(victim, clean, rng=rng, on_epoch=on_epoch)

@@ -20,7 +20,7 @@ from rnp.cli import prune as prune_stage
 from rnp.cli import recover as recover_stage
 from rnp.cli import unlearn as unlearn_stage
 from rnp.cli.check import leaves
-from rnp.cli.concerns import concerns
+from rnp.cli.concerns import concerns, refuse_unfit
 from rnp.cli.options import generator
 from rnp.cli.report_page import environment, page, versions
 from rnp.data.base import Split
@@ -40,6 +40,7 @@ from rnp.recover import Recover
 from rnp.strangers import FEWEST, Adopted, adopt, confident, gather, on_the_head, output_size
 from rnp.training import predict
 from rnp.types import DefenceSet, ImageSet
+from rnp.types import gather as pick
 from rnp.unlearn import Unlearn
 
 UNLEARN, RECOVER, PRUNE = Unlearn(precision="auto"), Recover(precision="auto"), Prune(precision="auto")
@@ -181,17 +182,18 @@ def prepare(path: Path, clean: str, subject: Subject, seed: int, work: Path) -> 
         images, skipped, labelled = found.images, found.skipped, labels is not None
         if labels is None:
             sure, labels = confident(adopted.model, images, subject.confidence)
-            images = images[sure]
+            images = pick(images, sure)
         if len(labels) < FEWEST:
             raise UserError(f"{clean} gives {len(labels)} usable images, at least {FEWEST} are needed"
                             + (f"; {len(skipped)} were skipped, such as {skipped[0]}" if skipped else ""))
         half = len(labels) // 2
         defence = Split(defence_train=half, defence_val=len(labels) - half, from_pool=True)(
             data := ImageSet(images, labels, tuple(names)), data, rng=generator(seed, "purify/split")).defence
+    refuse_unfit(defence, names, len(adopted.model.mean.flatten()))
     save_model(work / "models" / "backdoored.safetensors", adopted.model, adopted.architecture, tuple(names))
     save_defence_set(work / "data" / "defence", defence)
     before = share(adopted.model, defence.both)
-    warnings = list(concerns(defence.both, predict(adopted.model, defence.both.images).argmax(1))) if labelled else [
+    warnings = list(concerns(defence.both, predict(adopted.model, defence.both.images))) if labelled else [
         "the images have no labels: those that the model was sure of count as what it said, so its accuracy on them says nothing,"
         " and mistakes of the model are taken for the truth"]
     if skipped:

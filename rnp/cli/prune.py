@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from pathlib import Path
 
+from rnp.cli.concerns import refuse_unfit
 from rnp.cli.options import command
 from rnp.io import load_defence_set, load_mask, load_model, save_model, whole, write_json, write_rows
 from rnp.plots import sweep_curve
@@ -17,7 +18,9 @@ def prune(options: Prune, *, model: Path, masks: Path, defence: Path, out: Path,
     """Write to OUT the repaired model, and in which order neurons may go."""
     victim, architecture, classes = load_model(model)
     mask = load_mask(masks / "mask.safetensors")
-    pruned = options(victim, mask, load_defence_set(defence).both)
+    clean = load_defence_set(defence)
+    refuse_unfit(clean, classes, len(victim.mean.flatten()))
+    pruned = options(victim, mask, clean.both)
     with whole(out) as draft:
         save_model(draft / "model.safetensors", pruned.model, architecture, classes)
         write_json(draft / "order.json", {"order": pruned.order, "pruned": pruned.chosen.pruned})

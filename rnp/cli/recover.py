@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from rnp.cli.concerns import refuse_unfit
 from rnp.cli.options import command, generator
 from rnp.cli.progress import progress
 from rnp.io import History, load_defence_set, load_model, mask_rows, save_mask, save_model, whole, write_json, write_rows
@@ -19,7 +20,9 @@ from rnp.training import accuracy, steps_per_epoch
 def recover(options: Recover, *, unlearned: Path, defence: Path, out: Path, report: Path, seed: int) -> None:
     """Write to OUT the neuron mask (safetensors and CSV) and the recovered model."""
     model, architecture, classes = load_model(unlearned / "model.safetensors")
-    clean = load_defence_set(defence).train
+    both = load_defence_set(defence)
+    refuse_unfit(both, classes, len(model.mean.flatten()))
+    clean = both.train
     total = math.ceil(options.steps / steps_per_epoch(len(clean), options.batch_size))
     with History(report / "history.csv") as history, progress("recover", total, history) as on_epoch:
         recovered = options(model, clean, rng=generator(seed, "recover"), on_epoch=on_epoch)

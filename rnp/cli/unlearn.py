@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
-
-from rnp.cli.concerns import concerns
+from rnp.cli.concerns import warn
 from rnp.cli.options import command, generator
 from rnp.cli.progress import progress
 from rnp.errors import UserError
 from rnp.io import History, load_defence_set, load_model, save_model, whole, write_json, write_rows
 from rnp.masks import maskable
 from rnp.plots import unlearning_curve
-from rnp.training import predict, steps_per_epoch
+from rnp.training import steps_per_epoch
 from rnp.unlearn import Unlearn
 
 
@@ -22,10 +20,7 @@ def unlearn(options: Unlearn, *, model: Path, defence: Path, out: Path, report: 
     """Write to OUT the unlearned model and checkpoints of the ascent, for detection."""
     victim, architecture, classes = load_model(model)
     maskable(victim)  # says now what recovery would say later
-    both = load_defence_set(defence)
-    for concern in concerns(both.both, predict(victim, both.both.images).argmax(1)):
-        click.echo(f"warning: {concern}", err=True)
-    clean = both.train
+    clean = warn(victim, classes, load_defence_set(defence)).train
     total = options.epochs * steps_per_epoch(len(clean), options.batch_size)
     with History(report / "history.csv") as history, progress("unlearn", total, history) as on_epoch:
         unlearned = options(victim, clean, rng=generator(seed, "unlearn"), on_epoch=on_epoch)

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from rnp.augment import Augment
 from rnp.defences.base import PruningDefence
 from rnp.errors import UserError
-from rnp.masks import masked, maskable, ones, spread
+from rnp.masks import bias, masked, maskable, ones, spread
 from rnp.training import Precision, fit
 from rnp.types import DefenceSet, Images, Labels, Logits, NeuronMask, OnEpoch, ignore
 
@@ -89,6 +89,6 @@ def changed(model: nn.Module, images: Images, mask: NeuronMask, scales: NeuronMa
     values = {}
     for name, layer in maskable(model).items():
         values[f"{name}.weight"] = layer.weight * spread(mask[name] + scales[name], layer.weight)
-        if layer.bias is not None:
+        if bias(layer) is not None:
             values[f"{name}.bias"] = layer.bias * (1 + biases[name])
     return functional_call(model, values, (images,))

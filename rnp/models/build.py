@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rnp.errors import UserError
-from rnp.models import plain, resnet
+from rnp.models import layered, plain, resnet
 from rnp.models.names import ARCHITECTURES, TIMM, TORCHVISION
 from rnp.registry import suggest
 from rnp.types import ImageSet
@@ -25,8 +25,12 @@ TABLE: dict[str, Callable[..., nn.Module]] = {
     "resnet50": lambda k, **kw: resnet.ResNet(resnet.Bottleneck, (3, 4, 6, 3), k, **kw),
     "preactresnet18": lambda k, **kw: resnet.ResNet(resnet.PreActivation, (2, 2, 2, 2), k, **kw),
     "wrn16_1": lambda k, **kw: resnet.ResNet(resnet.PreActivation, (2, 2, 2), k, **kw),
-    "vgg19_bn": plain.VGG,
+    "resnet18_gn": lambda k, **kw: resnet.with_group_norms(resnet.ResNet(resnet.Basic, (2, 2, 2, 2), k, **kw)),
+    "vgg11": lambda k, **kw: plain.VGG(plain.VGG11, False, k, **kw),
+    "vgg19_bn": lambda k, **kw: plain.VGG(plain.VGG19, True, k, **kw),
     "mobilenet_v2": plain.MobileNetV2,
+    "convnext": layered.ConvNeXt,
+    "vit": lambda k, **kw: layered.ViT(6, k, **kw),
 }
 assert TABLE.keys() == ARCHITECTURES.keys()
 TYPED: dict[str, Callable[..., nn.Module]] = {}
@@ -50,7 +54,10 @@ def typed(arch: str) -> None:
 
 
 class Classifier(nn.Module):
-    """[0, 1] images -> logits: subtracts the mean, divides by the deviation of each channel, then runs `net`."""
+    """[0, 1] images -> logits: subtracts the mean, divides by the deviation of each channel, then runs `net`.
+
+    Raises: UserError when `net` answers with anything but one tensor.
+    """
 
     def __init__(self, net: nn.Module, mean: Tensor, std: Tensor) -> None:
         super().__init__()
@@ -59,7 +66,11 @@ class Classifier(nn.Module):
         self.net = net
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net((images - self.mean) / self.std)
+        logits = self.net((images - self.mean) / self.std)
+        if isinstance(logits, (tuple, list, dict)):  # in this order, for PyTorch traces with stand-ins for tensors
+            raise UserError(f"{type(self.net).__name__} answers with a {type(logits).__name__} of {len(logits)} parts, not with one"
+                            " tensor of logits; rnp repairs classifiers with one head")
+        return logits
 
 
 @dataclass(frozen=True, kw_only=True)

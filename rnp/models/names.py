@@ -9,6 +9,10 @@ ARCHITECTURES = {
     "resnet50": 64,
     "preactresnet18": 64,
     "wrn16_1": 16,
+    "resnet18_gn": 64,
+    "vgg11": 64,
     "vgg19_bn": 64,
     "mobilenet_v2": 32,
+    "convnext": 40,
+    "vit": 256,
 }

@@ -1,25 +1,27 @@
-"""Networks without or with narrow residuals, shaped for small images: VGG-19-BN and MobileNetV2."""
+"""Networks without or with narrow residuals, shaped for small images: VGG with and without BatchNorm, MobileNetV2."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VGG19 = (1, 1, "pool", 2, 2, "pool", 4, 4, 4, 4, "pool", 8, 8, 8, 8, "pool", 8, 8, 8, 8)  # channels in units of `width`
+Plan = tuple[int | str, ...]
+VGG11: Plan = (1, "pool", 2, "pool", 4, 4, "pool", 8, 8, "pool", 8, 8)  # channels in units of `width`
+VGG19: Plan = (1, 1, "pool", 2, 2, "pool", 4, 4, 4, 4, "pool", 8, 8, 8, 8, "pool", 8, 8, 8, 8)
 # expansion, channels in 32nds of `width`, repeats, stride of the first: table 2 of the paper with the CIFAR strides
 MOBILE = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
 
 class VGG(nn.Module):
-    def __init__(self, classes: int, *, channels: int, width: int) -> None:
+    def __init__(self, plan: Plan, norm: bool, classes: int, *, channels: int, width: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for entry in VGG19:
+        for entry in plan:
             if entry == "pool":
                 layers.append(nn.MaxPool2d(2))
                 continue
-            layers += [nn.Conv2d(channels, entry * width, 3, padding=1, bias=False), nn.BatchNorm2d(entry * width),
-                       nn.ReLU()]
+            layers += [nn.Conv2d(channels, entry * width, 3, padding=1, bias=not norm),
+                       *([nn.BatchNorm2d(entry * width)] if norm else []), nn.ReLU()]
             channels = entry * width
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(channels, classes)

@@ -1,5 +1,6 @@
 """The commands one after another, on digits and a toy network, without DVC and MLflow; then what users do wrong."""
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from safetensors import safe_open
@@ -158,6 +160,22 @@ def other_architecture() -> None:
     rnp.io.save_tensors(Path("models/backdoored.safetensors"), tensors, meta | {"width": 8})
 
 
+def relabel(label: int) -> None:
+    """All images to optimise on are said to be of one class."""
+    data = rnp.io.load_images(Path("data/defence/train"))
+    rnp.io.save_images(Path("data/defence/train"), dataclasses.replace(data, labels=torch.full_like(data.labels, label)))
+
+
+def rename(path: str) -> None:
+    rnp.io.save_images(Path(path), dataclasses.replace(rnp.io.load_images(Path(path)), classes=tuple("abcdefghij")))
+
+
+def grey(path: str) -> None:
+    for part in ("train", "val"):
+        data = rnp.io.load_images(Path(path) / part)
+        rnp.io.save_images(Path(path) / part, dataclasses.replace(data, images=data.images[:, :1]))
+
+
 MISTAKES = {
     "misspelt option": ("unlearn", ["--lrr", "1"], None, "No such option '--lrr'. (Did you mean"),
     "bad number": ("unlearn", ["--lr", "fast"], None, "'fast' is not a valid float"),
@@ -172,6 +190,10 @@ MISTAKES = {
     "other architecture": ("unlearn", [], other_architecture, "the architecture needs"),
     "truncated images": ("unlearn", [], lambda: damage("data/defence/train/images.npy", 0.5), "is damaged"),
     "missing images": ("unlearn", [], lambda: Path("data/defence/train/images.npy").unlink(), "does not exist; run the stage"),
+    "one class alone": ("unlearn", [], lambda: relabel(0), "are of class 0; a model that says that class to anything would do"),
+    "one class for another defence": ("defend ft", [], lambda: relabel(3), "images to optimise on are of class 3"),
+    "other classes": ("recover", [], lambda: rename("data/defence/val"), "the defence set has 10 classes (a, b, c, d, e and 5 more)"),
+    "other channels": ("prune", [], lambda: grey("data/defence"), "images of the defence set are [1, 16, 16]; the model takes 3"),
     "too many images": ("prepare", ["--defence_train", "2000"], None, "ask for fewer"),
     "no data set": ("prepare", ["--set", "cifar10"], None, "point RNP_DATA at its folder"),
     "no folder": ("prepare", ["--set", "imagefolder"], None, "set datasets.imagefolder.path"),
@@ -205,6 +227,13 @@ def test_a_stop_that_is_never_reached_is_told_and_still_writes_a_model(run, caps
     assert "accuracy never fell to 0.0001" in capsys.readouterr().out
     assert json.loads(Path("reports/unlearn/metrics.json").read_text())["reached"] is False
     assert Path("models/unlearned/model.safetensors").exists()
+
+
+def test_scattered_wrong_labels_are_told(run, capsys):
+    data = rnp.io.load_images(Path("data/defence/val"))
+    rnp.io.save_images(Path("data/defence/val"), dataclasses.replace(data, labels=data.labels.flip(0)))
+    assert run("unlearn", "--epochs", "1") == 0
+    assert "near chance" in (said := capsys.readouterr().err) or "sure of another class" in said, said
 
 
 def test_a_non_finite_loss_ends_in_one_line(run, capsys):

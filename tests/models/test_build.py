@@ -7,6 +7,7 @@ from torch import nn
 from rnp.errors import UserError
 from rnp.masks import maskable
 from rnp.models.build import Architecture, Classifier, statistics
+from rnp.models.layered import places
 from rnp.models.names import ARCHITECTURES
 from rnp.types import ImageSet
 
@@ -89,3 +90,33 @@ def test_statistics_are_those_of_the_floats(toy_set):
 def test_torchvision_networks_with_helpers_answer_with_logits(rng):
     model = build("torchvision:googlenet", width=0, rng=rng())
     assert model.train()(torch.rand(2, 3, 64, 64, generator=rng())).shape == (2, 5)
+
+
+class Two(nn.Module):
+    def forward(self, images):
+        return images, images
+
+
+def test_two_heads_are_refused():
+    with pytest.raises(UserError, match="Two answers with a tuple of 2 parts, not with one tensor of logits"):
+        Classifier(Two(), MEAN, STD)(torch.rand(1, 3, 4, 4))
+
+
+def test_no_batch_norm_is_left_where_groups_take_its_place(rng):
+    norms = [module for module in build("resnet18_gn", width=24, rng=rng()).modules() if isinstance(module, nn.GroupNorm)]
+    assert len(norms) == 20 and not any(isinstance(module, nn.BatchNorm2d) for module in build("resnet18_gn", rng=rng()).modules())
+    assert all(norm.num_groups == min(32, norm.num_channels // 8) for norm in norms)
+
+
+@pytest.mark.parametrize("arch, sides", [("vit", (16, 32, 40)), ("convnext", (16, 32, 40))])
+def test_layered_networks_take_images_of_any_size(arch, sides, rng):
+    model = build(arch, rng=rng()).eval()
+    assert all(model(torch.rand(2, 3, side, side, generator=rng())).isfinite().all() for side in sides)
+
+
+def test_a_transformer_knows_where_things_are():
+    """Four waves for the row and four for the column, at angles of 1, .1, .01 and .001 a step; no two places are alike."""
+    found = places(torch.zeros(1, 16, 3, 5))[0]
+    assert found.shape == (15, 16) and len(found.unique(dim=0)) == 15
+    row, column = torch.tensor([2 * 10.0**-i for i in range(4)]), torch.tensor([4 * 10.0**-i for i in range(4)])
+    assert torch.allclose(found[-1], torch.cat([row.sin(), row.cos(), column.sin(), column.cos()]), atol=1e-6)

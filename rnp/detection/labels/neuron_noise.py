@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rnp.detection.base import LabelDetector
 from rnp.errors import UserError
-from rnp.masks import maskable
+from rnp.masks import bias, maskable
 from rnp.metrics import class_shares
 from rnp.training import Precision, autocast, device_of, predict
 from rnp.types import ImageSet, to_floats
@@ -61,7 +61,7 @@ class NeuronNoise(LabelDetector):
         """A copy whose BatchNorm scales and biases are changed by at most `strength` times themselves."""
         device = device_of(model)
         disturbed = copy.deepcopy(model).eval().requires_grad_(False)
-        free = [p for layer in maskable(disturbed).values() for p in (layer.weight, layer.bias) if p is not None]
+        free = [p for layer in maskable(disturbed).values() for p in (layer.weight, bias(layer)) if p is not None]
         centres, reaches = [p.clone() for p in free], [self.strength * p.abs() for p in free]
         for p, reach in zip(free, reaches):
             p += reach * (2 * torch.rand(p.shape, generator=rng) - 1).to(device)

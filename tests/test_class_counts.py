@@ -1,0 +1,95 @@
+"""The whole method and the detectors of the label, on a network that is right by construction, for two to two hundred classes."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rnp.attacks.base import backdoored_test_set
+from rnp.attacks.badnets import BadNets
+from rnp.detection.labels.class_shares import ClassShares
+from rnp.detection.labels.mm_bd import MMBD
+from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
+from rnp.detection.labels.neuron_noise import NeuronNoise
+from rnp.detection.triggers.neural_cleanse import NeuralCleanse
+from rnp.errors import UserError
+from rnp.metrics import defence_effectiveness, score
+from rnp.prune import Prune
+from rnp.recover import Recover
+from rnp.types import ImageSet, to_bytes
+from rnp.unlearn import Unlearn
+
+COUNTS, TARGET = (2, 10, 43, 200), 1
+
+
+def colours(k):
+    """`k` points, as far apart as a grid allows."""
+    line = torch.linspace(0.1, 0.7, math.ceil(k ** (1 / 3) - 1e-9) if k > 2 else 2)
+    return torch.cartesian_prod(line, line, line)[:: 1 if k > 2 else 7][:k]
+
+
+def painted(k, n, rng):
+    """Images that are one colour per class, with noise."""
+    labels = torch.arange(n) % k
+    return ImageSet(to_bytes(colours(k)[labels][:, :, None, None] + 0.03 * torch.randn(n, 3, 8, 8, generator=rng)), labels,
+                    tuple(map(str, range(k))))
+
+
+class Nearest(nn.Module):
+    """The class of the nearest colour; channels 3 to 5 fire on white, which BadNets paints, and lead to the target."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Linear(6, k)
+        with torch.no_grad():
+            self.conv.weight.copy_(torch.cat([torch.eye(3), torch.ones(3, 3)]).view(6, 3, 1, 1))
+            self.conv.bias.copy_(torch.tensor([0.0] * 3 + [-2.8] * 3))
+            points = colours(k)
+            sharpness = 5 / torch.pdist(points).min() ** 2  # a lead of 5 over the next class: surer models have no gradient left
+            self.fc.weight.zero_()
+            self.fc.weight[:, :3] = 2 * sharpness * points
+            self.fc.weight[TARGET, 3:] = 40 * sharpness
+            self.fc.bias.copy_(-sharpness * points.square().sum(1))
+
+    def forward(self, x):
+        return self.fc(F.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("k", COUNTS)
+def test_from_the_backdoored_model_to_the_metrics(k, rng):
+    model, clean, test = Nearest(k).eval(), painted(k, max(40, 2 * k), rng()), painted(k, max(40, k), rng(1))
+    trigger = BadNets(target_label=TARGET).make_trigger(clean, rng=rng())
+    attacked = backdoored_test_set(trigger, test, TARGET)
+    before = score(model, test, attacked, TARGET)
+    assert before.clean_accuracy.value > 0.99 and before.attack_success_rate.value > 0.99
+    assert before.attack_success_rate.n == int((test.labels != TARGET).sum())
+    unlearned = Unlearn(lr=0.05, epochs=60, bn_mode="frozen")(model, clean, rng=rng())
+    assert unlearned.reached and unlearned.accuracy <= 0.5
+    recovered = Recover(steps=20, bn_mode="frozen")(unlearned.model, clean, rng=rng())
+    assert [len(value) for value in recovered.mask.values()] == [6]
+    pruned = Prune(max_fraction=0.5, tolerance=0.01)(model, recovered.mask, clean)
+    after = score(pruned.model, test, attacked, TARGET)
+    assert after.clean_accuracy.value >= before.clean_accuracy.value - 0.05, "skip leaves what clean images need"
+    assert 0 <= defence_effectiveness(before, after) <= 1 and after.attack_success_rate.value + after.robust_accuracy.value <= 1
+    shares = ClassShares().from_trajectory(unlearned.trajectory)
+    assert shares.shape == (k,) and ((shares >= 0) & (shares <= 1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("k", COUNTS)
+def test_every_detector_scores_every_class(k, rng):
+    model, clean = Nearest(k).eval(), painted(k, max(40, k), rng())
+    index = NeuralCleanseIndex()
+    found = {"noise": (by := NeuronNoise(copies=2), by.score(model, clean, rng=rng())),
+             "index": (index, index.from_triggers(NeuralCleanse(steps=2, batch_size=2).recover(model, clean, rng=rng())))}
+    margin = MMBD(starts=1, steps=2)
+    if k > 2:
+        found["margin"] = margin, margin.score(model, clean, rng=rng())
+    else:
+        with pytest.raises(UserError, match="got 2 classes; use class_shares"):
+            margin.score(model, clean, rng=rng())
+    for name, (detector, scores) in found.items():
+        assert scores.shape == (k,) and scores.isfinite().all(), name
+        label = detector.verdict(scores).label
+        assert label is None or 0 <= label < k
