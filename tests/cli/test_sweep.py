@@ -1,5 +1,6 @@
 """A grid on a project of two trivial stages: every point ends as `dvc repro` would end it, whoever is killed meanwhile."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ import os, pathlib, sys, time
 stage, value, *reads = sys.argv[1:]
 came = "".join(pathlib.Path(name).read_text() for name in reads)
 log = pathlib.Path(os.environ["TOY"])
+(log / "environment").write_text("\\n".join(f"{name}={text}" for name, text in os.environ.items()))
 def say(what):
     with (log / "log").open("a") as file:
         file.write(f"{what} {came}{stage}{value}\\n")
@@ -156,6 +158,15 @@ def test_the_sweep_is_killed_and_goes_on(toy):
     assert "4 of 4 configurations to run" in toy.sweep(*GRID), "other code, another result"
 
 
+def test_stages_find_what_the_checkout_has(toy):
+    toy.env |= {"RNP_DATA": "../images", "MLFLOW_TRACKING_URI": "sqlite:///runs/mlflow.db"}
+    toy.sweep("-S", "a.value=1", "--target", "a", "--threads", "3", "--out", "../elsewhere")
+    env = dict(line.split("=", 1) for line in (toy.facts / "environment").read_text().splitlines() if "=" in line)
+    assert env["RNP_DATA"] == f"{toy.root}/../images" and env["MLFLOW_TRACKING_URI"] == f"sqlite:///{toy.root}/runs/mlflow.db"
+    assert (env["DVC_ROOT"], env["DVC_EXP_NAME"], env["OMP_NUM_THREADS"]) == (str(toy.root), "a.value=1", "3")
+    assert (toy.root.parent / "elsewhere/a.value=1/a.txt").read_text() == "a1 "
+
+
 def test_an_interrupted_sweep_leaves_nothing_at_work(toy):
     toy.hang("a1 b1")
     process = toy.start(*GRID, "--workers", "1")
@@ -241,6 +252,20 @@ def test_rows_that_a_table_would_confuse(tmp_path):
     check_rows_differ(made[:2])
     with pytest.raises(UserError, match="which 1-1 and 1-2 share"):
         check_rows_differ(made)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is an extra")
+def test_ray_loses_a_worker(toy):
+    """It starts the task anew elsewhere, which ends what the lost one left."""
+    toy.hang("a1 b2")
+    process = toy.start(*GRID, "--ray", "--threads", "1")
+    toy.wait_for_hanging()
+    (dvc,) = (each for each in toy.at_work() if each.cwd().endswith(NAMES[1]) and "repro_once.py" in " ".join(each.cmdline()))
+    assert "ray" in dvc.parent().name()
+    dvc.parent().kill()
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, out + err
+    assert toy.log() == ONCE | {"begin a1 b2": 2} and toy.at_work() == []
 
 
 def test_without_ray_it_says_so(toy, monkeypatch):
