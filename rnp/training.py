@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rnp.augment import Augment
 from rnp.errors import NonFinite, UserError
+from rnp.models.parallel import Team, processes, team
 from rnp.types import Epoch, ImageSet, Images, Labels, Logits, OnEpoch, ignore, to_floats
 
 Objective = Callable[[Images, Labels], tuple[Tensor, Logits]]
@@ -24,11 +25,13 @@ EVAL_BATCH = 500
 
 
 def default_device() -> torch.device:
-    """`RNP_DEVICE`, else a GPU when there is one, else the CPU.
+    """`RNP_DEVICE`, else a GPU when there is one (under torchrun one for each process), else the CPU.
 
     Raises: UserError when `RNP_DEVICE` names no device of this machine.
     """
     wanted = os.environ.get("RNP_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "cuda" and processes() > 1:
+        wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         return torch.empty(0, device=wanted).device
     except (RuntimeError, AssertionError) as error:
@@ -71,12 +74,14 @@ def fit(
     stop_step: Callable[[int], bool] = lambda step: False,
     stop_epoch: Callable[[Epoch], bool] = lambda epoch: False,
     on_epoch: OnEpoch = ignore,
+    together: Team | None = None,
 ) -> list[Epoch]:
     """Minimise `objective` over shuffled batches of `data`, changing in place whatever `optimiser` holds.
 
     `schedule` maps the epochs done so far, a fraction, to a factor on the learning rate; `after_step` runs after every
     step; `stop_step`, given the number of steps done, and `stop_epoch` end the run when true. The mode of `model` (train or eval) is the
-    caller's. Drawn at random from `rng`: the order of the images and their augmentation.
+    caller's. Drawn at random from `rng`: the order of the images and their augmentation; by each process of `together` alike,
+    which then takes its slice of the batch.
 
     Raises: NonFinite after an epoch whose loss was NaN or infinite.
     """
@@ -94,20 +99,25 @@ def fit(
             images = augment(to_floats(data.images[positions].to(device)), rng=rng)
             images = images.contiguous(memory_format=torch.channels_last)
             labels = data.labels[positions].to(device)
+            if together is not None:
+                images, labels = together.take(images, labels)
             with autocast(precision, device):
                 loss, logits = objective(images, labels)
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward() if together is None else together.backward(loss, held)
             if clip_norm is not None:
                 norm = nn.utils.clip_grad_norm_(held, clip_norm)
             optimiser.step()
             after_step()
             step += 1
             correct = (logits.detach().argmax(1) == labels).sum()
-            sums += torch.stack([loss.detach().double() * len(labels), correct.double(), correct.new_tensor(len(labels)).double()])
+            row = torch.stack([loss.detach().double() * len(labels), correct.double(), correct.new_tensor(len(labels)).double()])
+            sums += row if together is None else row * together.counts
             stopped = stop_step(step) or step == max_steps
             if stopped:
                 break
+        if together is not None:
+            torch.distributed.all_reduce(sums)
         total, correct, seen = sums.tolist()
         if not math.isfinite(total):
             raise NonFinite(step)
@@ -165,13 +175,14 @@ class Train:
             raise UserError(f"train.warm_up must be in [0, 1), got {self.warm_up}")
 
     def __call__(self, model: nn.Module, data: ImageSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> nn.Module:
-        """Train `model` in place and return it in eval mode."""
+        """Train `model` in place and return it in eval mode; under torchrun all processes train one model."""
         optimiser = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0,
                                     weight_decay=self.weight_decay)
-        fit(model.train(), data, objective=cross_entropy(model, self.label_smoothing), optimiser=optimiser,
-            epochs=self.epochs, batch_size=self.batch_size, rng=rng, augment=self.augment,
-            schedule=lambda epoch: one_cycle(epoch / self.epochs, self.warm_up), precision=self.precision,
-            on_epoch=on_epoch)
+        with team(model) as together:
+            fit(model.train(), data, objective=cross_entropy(model, self.label_smoothing), optimiser=optimiser,
+                epochs=self.epochs, batch_size=self.batch_size, rng=rng, augment=self.augment,
+                schedule=lambda epoch: one_cycle(epoch / self.epochs, self.warm_up), precision=self.precision,
+                on_epoch=on_epoch, together=together)
         return model.eval()
 
 

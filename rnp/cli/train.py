@@ -10,12 +10,14 @@ from rnp.cli.progress import progress
 from rnp.io import History, load_images, load_model, load_poisoned, save_images, save_model, save_trigger, sha256, whole, write_json
 from rnp.metrics import gate_reason, score
 from rnp.models.build import Architecture, statistics
+from rnp.models.parallel import leads
 from rnp.plots import training_curves
 from rnp.registry import load
 from rnp.training import Train, accuracy, default_device
 
 
-@command("train", Architecture, Train, inputs=("pool", "poisoned", "test", "twin"), outs=("out", "triggered"))
+@command("train", Architecture, Train, inputs=("pool", "poisoned", "test", "twin"), outs=("out", "triggered"),
+         parallel=True)
 def train(architecture: Architecture, recipe: Train, *, pool: Path, poisoned: Path, test: Path, twin: Path, out: Path,
           triggered: Path, report: Path, seed: int) -> None:
     """Write the backdoored model to OUT; to TRIGGERED the test images with the trigger on, the trigger and the gate."""
@@ -27,6 +29,8 @@ def train(architecture: Architecture, recipe: Train, *, pool: Path, poisoned: Pa
     model = architecture.build(len(data.classes), data.shape[0], *statistics(data), rng=rng).to(default_device())
     with History(report / "history.csv") as history, progress("train", recipe.epochs, history) as on_epoch:
         model, trigger = attack.train(model, data, changes.trigger, recipe, rng=rng, on_epoch=on_epoch)
+    if not leads():
+        return
     tests = load_images(test)
     attacked = backdoored_test_set(trigger, tests, attack.target)
     scores = score(model, tests, attacked, attack.target, precision=recipe.precision)
