@@ -11,6 +11,7 @@ import click
 
 from rnp.cli.check import check_params, read_params
 from rnp.cli.main import guard
+from rnp.errors import UserError
 from rnp.io import History, write_json
 from rnp.memory import keep_freed_pages
 from rnp.models.parallel import leads
@@ -22,9 +23,9 @@ PARAMS = Path("params.yaml")
 def run(command: click.Command) -> None:
     """Run `command` on the arguments of this process; MLflow sees its options, history, end values and figures."""
     keep_freed_pages()
-    multiply(command)
     try:
         with guard():
+            multiply(command)
             work(parse(command, sys.argv[1:]))
     except click.ClickException as error:
         error.show()
@@ -34,12 +35,15 @@ def run(command: click.Command) -> None:
 
 
 def multiply(command: click.Command) -> None:
-    """Become torchrun with RNP_PROCESSES of us, where that asks for several and the command can share its work."""
+    """Become torchrun with RNP_PROCESSES of us, where that asks for several and the command can share its work.
+
+    Raises: UserError when it is no number of processes.
+    """
     count = os.environ.get("RNP_PROCESSES", "1")
     if not getattr(command, "parallel", False) or "RANK" in os.environ or count == "1":
         return
     if not count.isdecimal() or count == "0":
-        sys.exit(f"error: RNP_PROCESSES must be a whole number above 0, got {count!r}")
+        raise UserError(f"RNP_PROCESSES must be a whole number above 0, got {count!r}")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(count))))
     os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
                               "-m", f"stages.{command.name}", *sys.argv[1:]])
