@@ -22,6 +22,7 @@ from torch import Tensor
 from rnp.attacks.base import Poisoned
 from rnp.errors import UserError
 from rnp.models.build import Architecture, Classifier
+from rnp.models.parallel import leads
 from rnp.training import default_device
 from rnp.types import DefenceSet, Epoch, ImageSet, NeuronMask, Trigger
 
@@ -78,7 +79,7 @@ class History:
     listeners: list[Callable[[dict[str, float]], None]] = []
 
     def __init__(self, path: Path | None) -> None:
-        self.path, self.file = path, None
+        self.path, self.file = path if leads() else None, None
 
     def __call__(self, epoch: Epoch) -> None:
         row = epoch.row()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rnp.augment import Augment, shrink
 from rnp.errors import NonFinite, UserError
+from rnp.models.parallel import Team, processes, team
 from rnp.types import Epoch, ImageSet, Images, Indices, Labels, Logits, OnEpoch, ignore, to_floats
 
 Objective = Callable[[Images, Labels], tuple[Tensor, Logits]]
@@ -28,11 +29,13 @@ EVAL_VALUES = 2**23  # of images in one forward pass; the activations of its fir
 
 
 def default_device() -> torch.device:
-    """`RNP_DEVICE`, else a GPU when there is one, else the CPU.
+    """`RNP_DEVICE`, else a GPU when there is one (under torchrun one for each process), else the CPU.
 
     Raises: UserError when `RNP_DEVICE` names no device of this machine.
     """
     wanted = os.environ.get("RNP_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "cuda" and processes() > 1:
+        wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         return torch.empty(0, device=wanted).device
     except (RuntimeError, AssertionError) as error:
@@ -93,13 +96,15 @@ def fit(
     stop_epoch: Callable[[Epoch], bool] = lambda epoch: False,
     on_epoch: OnEpoch = ignore,
     on_batch: OnBatch = lambda positions, labels, logits: None,
+    together: Team | None = None,
 ) -> list[Epoch]:
     """Minimise `objective` over shuffled batches of `data`, changing in place whatever `optimiser` holds.
 
     `schedule` maps the epochs done so far, a fraction, to a factor on the learning rate, `side` to one on the side of the
     images; `after_step` runs after every
     step; `stop_step`, given the number of steps done, and `stop_epoch` end the run when true. The mode of `model` (train or eval) is the
-    caller's. Drawn at random from `rng`: the order of the images and their augmentation.
+    caller's. Drawn at random from `rng`: the order of the images and their augmentation; by each process of `together` alike,
+    which then takes its slice of the batch.
 
     Raises: NonFinite after an epoch whose loss was NaN or infinite; UserError when BatchNorm is given a single value.
     """
@@ -118,27 +123,32 @@ def fit(
             images = shrink(augment(to_floats(images.to(device)), rng=rng), side(step / per_epoch))
             images = images.contiguous(memory_format=torch.channels_last)
             labels = data.labels[positions].to(device)
+            own, truth = (images, labels) if together is None else together.take(images, labels)
             try:
                 with autocast(precision, device):
-                    loss, logits = objective(images, labels)
+                    loss, logits = objective(own, truth)
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise
                 raise UserError(f"of {len(data)} images in batches of {batch_size} one is left alone, and a BatchNorm that sees a single"
                                 " value learns nothing; choose another batch_size") from error
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward() if together is None else together.backward(loss, held)
             if clip_norm is not None:
                 norm = nn.utils.clip_grad_norm_(held, clip_norm)
             optimiser.step()
             after_step()
-            on_batch(positions, labels, logits.detach())
+            logits = logits.detach()
+            on_batch(positions, labels, logits if together is None else together.whole(logits, len(labels)))
             step += 1
-            correct = (logits.detach().argmax(1) == labels).sum()
-            sums += torch.stack([loss.detach().double() * len(labels), correct.double(), correct.new_tensor(len(labels)).double()])
+            correct = (logits.argmax(1) == truth).sum()
+            row = torch.stack([loss.detach().double() * len(truth), correct.double(), correct.new_tensor(len(truth)).double()])
+            sums += row if together is None else row * together.counts
             stopped = stop_step(step) or step == max_steps
             if stopped:
                 break
+        if together is not None:
+            torch.distributed.all_reduce(sums)
         total, correct, seen = sums.tolist()
         if not math.isfinite(total):
             raise NonFinite(step)
@@ -221,17 +231,18 @@ class Train:
 
     def __call__(self, model: nn.Module, data: ImageSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore,
                  on_batch: OnBatch = lambda positions, labels, logits: None) -> nn.Module:
-        """Train `model` in place and return it in eval mode."""
+        """Train `model` in place and return it in eval mode; under torchrun all processes train one model."""
         if self.optimiser == "adamw":
             optimiser = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
         else:
             optimiser = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0,
                                         weight_decay=self.weight_decay)
-        fit(model.train(), data, objective=cross_entropy(model, self.label_smoothing), optimiser=optimiser,
-            epochs=self.epochs, batch_size=self.batch_size, rng=rng, augment=self.augment,
-            schedule=lambda epoch: one_cycle(epoch / self.epochs, self.warm_up),
-            side=lambda epoch: growing(epoch / self.epochs, self.grow_from, self.grow_until), precision=self.precision,
-            on_epoch=on_epoch, on_batch=on_batch)
+        with team(model) as together:
+            fit(model.train(), data, objective=cross_entropy(model, self.label_smoothing), optimiser=optimiser,
+                epochs=self.epochs, batch_size=self.batch_size, rng=rng, augment=self.augment,
+                schedule=lambda epoch: one_cycle(epoch / self.epochs, self.warm_up),
+                side=lambda epoch: growing(epoch / self.epochs, self.grow_from, self.grow_until), precision=self.precision,
+                on_epoch=on_epoch, on_batch=on_batch, together=together)
         return model.eval()
 
 

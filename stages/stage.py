@@ -11,8 +11,10 @@ import click
 
 from rnp.cli.check import check_params, read_params
 from rnp.cli.main import guard
+from rnp.errors import UserError
 from rnp.io import History, write_json
 from rnp.memory import keep_freed_pages
+from rnp.models.parallel import leads
 from rnp.tracking import stage_run
 
 PARAMS = Path("params.yaml")
@@ -23,12 +25,28 @@ def run(command: click.Command) -> None:
     keep_freed_pages()
     try:
         with guard():
+            multiply(command)
             work(parse(command, sys.argv[1:]))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except click.exceptions.Exit as end:
         sys.exit(end.exit_code)
+
+
+def multiply(command: click.Command) -> None:
+    """Become torchrun with RNP_PROCESSES of us, where that asks for several and the command can share its work.
+
+    Raises: UserError when it is no number of processes.
+    """
+    count = os.environ.get("RNP_PROCESSES", "1")
+    if not getattr(command, "parallel", False) or "RANK" in os.environ or count == "1":
+        return
+    if not count.isdecimal() or count == "0":
+        raise UserError(f"RNP_PROCESSES must be a whole number above 0, got {count!r}")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(count))))
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
+                              "-m", f"stages.{command.name}", *sys.argv[1:]])
 
 
 def parse(command: click.Command, arguments: list[str]) -> click.Context:
@@ -44,6 +62,10 @@ def work(context: click.Context) -> None:
     params = read_params(PARAMS)
     check_params(params)
     stage = os.environ.get("DVC_STAGE", context.command_path).replace("@", "/").replace(" ", "/")
+    if not leads():
+        with context:
+            context.command.invoke(context)
+        return
     report = context.params["report"]
     options = {name.replace("__", "."): value for name, value in context.params.items() if not isinstance(value, Path)}
     with stage_run(stage, options, params["poison"]["attack"]) as tracked:

@@ -30,6 +30,7 @@ COMMANDS = {
     "controls": "Ask of a repair what it costs a benign model, how soon the backdoor returns, what fewer images do.",
     "evaluate": "Measure CA, ASR, RA and DER of every model.",
     "report": "Write one self-contained page about everything.",
+    "sweep": "Run a grid of configurations, several at a time.",
     "rows": "Append finished runs to a table of results.",
     "table": "Print finished runs as one table, with means over seeds.",
     "purify": "Repair a stranger's model with a folder of clean images.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -86,17 +87,19 @@ def from_section(cls: type, section: dict[str, object], prefix: str = "") -> obj
 
 
 def command(name: str, *hyperparameters: type | tuple[type, str], inputs: tuple[str, ...] = (), outs: tuple[str, ...] = ("out",),
-            seed: bool = True) -> Callable:
+            seed: bool = True, parallel: bool = False) -> Callable:
     """A stage as a click command.
 
     The function is called with the inputs and outputs as paths, `seed`, `report`, and one instance of each class in
-    `hyperparameters` (with a prefix where a tuple gives one), in that order.
+    `hyperparameters` (with a prefix where a tuple gives one), in that order. Under torchrun only those run that are `parallel`.
     """
 
     def decorate(function: Callable) -> click.Command:
         pairs = [h if isinstance(h, tuple) else (h, "") for h in hyperparameters]
 
         def run(**values: object) -> None:
+            if not parallel and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise UserError(f"{name} is no work for several processes; run it without torchrun")
             built = [build(cls, values, prefix) for cls, prefix in pairs]
             function(*built, **values)
 
@@ -113,6 +116,7 @@ def command(name: str, *hyperparameters: type | tuple[type, str], inputs: tuple[
                                help="what an earlier stage made")(run)
         made = click.command(name)(run)
         made.work = function  # for those who have the options already
+        made.parallel = parallel
         return made
 
     return decorate

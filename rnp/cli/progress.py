@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from rnp.models.parallel import leads
 from rnp.types import Epoch, OnEpoch
 
 
@@ -17,7 +18,7 @@ def progress(what: str, total: int | None, *listeners: OnEpoch) -> Iterator[OnEp
         for listener in listeners:
             listener(epoch)
 
-    if not sys.stderr.isatty():
+    if not (leads() and sys.stderr.isatty()):
         yield tell
         return
     from rich.console import Console

@@ -11,12 +11,14 @@ from rnp.io import (History, load_images, load_model, load_poisoned, save_array,
                     write_json)
 from rnp.metrics import EarlyLoss, Recorded, gate_reason, score
 from rnp.models.build import Architecture, statistics
+from rnp.models.parallel import leads
 from rnp.plots import training_curves
 from rnp.registry import load
 from rnp.training import Train, accuracy, default_device
 
 
-@command("train", Architecture, Train, inputs=("pool", "poisoned", "test", "twin"), outs=("out", "triggered"))
+@command("train", Architecture, Train, inputs=("pool", "poisoned", "test", "twin"), outs=("out", "triggered"),
+         parallel=True)
 def train(architecture: Architecture, recipe: Train, *, pool: Path, poisoned: Path, test: Path, twin: Path, out: Path,
           triggered: Path, report: Path, seed: int) -> None:
     """Write the backdoored model to OUT; to TRIGGERED what detectors are scored with.
@@ -33,6 +35,8 @@ def train(architecture: Architecture, recipe: Train, *, pool: Path, poisoned: Pa
     recorded = Recorded(**vars(recipe), losses=losses)
     with History(report / "history.csv") as history, progress("train", recipe.epochs, history) as on_epoch:
         model, trigger = attack.train(model, data, changes.trigger, recorded, rng=rng, on_epoch=on_epoch)
+    if not leads():
+        return
     tests = load_images(test)
     attacked = backdoored_test_set(trigger, tests, attack.target)
     scores = score(model, tests, attacked, attack.target, precision=recipe.precision)
