@@ -67,9 +67,10 @@ def attention(model: nn.Module, images: Images) -> tuple[list[Float[Tensor, "n _
     """
     last: dict[torch.Size, Tensor] = {}
 
-    def keep(_: nn.Module, __: tuple, output: object) -> None:
+    def keep(module: nn.Module, _: tuple, output: object) -> None:
         if isinstance(output, Tensor) and output.dim() == 4 and output.shape[2:].numel() > 1:
-            last[output.shape[2:]] = output
+            if isinstance(module, nn.Conv2d) or output.shape[2:] in last:  # others may have their channels last
+                last[output.shape[2:]] = output
 
     handles = [module.register_forward_hook(keep) for module in model.modules()]
     try:
