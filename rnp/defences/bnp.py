@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from rnp.defences.base import PruningDefence, highest_first
 from rnp.masks import batch_norms, maskable
-from rnp.training import EVAL_BATCH, device_of
+from rnp.training import device_of, eval_batches
 from rnp.types import DefenceSet, ImageSet, NeuronMask, OnEpoch, ignore, to_floats
 
 
@@ -39,7 +38,7 @@ def with_statistics_of(data: ImageSet, model: nn.Module) -> nn.Module:
     for layer in maskable(copied).values():
         layer.train().reset_running_stats()
         layer.momentum = None  # the plain average over batches
-    for part in data.images.chunk(math.ceil(len(data) / EVAL_BATCH)):  # of like sizes, since each batch counts alike
+    for part in data.images.chunk(len(eval_batches(data.images))):  # of like sizes, since each batch counts alike
         copied(to_floats(part.to(device_of(copied))))
     return copied
 

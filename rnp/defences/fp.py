@@ -14,7 +14,7 @@ from rnp.defences.base import Repaired, TuningDefence
 from rnp.errors import UserError
 from rnp.features import features, head
 from rnp.prune import Meter, Point, last_within
-from rnp.training import EVAL_BATCH, device_of
+from rnp.training import device_of, eval_batches
 from rnp.types import DefenceSet, ImageSet, OnEpoch, ignore, to_floats
 
 
@@ -71,4 +71,4 @@ class FP(TuningDefence):
 def seen(model: nn.Module, clean: ImageSet) -> Float[Tensor, "n d"]:
     """What the classifier at the end reads of each image."""
     device = device_of(model)
-    return torch.cat([features(model, to_floats(part.to(device)))[0] for part in clean.images.split(EVAL_BATCH)])
+    return torch.cat([features(model, to_floats(part.to(device)))[0] for part in eval_batches(clean.images)])

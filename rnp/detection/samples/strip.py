@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rnp.detection.base import SampleDetector
 from rnp.errors import UserError
-from rnp.training import EVAL_BATCH, Precision, predict
+from rnp.training import Precision, eval_batches, predict
 from rnp.types import Bytes, ImageSet, Images, Logits, to_floats
 
 EPS = 1e-12
@@ -39,7 +39,7 @@ class Strip(SampleDetector):
               unlearned: nn.Module | None = None) -> Float[Tensor, "n"]:
         drawn = torch.randint(len(clean), (self.overlays,), generator=rng)
         overlays = to_floats(clean.images[drawn])  # [m, c, h, w]
-        parts = images.split(EVAL_BATCH)
+        parts = eval_batches(images)
         return torch.cat([-self._entropies(model, to_floats(part), overlays).mean(0) for part in parts])
 
     def _entropies(self, model: nn.Module, images: Images, overlays: Float[Tensor, "m c h w"]) -> Float[Tensor, "m n"]:
