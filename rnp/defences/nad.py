@@ -66,11 +66,16 @@ def attention(model: nn.Module, images: Images) -> tuple[list[Float[Tensor, "n _
     Raises: UserError when no layer puts out a feature map of more than one pixel.
     """
     last: dict[torch.Size, Tensor] = {}
+    maps: set[torch.Size] = set()
+    channels_last: set[torch.Size] = set()  # sizes that layers seem to put out whose channels come last
 
     def keep(module: nn.Module, _: tuple, output: object) -> None:
         if isinstance(output, Tensor) and output.dim() == 4 and output.shape[2:].numel() > 1:
-            if isinstance(module, nn.Conv2d) or output.shape[2:] in last:  # others may have their channels last
-                last[output.shape[2:]] = output
+            last[output.shape[2:]] = output
+            if isinstance(module, nn.Linear | nn.LayerNorm):
+                channels_last.add(output.shape[2:])
+            elif isinstance(module, nn.Conv2d):
+                maps.add(output.shape[2:])
 
     handles = [module.register_forward_hook(keep) for module in model.modules()]
     try:
@@ -78,6 +83,7 @@ def attention(model: nn.Module, images: Images) -> tuple[list[Float[Tensor, "n _
     finally:
         for handle in handles:
             handle.remove()
+    last = {shape: output for shape, output in last.items() if shape not in channels_last - maps}
     if not last:
         raise UserError(f"no layer of {type(model).__name__} puts out a feature map, and nad compares those;"
                         " choose a convolutional architecture")
