@@ -1,6 +1,6 @@
 """The published RNP procedure, restated plainly: the benchmark runs against it, and the parity tests hold ours to it.
 
-Source: RNP's main.py (github.com/bboylyg/RNP, eeae192), read and written anew.
+Source: the authors' release of December 2023 (main.py, mask_batchnorm.py), restated from a description of it; no line is theirs.
 Differs: the weights ask for no gradient while the masks learn, which favours it; its clipping, which acts on empty gradients, is
 left out.
 """
