@@ -44,9 +44,9 @@ def call(*command: str | Path, folder: Path = ROOT, env: dict[str, str] | None =
     return done.stdout
 
 
-def measure(name: str, **arguments: object) -> Result:
+def measure(what: str, /, **arguments: object) -> Result:
     """The result of a function of `benchmarks.measure`."""
-    return json.loads(call(sys.executable, "-m", "benchmarks.measure", name, json.dumps(arguments)).splitlines()[-1])
+    return json.loads(call(sys.executable, "-m", "benchmarks.measure", what, json.dumps(arguments)).splitlines()[-1])
 
 
 def repeat(asked: dict[str, Callable[[], Result]], repeats: int) -> Runs:

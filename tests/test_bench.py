@@ -213,3 +213,9 @@ def test_a_part_is_run_and_written(tmp_path, monkeypatch):
     record = json.loads((tmp_path / "results/json").read_text())
     assert record["seconds"] == {"noop_repro": 1.5} and len(record["parts"]["noop"]["runs"]["repro"]) == 2
     assert record["parts"]["noop"]["machine"] == record["machine"] and "Nothing to do" in (tmp_path / "results/page").read_text()
+
+
+def test_a_measurement_may_have_an_argument_called_name(monkeypatch):
+    asked = []
+    monkeypatch.setattr("benchmarks.process.call", lambda *words: asked.append(words) or '{"seconds": 1}')
+    assert measure("poison", name="badnets") == {"seconds": 1} and json.loads(asked[0][-1]) == {"name": "badnets"}
