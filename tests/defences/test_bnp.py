@@ -41,7 +41,7 @@ def test_the_statistics_are_those_of_one_pass_in_train_mode(trained, toy_set, un
 
 
 def test_batches_are_of_like_sizes_and_count_alike(trained, toy_set, monkeypatch):
-    monkeypatch.setattr("rnp.defences.bnp.EVAL_BATCH", 10)
+    monkeypatch.setattr("rnp.training.EVAL_BATCH", 10)
     data = toy_set(21)
     found = with_statistics_of(data, trained)
     means = [trained.conv1(part).mean((0, 2, 3)) for part in data.floats().split(7)]
