@@ -12,7 +12,7 @@ import click
 import torch
 
 from rnp.cli import unlearn as unlearn_stage
-from rnp.cli.detect import Clock, Detect, ask, checkpoint, exposed, labelled, searched
+from rnp.cli.detect import Clock, Detect, ask, checkpoint, consulted, labelled, searched
 from rnp.cli.detect import detect as stage
 from rnp.cli.examination import Case, Subject, prepare
 from rnp.cli.options import build, generator, options
@@ -54,7 +54,6 @@ class Asked:
 
     case: Case
     unlearned: Path
-    seed: int
 
 
 @contextlib.contextmanager
@@ -66,7 +65,7 @@ def asked(model: Path, clean: str, seed: int, values: dict[str, object]) -> Iter
         case = prepare(model, clean, subject, seed, work)
         unlearn_stage.unlearn.work(unlearn, model=work / "models" / "backdoored.safetensors", defence=work / "data" / "defence",
                                    out=work / "unlearned", report=work / "report", seed=seed)
-        yield Asked(case, work / "unlearned", seed)
+        yield Asked(case, work / "unlearned")
 
 
 def by(family: str, default: tuple[str, ...]) -> Callable:
@@ -146,8 +145,9 @@ def samples(model: Path, clean: str, suspects: str, out: Path, seed: int, by: tu
         paths, images, skipped = in_order(suspects, size=defence.train.shape[1])
         rows = [{"path": str(path), "predicted": defence.train.classes[label]}
                 for path, label in zip(paths, predict(net, images).argmax(1).tolist())]
+        weak = consulted(methods, it.unlearned, DEFAULTS.sample_model)
         for method in methods:
-            scores, own = ask(method, net, images, defence, exposed(method, it.unlearned, DEFAULTS.sample_model), seed)
+            scores, own = ask(method, net, images, defence, weak[method.name], seed)
             limit = threshold(own)
             for row, score in zip(rows, scores.tolist()):
                 row |= {method.name: f"{score:.6g}", f"{method.name}_flagged": str(score > limit).lower()}

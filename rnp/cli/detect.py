@@ -92,11 +92,12 @@ def detect(options: Detect, unlearn: Unlearn, *methods: Method, model: Path, ben
     if options.training_images and (~changes.covers).any():
         suspects["training_samples"] = drawn(load_images(pool), changes, target, options.training_images,
                                              generator(seed, "training_samples"))
+    weak = consulted([ask_for[name] for name in options.samples], unlearned, options.sample_model)
     judged, curves = {task: {} for task in suspects}, {}
     for task, them in suspects.items():
         for name in options.samples:
             with clock(f"{task}_{name}"):
-                scores, own = ask(ask_for[name], victim, them.images, clean, exposed(ask_for[name], unlearned, options.sample_model), seed)
+                scores, own = ask(ask_for[name], victim, them.images, clean, weak[name], seed)
             judged[task][name] = them.judge(scores, own, ask_for[name].asks_unlearned)
             if task == "samples":
                 curves[name] = curve(scores, them.positives)
@@ -207,6 +208,15 @@ class Average(nn.Module):
 def exposed(detector: SampleDetector, unlearned: Path, level: str) -> nn.Module:
     """The unlearned model that `detector` asks: the checkpoint at an accuracy, or the mean of all on the way."""
     return Average([checkpoint(unlearned, each) for each in LEVELS]) if detector.asks_average else checkpoint(unlearned, level)
+
+
+def consulted(detectors: list[SampleDetector], unlearned: Path, level: str) -> dict[str, nn.Module]:
+    """The model that `exposed` gives each detector, by its name; those that ask the same one share it."""
+    made: dict[bool, nn.Module] = {}
+    for detector in detectors:
+        if detector.asks_average not in made:
+            made[detector.asks_average] = exposed(detector, unlearned, level)
+    return {detector.name: made[detector.asks_average] for detector in detectors}
 
 
 def smallest(triggers: list[RecoveredTrigger]) -> int:
