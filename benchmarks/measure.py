@@ -304,20 +304,7 @@ def rnp_published(folder: str, unlearn_steps: int, recover_steps: int, quick: bo
               "image_passes": passes(epochs), "evaluations": epochs + recover_epochs + len(published.THRESHOLDS),
               "n_clean": len(test), "n_triggered": len(attacked)}
     if quick:
-        clock = Clock()
-        model, _ = next(published.ascent(victim, lambda: train))  # what comes first is slower
-        next(published.recovery(model, lambda: train))
-        evaluate(victim)
-        with clock("unlearn"):
-            next(published.ascent(victim, lambda: train))
-        with clock("recover"):
-            next(published.recovery(model, lambda: train))
-        with clock("evaluate"):
-            evaluate(victim)
-        one = clock.seconds
-        seconds = epochs * one["unlearn"] + recover_epochs * one["recover"] + common["evaluations"] * one["evaluate"]
-        return common | {"seconds": seconds, "evaluation_seconds": common["evaluations"] * one["evaluate"], "extrapolated": True,
-                         "measured": one, "measured_cpu": clock.cpu, "peak": peak()}
+        return common | extrapolated(victim, lambda: train, evaluate, epochs, recover_epochs)
 
     before, loaded, cpu = evaluate(victim), peak(), time.process_time()
     ways, testing, stopped = [], [], False
@@ -356,6 +343,25 @@ def rnp_published(folder: str, unlearn_steps: int, recover_steps: int, quick: bo
         "clean_accuracy_before": before[0], "attack_success_rate_before": before[1], **oracle(points, before[0]),
         "cpu_seconds": time.process_time() - cpu, "loaded": loaded, "peak": peak(),
     }
+
+
+def extrapolated(victim: nn.Module, batches: published.Batches, evaluate: Callable[[nn.Module], object], epochs: int,
+                 recover_epochs: int) -> Numbers:
+    """What the published run would take, from one epoch of each kind and one evaluation."""
+    clock = Clock()
+    model, _ = next(published.ascent(victim, batches))  # what comes first is slower
+    next(published.recovery(model, batches))
+    evaluate(victim)
+    with clock("unlearn"):
+        next(published.ascent(victim, batches))
+    with clock("recover"):
+        next(published.recovery(model, batches))
+    with clock("evaluate"):
+        evaluate(victim)
+    one = clock.seconds
+    evaluations = (epochs + recover_epochs + len(published.THRESHOLDS)) * one["evaluate"]
+    return {"seconds": epochs * one["unlearn"] + recover_epochs * one["recover"] + evaluations, "evaluation_seconds": evaluations,
+            "extrapolated": True, "measured": one, "measured_cpu": clock.cpu, "peak": peak()}
 
 
 def oracle(points: list[Numbers], before: float) -> Numbers:
