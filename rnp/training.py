@@ -6,12 +6,13 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from rnp.augment import Augment, shrink
@@ -101,37 +102,25 @@ def fit(
     """Minimise `objective` over shuffled batches of `data`, changing in place whatever `optimiser` holds.
 
     `schedule` maps the epochs done so far, a fraction, to a factor on the learning rate, `side` to one on the side of the
-    images; `after_step` runs after every
-    step; `stop_step`, given the number of steps done, and `stop_epoch` end the run when true. The mode of `model` (train or eval) is the
-    caller's. Drawn at random from `rng`: the order of the images and their augmentation; by each process of `together` alike,
-    which then takes its slice of the batch.
+    images; `after_step` runs after every step; `stop_step`, given the number of steps done, and `stop_epoch` end the run when
+    true. The mode of `model` (train or eval) is the caller's. Drawn at random from `rng`: the order of the images and their
+    augmentation; by each process of `together` alike, which then takes its slice of the batch.
 
     Raises: NonFinite after an epoch whose loss was NaN or infinite; UserError when BatchNorm is given a single value.
     """
-    device = device_of(model)
-    per_epoch = steps_per_epoch(len(data), batch_size)
+    device, per_epoch = device_of(model), steps_per_epoch(len(data), batch_size)
     initial = [group["lr"] for group in optimiser.param_groups]
     held = [p for group in optimiser.param_groups for p in group["params"]]
     history, step, stopped = [], 0, False
     for epoch in range(epochs):
-        sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss * n, correct, n
-        norm = torch.zeros(())
+        sums, norm = torch.zeros(3, dtype=torch.float64, device=device), torch.zeros(())
         for positions in torch.randperm(len(data), generator=rng).split(batch_size):
             for group, lr in zip(optimiser.param_groups, initial):
                 group["lr"] = lr * schedule(step / per_epoch)
-            images = data.images.index_select(0, positions)  # from a map it copies 8 times as fast as an index in brackets
-            images = shrink(augment(to_floats(images.to(device)), rng=rng), side(step / per_epoch))
-            images = images.contiguous(memory_format=torch.channels_last)
-            labels = data.labels[positions].to(device)
+            images, labels = batch_of(data, positions, augment, side(step / per_epoch), device, rng)
             own, truth = (images, labels) if together is None else together.take(images, labels)
-            try:
-                with autocast(precision, device):
-                    loss, logits = objective(own, truth)
-            except ValueError as error:
-                if "more than 1 value per channel" not in str(error):
-                    raise
-                raise UserError(f"of {len(data)} images in batches of {batch_size} one is left alone, and a BatchNorm that sees a single"
-                                " value learns nothing; choose another batch_size") from error
+            with autocast(precision, device), one_value_explained(len(data), batch_size):
+                loss, logits = objective(own, truth)
             optimiser.zero_grad(set_to_none=True)
             loss.backward() if together is None else together.backward(loss, held)
             if clip_norm is not None:
@@ -141,8 +130,7 @@ def fit(
             logits = logits.detach()
             on_batch(positions, labels, logits if together is None else together.whole(logits, len(labels)))
             step += 1
-            correct = (logits.argmax(1) == truth).sum()
-            row = torch.stack([loss.detach().double() * len(truth), correct.double(), correct.new_tensor(len(truth)).double()])
+            row = tally(loss.detach(), logits, truth)
             sums += row if together is None else row * together.counts
             stopped = stop_step(step) or step == max_steps
             if stopped:
@@ -158,6 +146,32 @@ def fit(
         if stopped or stop_epoch(history[-1]):
             break
     return history
+
+
+def batch_of(data: ImageSet, positions: Indices, augment: Augment, side: float, device: torch.device,
+          rng: torch.Generator) -> tuple[Images, Labels]:
+    """A batch on its device, augmented, its images shrunk to `side` of theirs."""
+    images = data.images.index_select(0, positions)  # from a map it copies 8 times as fast as an index in brackets
+    images = shrink(augment(to_floats(images.to(device)), rng=rng), side)
+    return images.contiguous(memory_format=torch.channels_last), data.labels[positions].to(device)
+
+
+@contextlib.contextmanager
+def one_value_explained(images: int, batch_size: int) -> Iterator[None]:
+    """Raises: UserError in place of PyTorch's ValueError when BatchNorm sees a single value."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(f"of {images} images in batches of {batch_size} one is left alone, and a BatchNorm that sees a single"
+                        " value learns nothing; choose another batch_size") from error
+
+
+def tally(loss: Tensor, logits: Logits, labels: Labels) -> Float[Tensor, "3"]:
+    """Sum of the losses, images classified right, images; on the device, for nothing waits for it there."""
+    correct = (logits.argmax(1) == labels).sum()
+    return torch.stack([loss.double() * len(labels), correct.double(), correct.new_tensor(len(labels)).double()])
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
