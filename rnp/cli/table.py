@@ -13,6 +13,7 @@ from rnp import tracking
 from rnp.cli.rows import COLUMNS, DETECTION_COLUMNS, MEASURES, UNREPAIRED, settings
 from rnp.errors import UserError
 from rnp.io import read_rows, write_rows
+from rnp.registry import suggest
 
 GROUP = ("preset", "defence", "attack")
 NUMBERS = (*(f"{name}_before" for name in MEASURES[:2]), *MEASURES, "der")
@@ -22,13 +23,15 @@ DETECTION_GROUP = ("preset", "task", "detector", "model", "setting")
 DETECTION_TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "base_rate": "base rate", "tpr_at_5_fpr": "TPR at 5 % FPR", "fpr": "FPR",
                     "fpr_target_class": "FPR, target class", "iou": "IoU", "l1": "size", "attack_success_rate": "ASR", "clean_accuracy": "CA", "der": "DER",
                     "seconds": "seconds"}
+DETECTION_WORDS = {"label_correct": "label right"}
 Row = dict[str, str]
 
 
 @click.command()
 @click.argument("tables", nargs=-1, type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--csv", "out", type=click.Path(path_type=Path), help="also write the table to this CSV file")
-def table(tables: tuple[Path, ...], out: Path | None) -> None:
+@click.option("--by-attack", "measure", metavar="COLUMN", help="print one measure instead, such as attack_success_rate, a column per attack")
+def table(tables: tuple[Path, ...], out: Path | None, measure: str | None) -> None:
     """Print the table of the runs in TABLES (CSV files of `rnp rows`), or of the rows in MLflow when none is named.
 
     A run counts when it is the newest of its preset, attack, defence and seed, and was made with the same settings as the
@@ -36,8 +39,12 @@ def table(tables: tuple[Path, ...], out: Path | None) -> None:
     whose gate passed for every seed. Tables of `rnp rows --detection` give a line per task, detector, model and setting instead.
     """
     if tables and all(is_detection(path) for path in tables):
-        lines = detection([row for path in tables for row in read_rows(path)])
-        click.echo(markdown(lines, [*DETECTION_GROUP, "runs", "label right"], DETECTION_TITLES))
+        found = [row for path in tables for row in read_rows(path)]
+        lines = detection(found)
+        if measure:
+            click.echo(by_attack(detection(found, (*DETECTION_GROUP, "attack")), DETECTION_GROUP, measure))
+        else:
+            click.echo(markdown(lines, [*DETECTION_GROUP, "runs", "label_correct"], DETECTION_TITLES, DETECTION_WORDS))
         if out:
             write_rows(out, lines)
         return
@@ -46,7 +53,7 @@ def table(tables: tuple[Path, ...], out: Path | None) -> None:
         raise UserError("there is no finished run; run `dvc repro`, or name tables that `rnp rows` wrote")
     fresh = newest(found)
     lines = summarise(fresh)
-    click.echo(markdown(lines, ["preset", "defence", "attack", "seeds", "gate"], TITLES))
+    click.echo(by_attack(lines, GROUP[:2], measure) if measure else markdown(lines, [*GROUP, "seeds", "gate"], TITLES))
     if len(fresh) < len(found):
         click.echo(f"\n{len(found) - len(fresh)} rows left out: older, or made with other settings", err=True)
     if out:
@@ -112,14 +119,14 @@ def is_detection(path: Path) -> bool:
     return bool(rows) and set(DETECTION_COLUMNS) <= set(rows[0])
 
 
-def detection(rows: list[Row]) -> list[dict[str, object]]:
+def detection(rows: list[Row], names: tuple[str, ...] = DETECTION_GROUP) -> list[dict[str, object]]:
     """Means over the runs whose gate passed, for each task, detector, model and setting; what a task does not measure is None."""
-    group = lambda row: tuple(row[name] for name in DETECTION_GROUP)
+    group = lambda row: tuple(row[name] for name in names)
     lines = []
     for key, some in itertools.groupby(sorted((row for row in rows if row["gate"] == "true"), key=group), key=group):
         some = list(some)
         said = [row["label_correct"] == "true" for row in some if row["label_correct"]]
-        line = dict(zip(DETECTION_GROUP, key)) | {"runs": len(some), "label right": f"{sum(said)} of {len(said)}" if said else "–"}
+        line = dict(zip(names, key)) | {"runs": len(some), "label_correct": f"{sum(said)} of {len(said)}" if said else "–"}
         for name in DETECTION_TITLES:
             values = [float(row[name]) for row in some if row[name] not in ("", "nan")]
             line |= {name: mean(values), f"{name}_interval": None}
@@ -140,13 +147,29 @@ def interval(values: list[float]) -> float | None:
     return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def markdown(lines: list[dict[str, object]], words: list[str], numbers: dict[str, str]) -> str:
-    """`words` are columns as they are, `numbers` those to round, with their titles."""
+def by_attack(lines: list[dict[str, object]], names: tuple[str, ...], measure: str) -> str:
+    """One measure as Markdown: a line for each of `names` that has it, a column per attack and, where there is one, for their mean."""
+    if measure not in lines[0] or measure in (*names, "attack"):
+        known = [name for name in lines[0] if f"{name}_interval" in lines[0] or name == "label_correct"]
+        raise UserError(f"--by-attack: no measure {measure!r}{suggest(measure, known)}")
+    attacks = sorted({line["attack"] for line in lines}, key=lambda name: (name.startswith("mean "), name))
+    body: dict[tuple, dict[str, str]] = {}
+    for line in lines:
+        if (text := cell(line, measure)) != "–":
+            body.setdefault(tuple(line[name] for name in names), {})[line["attack"]] = text
+    return grid([*names, *attacks], [[*key, *(cells.get(attack, "–") for attack in attacks)] for key, cells in body.items()])
+
+
+def markdown(lines: list[dict[str, object]], words: list[str], numbers: dict[str, str], titles: dict[str, str] = {}) -> str:
+    """`words` are columns as they are, `numbers` those to round, with their titles; `titles` are those of words."""
     body = [[*(str(line[name]) for name in words), *(cell(line, name) for name in numbers)] for line in lines]
-    head = [*words, *numbers.values()]
+    return grid([*(titles.get(name, name) for name in words), *numbers.values()], body)
+
+
+def grid(head: list[str], body: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body))
 
 
 def cell(line: dict[str, object], name: str) -> str:
-    value, half = line[name], line[f"{name}_interval"]
-    return "–" if value is None else f"{value:.3f}" if half is None else f"{value:.3f} ± {half:.3f}"
+    value, half = line[name], line.get(f"{name}_interval")
+    return "–" if value is None else str(value) if isinstance(value, str) else f"{value:.3f}" if half is None else f"{value:.3f} ± {half:.3f}"

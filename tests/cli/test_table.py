@@ -91,6 +91,32 @@ def test_a_table_of_detection(tmp_path):
     assert cells[4][:8] == ["demo", "samples", "strip", "backdoored", "training", "1", "–", "0.400"] and len(cells) == 5
 
 
+def cells(output):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines()]
+
+
+def test_one_measure_by_attack(tmp_path):
+    io.write_rows(tmp_path / "t.csv", [row("wanet", asr=0.2), row("badnets", asr=0.1), row("badnets", asr=0.9, defence="ft")])
+    done = CliRunner().invoke(cli, ["table", str(tmp_path / "t.csv"), "--by-attack", "attack_success_rate"], catch_exceptions=False)
+    assert cells(done.output) == [["preset", "defence", "badnets", "wanet", "mean of 2"], ["---"] * 5,
+                                  ["demo", "ft", "0.900", "–", "–"], ["demo", "rnp", "0.100", "0.200", "0.150"]]
+
+
+def test_one_measure_of_detection_by_attack(tmp_path):
+    """Only the lines that have it; of labels how many runs named the right one."""
+    empty = dict.fromkeys(DETECTION_COLUMNS, "") | {"preset": "demo", "gate": "true", "setting": "test", "model": "backdoored"}
+    io.write_rows(tmp_path / "d.csv", [
+        *(empty | {"attack": "badnets", "seed": seed, "task": "labels", "detector": "mm_bd", "label_correct": right}
+          for seed, right in (("0", "true"), ("1", "false"))),
+        *(empty | {"attack": attack, "seed": "0", "task": "samples", "detector": "strip", "auroc": auroc}
+          for attack, auroc in (("sig", "0.5"), ("badnets", "0.9")))])
+    show = lambda measure: CliRunner().invoke(cli, ["table", str(tmp_path / "d.csv"), "--by-attack", measure])
+    assert cells(show("auroc").output)[2:] == [["demo", "samples", "strip", "backdoored", "test", "0.900", "0.500"]]
+    assert cells(show("label_correct").output)[2:] == [["demo", "labels", "mm_bd", "backdoored", "test", "1 of 2", "–"]]
+    error = show("auruc").exception
+    assert isinstance(error, UserError) and str(error) == "--by-attack: no measure 'auruc'; did you mean 'auroc'?"
+
+
 def test_the_published_table_of_detection_has_the_columns_of_today():
     rows = io.read_rows(Path(__file__).parents[2] / "results/cifar10-fast/detection.csv")
     assert tuple(rows[0]) == DETECTION_COLUMNS and {row["setting"] for row in rows} <= {"test", "training"}
