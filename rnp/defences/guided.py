@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -26,15 +27,16 @@ class Guided(NCUnlearn):
 
     Under suspicion are the labels whose trigger in the given model is abnormally small, and the one to which its
     predictions drift in unlearning. Such a label is open while the pruned model's trigger for it is smaller than that of
-    the median label in the given model. The tuning is against both triggers, at a tenth of a fine-tuning's learning rate,
-    so that clean accuracy, and the neurons that were pruned, stay what they are; half of its images are painted over in
-    part, since a trigger that was recovered is a poor picture of one that covers much of the image. Where no label is
-    open this is RNP and no more.
+    the median label in the given model. The tuning is against both triggers. It is taught by the pruned model, at a tenth of
+    a fine-tuning's learning rate: each image is to be what that model says of it without a trigger, which costs less clean
+    accuracy than labels do. Half of its images are painted over in part, since a trigger that was recovered is a poor
+    picture of one that covers much of the image. Where no label is open this is RNP and no more.
 
     Drawn at random: what recovering triggers, unlearning, recovery of the masks and tuning draw.
 
     Source: Li et al., ICML 2023, for the pruning and the drift; Wang et al., S&P 2019, sections IV and VI.C, for the search,
-    the suspicion and the tuning against what was found; Zhong et al., AAAI 2020, for the painting. The union is ours.
+    the suspicion and the tuning against what was found; Zhong et al., AAAI 2020, for the painting; Hinton et al., 2015, arXiv
+    1503.02531, for the teacher. The union is ours.
     """
 
     unlearn: Unlearn = Unlearn()
@@ -57,7 +59,7 @@ class Guided(NCUnlearn):
         unlearned = self.unlearn(model, clean, rng=rng, on_epoch=on_epoch)
         mask = self.recover(unlearned.model, clean, rng=rng, on_epoch=on_epoch).mask
         pruned = self.prune(model, mask, defence_set.both).model
-        return Repaired(self.shut(pruned, triggers, unlearned.trajectory, clean, rng=rng, on_epoch=on_epoch)[0])
+        return Repaired(self.shut(pruned, triggers, unlearned.trajectory, defence_set.both, rng=rng, on_epoch=on_epoch)[0])
 
     def shut(self, repaired: nn.Module, triggers: Sequence[RecoveredTrigger], trajectory: list[Epoch], clean: ImageSet, *,
              rng: torch.Generator, on_epoch: OnEpoch = ignore) -> tuple[nn.Module, list[int]]:
@@ -68,11 +70,12 @@ class Guided(NCUnlearn):
         labels = {trigger.label for trigger in self.suspicious(triggers)} | {int(ClassShares().from_trajectory(trajectory).argmax())}
         usual = torch.tensor([size(trigger) for trigger in triggers]).quantile(0.5)
         against: dict[int, list[RecoveredTrigger]] = {}
+        teacher = copy.deepcopy(repaired).eval().requires_grad_(False)
         for _ in range(self.rounds):
             found = [each for each in self.search.recover_for(sorted(labels), repaired, clean, rng=rng) if size(each) < usual]
             if not found:
                 break
             for each in found:
                 against.setdefault(each.label, [triggers[each.label]]).append(each)
-            self.tune_against(sum(against.values(), []), repaired, clean, rng=rng, on_epoch=on_epoch)
+            self.tune_against(sum(against.values(), []), repaired, clean, rng=rng, teacher=teacher, on_epoch=on_epoch)
         return repaired, sorted(against)

@@ -54,12 +54,18 @@ class NCUnlearn(TuningDefence):
         return Repaired(self.tune_against(found, tuned, defence_set.train, rng=rng, on_epoch=on_epoch) if found else tuned)
 
     def tune_against(self, triggers: Sequence[RecoveredTrigger], tuned: nn.Module, clean: ImageSet, *, rng: torch.Generator,
-                     on_epoch: OnEpoch = ignore) -> nn.Module:
-        """Change `tuned` in place and return it: a share of the images carries one of the triggers each, all keep their labels."""
+                     teacher: nn.Module | None = None, on_epoch: OnEpoch = ignore) -> nn.Module:
+        """Change `tuned` in place and return it: a share of the images carries one of the triggers each, all keep their labels.
+
+        A `teacher`, in eval mode, stands in for the labels with what it says of the images as they were.
+        """
         device = device_of(tuned)
         masks, patterns = (torch.stack([getattr(trigger, part) for trigger in triggers]).to(device) for part in ("mask", "pattern"))
 
         def objective(images: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+            if teacher is not None:
+                with torch.no_grad():
+                    truth = teacher(images).float().softmax(1)
             which = torch.randint(len(triggers), (len(images),), generator=rng)
             carriers = (torch.rand(len(images), 1, 1, 1, generator=rng) < self.stamped).to(device)
             if self.painted:

@@ -15,7 +15,7 @@ from rnp.detection.labels.class_shares import ClassShares
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.errors import UserError
 from rnp.training import predict
-from rnp.types import DefenceSet, to_floats
+from rnp.types import DefenceSet, ImageSet, to_floats
 from rnp.unlearn import Unlearn
 
 METHOD = Guided(unlearn=Unlearn(epochs=2, largest_drop=0), search=NeuralCleanse(steps=150, batch_size=16, precision="fp32"),
@@ -125,6 +125,16 @@ def test_a_door_that_pruning_leaves_open_is_shut(defence_set, rng, monkeypatch):
 
     assert success(model) > 0.9
     assert success(METHOD.repair(model, defence_set, rng=rng()).model) < 0.2
+
+
+def test_the_teacher_stands_in_for_the_labels(rng):
+    """What the teacher says of an image without trigger and paint; the labels that came with it do not matter."""
+    clean, teacher = images(60), Doorway().eval()
+    wrong = ImageSet(clean.images, clean.labels.roll(1), clean.classes)
+    one, two, three = (METHOD.tune_against([trigger(TARGET, 4)], Doorway(), data, rng=rng(), **named).state_dict()
+                       for data, named in ((clean, {"teacher": teacher}), (wrong, {"teacher": teacher}), (wrong, {})))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(two["head.weight"], three["head.weight"])
 
 
 def test_no_round_is_refused():
