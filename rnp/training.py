@@ -149,7 +149,7 @@ def fit(
 
 
 def batch_of(data: ImageSet, positions: Indices, augment: Augment, side: float, device: torch.device,
-          rng: torch.Generator) -> tuple[Images, Labels]:
+             rng: torch.Generator) -> tuple[Images, Labels]:
     """A batch on its device, augmented, its images shrunk to `side` of theirs."""
     images = data.images.index_select(0, positions)  # from a map it copies 8 times as fast as an index in brackets
     images = shrink(augment(to_floats(images.to(device)), rng=rng), side)

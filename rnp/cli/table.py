@@ -149,7 +149,7 @@ def interval(values: list[float]) -> float | None:
 
 def by_attack(lines: list[dict[str, object]], names: tuple[str, ...], measure: str) -> str:
     """One measure as Markdown: a line for each of `names` that has it, a column per attack and, where there is one, for their mean."""
-    if measure not in lines[0] or measure in (*names, "attack"):
+    if lines and (measure not in lines[0] or measure in (*names, "attack")):
         known = [name for name in lines[0] if f"{name}_interval" in lines[0] or name == "label_correct"]
         raise UserError(f"--by-attack: no measure {measure!r}{suggest(measure, known)}")
     attacks = sorted({line["attack"] for line in lines}, key=lambda name: (name.startswith("mean "), name))

@@ -75,6 +75,10 @@ def test_a_file_of_another_kind(tmp_path):
     assert isinstance(done.exception, UserError) and "is no table of `rnp rows`" in str(done.exception)
 
 
+def cells(output):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines()]
+
+
 def test_a_table_of_detection(tmp_path):
     """A line per task, detector, model and setting over runs that are real; what a task does not measure is a dash."""
     empty = dict.fromkeys(DETECTION_COLUMNS, "") | {"preset": "demo", "seed": "0", "gate": "true", "setting": "test"}
@@ -85,14 +89,10 @@ def test_a_table_of_detection(tmp_path):
     filtering = empty | {"attack": "blend", "task": "samples", "detector": "strip", "model": "backdoored", "setting": "training", "auroc": "0.4"}
     io.write_rows(tmp_path / "detection.csv", [*labels, *samples, filtering])
     done = CliRunner().invoke(cli, ["table", str(tmp_path / "detection.csv")], catch_exceptions=False)
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.output.splitlines()]
-    assert cells[2][:8] == ["demo", "labels", "mm_bd", "backdoored", "test", "2", "1 of 2", "–"]
-    assert cells[3][:8] == ["demo", "samples", "strip", "backdoored", "test", "2", "–", "0.850"]
-    assert cells[4][:8] == ["demo", "samples", "strip", "backdoored", "training", "1", "–", "0.400"] and len(cells) == 5
-
-
-def cells(output):
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines()]
+    found = cells(done.output)
+    assert found[2][:8] == ["demo", "labels", "mm_bd", "backdoored", "test", "2", "1 of 2", "–"]
+    assert found[3][:8] == ["demo", "samples", "strip", "backdoored", "test", "2", "–", "0.850"]
+    assert found[4][:8] == ["demo", "samples", "strip", "backdoored", "training", "1", "–", "0.400"] and len(found) == 5
 
 
 def test_one_measure_by_attack(tmp_path):
@@ -115,6 +115,8 @@ def test_one_measure_of_detection_by_attack(tmp_path):
     assert cells(show("label_correct").output)[2:] == [["demo", "labels", "mm_bd", "backdoored", "test", "1 of 2", "–"]]
     error = show("auruc").exception
     assert isinstance(error, UserError) and str(error) == "--by-attack: no measure 'auruc'; did you mean 'auroc'?"
+    io.write_rows(tmp_path / "d.csv", [empty | {"attack": "badnets", "seed": "0", "task": "labels", "detector": "mm_bd", "gate": "false"}])
+    assert len(cells(show("auroc").output)) == 2, "no run is real: a head and no lines"
 
 
 def test_the_published_table_of_detection_has_the_columns_of_today():
