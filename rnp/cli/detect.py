@@ -45,7 +45,7 @@ class Detect:
     twin: Annotated[bool, "unlearn the benign twin too, and ask the detectors of the label for their false alarms"] = False
     labels: Annotated[tuple[str, ...], "detectors of the label to ask"] = ("class_shares", "neural_cleanse_index", "mm_bd")
     samples: Annotated[tuple[str, ...], "detectors of triggered images to ask"] = (
-        "confidence", "strip", "badexpert", "spectral_signatures", "activation_clustering")
+        "confidence", "unlearned_mahalanobis", "mahalanobis", "strip", "badexpert", "spectral_signatures", "activation_clustering")
 
     def __post_init__(self) -> None:
         if self.images < 10:

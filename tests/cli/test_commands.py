@@ -288,8 +288,8 @@ def test_rows_of_detection(ended):
     assert set(rows) == {
         *(("triggers", "neural_cleanse", model) for model in ("backdoored", "unlearned")), ("labels", "class_shares", "unlearned"),
         *(("labels", name, model) for name in ("mm_bd", "neural_cleanse_index") for model in ("backdoored", "unlearned")),
-        ("samples", "confidence", "unlearned"), *(("samples", name, "backdoored") for name in (
-            "strip", "badexpert", "spectral_signatures", "activation_clustering"))}
+        *(("samples", name, "unlearned") for name in ("confidence", "unlearned_mahalanobis")), *(("samples", name, "backdoored") for name in (
+            "mahalanobis", "strip", "badexpert", "spectral_signatures", "activation_clustering"))}
     assert 0 <= float(rows["samples", "strip", "backdoored"]["auroc"]) <= 1
     assert rows["labels", "mm_bd", "backdoored"]["label_correct"] in ("true", "false")
     assert float(rows["triggers", "neural_cleanse", "unlearned"]["l1"]) > 0
