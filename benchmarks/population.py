@@ -4,7 +4,10 @@ Trains that many models of each kind with the settings of a preset, each with a 
 second one without augmentation, asks every detector, and adds a row for each model and detector to the table. Models that
 have their rows already are not trained again. `--summary` prints the ROC of each detector instead: AUROC with a 95 % interval
 (bootstrap over models, seed 0), and at the detector's own threshold the false alarms among benign models, the backdoors named,
-and the right labels among them; backdoored models that fail the gate on ASR do not count.
+and the right labels among them; backdoored models that fail the gate on ASR do not count. `--roc FILE` draws the curves too.
+
+Detectors that were asked of the unlearned copy have `_unlearned` behind their names; the seconds leave out the unlearning and the
+search for triggers, which several share.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,17 +26,16 @@ from torch import nn
 from rnp.attacks.base import backdoored_test_set
 from rnp.augment import Augment
 from rnp.cli.check import Loader, leaves
+from rnp.cli.detect import Clock, Detect, curve, detectors, unlearned_and_labelled
 from rnp.cli.options import from_section, generator
 from rnp.cli.prepare import data_root
 from rnp.cli.preset import render
 from rnp.cli.rows import machine, written
 from rnp.data.base import Split, Splits
-from rnp.detection.labels.class_shares import ClassShares
-from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
-from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.io import put_rows
 from rnp.metrics import score
 from rnp.models.build import Architecture, statistics
+from rnp.plots import roc
 from rnp.registry import load, names
 from rnp.training import Train, accuracy, default_device
 from rnp.unlearn import Unlearn
@@ -82,22 +83,25 @@ def make(params: dict, kind: str, seed: int) -> Subject:
 
 
 def verdicts(subject: Subject, params: dict, seed: int) -> Iterator[dict[str, object]]:
-    """One row for each detector of labels; the defender's images are all that they see."""
-    clean, options = subject.splits.defence.train, dict(leaves(params["detect"]))
-    for name in names("labels"):
-        detector, start = from_section(load("labels", name), options, f"{name}."), time.perf_counter()
-        rng = generator(seed, f"labels/{name}")
-        if isinstance(detector, ClassShares):
-            scores = detector.from_trajectory(from_section(Unlearn, dict(leaves(params["unlearn"])))(subject.model, clean, rng=rng).trajectory)
-        elif isinstance(detector, NeuralCleanseIndex):
-            search = from_section(NeuralCleanse, options, "neural_cleanse.")
-            scores = detector.from_triggers(search.recover(subject.model, clean, rng=rng))
-        else:
-            scores = detector.score(subject.model, clean, rng=rng)
-        verdict = detector.verdict(scores)
-        yield {"detector": name, "score": float(scores.max()), "margin": verdict.margin, "label": int(scores.argmax()),
-               "named": str(verdict.label is not None).lower(), "seconds": time.perf_counter() - start,
-               "label_correct": "" if subject.target is None else str(int(scores.argmax()) == subject.target).lower()}
+    """One row for each detector of labels and each model it is asked of; the defender's images are all that they see."""
+    given, clock = dict(leaves(params["detect"])), Clock()
+    options = dataclasses.replace(from_section(Detect, given), labels=tuple(names("labels")))
+    ask_for = {method.name: method for method in (from_section(each, given, prefix) for each, prefix in detectors())}
+    said = unlearned_and_labelled(subject.model, from_section(Unlearn, dict(leaves(params["unlearn"]))), ask_for, options,
+                                  subject.splits.defence.train, seed, clock)
+    for name, each in said.items():
+        first = int(each.scores.argmax())
+        yield {"detector": name, "score": float(each.scores.max()), "margin": each.verdict.margin, "label": first,
+               "named": str(each.verdict.label is not None).lower(), "seconds": clock.seconds.get(f"labels_{name}"),
+               "label_correct": "" if subject.target is None else str(first == subject.target).lower()}
+
+
+def counted(rows: list[dict[str, str]]) -> Iterator[tuple[str, list[dict[str, str]], np.ndarray, np.ndarray]]:
+    """Each detector, its rows, which of them are of backdoored models, and their scores; backdoors that failed the gate do not count."""
+    rows = [row for row in rows if row["gate"] != "false"]
+    for detector in sorted({row["detector"] for row in rows}):
+        own = [row for row in rows if row["detector"] == detector]
+        yield detector, own, np.array([row["kind"] == "backdoored" for row in own]), np.array([float(row["score"]) for row in own])
 
 
 def summary(rows: list[dict[str, str]]) -> Iterator[str]:
@@ -106,10 +110,7 @@ def summary(rows: list[dict[str, str]]) -> Iterator[str]:
 
     yield "| detector | benign | backdoored | AUROC | 95 % interval | false alarms | backdoors named | label right |"
     yield "|---|---|---|---|---|---|---|---|"
-    rows = [row for row in rows if row["gate"] != "false"]
-    for detector in sorted({row["detector"] for row in rows}):
-        own = [row for row in rows if row["detector"] == detector]
-        bad, values = (np.array([cast(row) for row in own]) for cast in (lambda r: r["kind"] == "backdoored", lambda r: float(r["score"])))
+    for detector, own, bad, values in counted(rows):
         draw, areas = np.random.default_rng(0), []
         for _ in range(2000):
             picked = np.concatenate([draw.choice(np.flatnonzero(bad == kind), (bad == kind).sum()) for kind in (True, False)])
@@ -126,10 +127,13 @@ def main() -> None:
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--models", type=int, default=20, help="of each kind")
     parser.add_argument("--summary", action="store_true", help="print the table of a finished population")
+    parser.add_argument("--roc", type=Path, help="with --summary: also draw the curves to this picture")
     arguments = parser.parse_args()
     rows = list(csv.DictReader(arguments.table.open())) if arguments.table.exists() else []
     if arguments.summary:
         print("\n".join(summary(rows)))
+        if arguments.roc:
+            roc(arguments.roc, {name: curve(values, bad) for name, _, bad, values in counted(rows)}, "backdoored models", "benign models")
         return
     params = yaml.load(render(arguments.preset), Loader)
     done = {(row["preset"], row["kind"], row["seed"]) for row in rows}

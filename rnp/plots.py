@@ -276,8 +276,9 @@ def recovered_triggers(path: Path, truth: tuple[Float[Tensor, "c h w"], Float[Te
     save(figure, path)
 
 
-def roc(path: Path, curves: dict[str, tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray, float]]) -> None:
-    """True against false positive rate of each sample detector, the best first: name -> (fpr, tpr, AUROC)."""
+def roc(path: Path, curves: dict[str, tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray, float]],
+        positives: str = "triggered images", negatives: str = "clean images") -> None:
+    """True against false positive rate of each detector, the best first: name -> (fpr, tpr, AUROC)."""
     figure, axes = canvas(4.0)
     ax = axes[0, 0]
     ax.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=":")
@@ -286,7 +287,7 @@ def roc(path: Path, curves: dict[str, tuple[Sequence[float] | np.ndarray, Sequen
                 label=f"{auroc:.3f}  {plain(name)}".replace("$", r"\$"))
     ax.set(xlim=(-0.01, 1), ylim=(0, 1.02), aspect="equal")
     mark(ax, 0.05, "5 % false alarms", GREY)
-    name_axes(ax, "True positive rate (triggered images found)", "false positive rate (clean images flagged)", rows_above=1)
+    name_axes(ax, f"True positive rate ({positives} found)", f"false positive rate ({negatives} flagged)", rows_above=1)
     legend = ax.legend(title="AUROC", loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=SMALL, handlelength=3)
     legend._legend_box.align = "left"
     save(figure, path)

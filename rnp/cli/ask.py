@@ -95,8 +95,8 @@ def labels(model: Path, clean: str, seed: int, by: tuple[str, ...], **values: ob
         train, clock = it.case.defence.train, Clock()
         nets = {"backdoored": it.case.adopted.model, "unlearned": checkpoint(it.unlearned, DEFAULTS.trigger_model)}
         found = searched(search, nets, train, seed, clock) if "neural_cleanse_index" in by else {}
-        verdicts = labelled(methods, nets, found, read_trajectory(it.unlearned / "trajectory.csv"), train, seed, clock)
-        for name, verdict in verdicts.items():
+        for name, each in labelled(methods, nets, found, read_trajectory(it.unlearned / "trajectory.csv"), train, seed, clock).items():
+            verdict = each.verdict
             said = "no decision" if verdict.label is None else f"class {verdict.label} ({train.classes[verdict.label]})"
             click.echo(printable(f"{name}: {said}, margin {verdict.margin:.2f}"))
     click.echo("a benign model drifts to some class too: a label named is a hint, not a proof")

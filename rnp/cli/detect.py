@@ -82,9 +82,12 @@ def detect(options: Detect, unlearn: Unlearn, *methods: Method, model: Path, ben
     found = searched(ask_for["neural_cleanse"], nets, clean.train, seed, clock)
     save_tensors(out, {f"{name}.{part}": torch.stack([getattr(t, part) for t in triggers])
                        for name, triggers in found.items() for part in ("mask", "pattern")}, {"kind": "recovered triggers"})
-    verdicts = labelled([ask_for[name] for name in options.labels], nets, found, read_trajectory(unlearned / "trajectory.csv"),
-                        clean.train, seed, clock)
-    alarms = of_the_twin(load_model(benign)[0], unlearn, ask_for, options, clean.train, seed, clock) if options.twin else {}
+    said = labelled([ask_for[name] for name in options.labels], nets, found, read_trajectory(unlearned / "trajectory.csv"),
+                    clean.train, seed, clock)
+    alarms, apart = {}, Clock()
+    if options.twin:  # each label that is named there is a false alarm
+        alarms = unlearned_and_labelled(load_model(benign)[0], unlearn, ask_for, options, clean.train, seed, apart)
+        clock.seconds |= {f"twin_{name}": value for name, value in apart.seconds.items()}
 
     tests, changes = load_images(test), load_poisoned(poisoned)[0]
     best = {name: triggers[smallest(triggers) if target is None else target] for name, triggers in found.items()}
@@ -119,7 +122,7 @@ def detect(options: Detect, unlearn: Unlearn, *methods: Method, model: Path, ben
     write_json(report / "metrics.json", {
         "target_label": -1 if target is None else target,
         "triggers": {name: trigger_scores(trigger, support, victim, tests, options.images) for name, trigger in best.items()},
-        "labels": told(verdicts, target),
+        "labels": told(said, target),
         **({"twin_labels": told(alarms, None)} if options.twin else {}),
         **judged,
     })
@@ -149,41 +152,52 @@ def searched(search: TriggerRecovery, nets: dict[str, nn.Module], clean: ImageSe
     return found
 
 
+@dataclass(frozen=True)
+class LabelScores:
+    """What `detector` gave each class."""
+
+    detector: LabelDetector
+    scores: Tensor  # float [k]
+
+    @property
+    def verdict(self) -> LabelVerdict:
+        return self.detector.verdict(self.scores)
+
+
 def labelled(detectors: list[LabelDetector], nets: dict[str, nn.Module], found: dict[str, list[RecoveredTrigger]],
-             trajectory: list[Epoch], clean: ImageSet, seed: int, clock: Clock) -> dict[str, LabelVerdict]:
+             trajectory: list[Epoch], clean: ImageSet, seed: int, clock: Clock) -> dict[str, LabelScores]:
     """What each detector says of each model; `found` holds the triggers for the one that judges by them."""
-    verdicts = {}
+    said = {}
     for detector in detectors:
         if detector.name == "class_shares":  # it looks at the whole way to the collapse, which the unlearned model has behind it
-            verdicts[detector.name] = detector.verdict(detector.from_trajectory(trajectory))
+            said[detector.name] = LabelScores(detector, detector.from_trajectory(trajectory))
             continue
         for name, net in nets.items():
             with clock(f"labels_{suffixed(detector.name, name)}"):
                 scores = (detector.from_triggers(found[name]) if detector.name == "neural_cleanse_index" else
                           detector.score(net, clean, rng=generator(seed, f"labels/{detector.name}")))
-            verdicts[suffixed(detector.name, name)] = detector.verdict(scores)
-    return verdicts
+            said[suffixed(detector.name, name)] = LabelScores(detector, scores)
+    return said
 
 
 def suffixed(detector: str, net: str) -> str:
     return detector if net == "backdoored" else f"{detector}_{net}"
 
 
-def of_the_twin(twin: nn.Module, unlearn: Unlearn, ask_for: dict[str, Method], options: Detect, clean: ImageSet, seed: int,
-                clock: Clock) -> dict[str, LabelVerdict]:
-    """What the detectors of the label say of a model without a backdoor and of its unlearned copy: each label named is false."""
-    with clock("twin_unlearn"):
-        unlearned = unlearn(twin, clean, rng=generator(seed, "unlearn"))
-    weak = copy.deepcopy(twin)
+def unlearned_and_labelled(model: nn.Module, unlearn: Unlearn, ask_for: dict[str, Method], options: Detect, clean: ImageSet,
+                           seed: int, clock: Clock) -> dict[str, LabelScores]:
+    """What the detectors of the label say of a model that has not been unlearned yet, and of its unlearned copy."""
+    with clock("unlearn"):
+        unlearned = unlearn(model, clean, rng=generator(seed, "unlearn"))
+    weak = copy.deepcopy(model)
     weak.load_state_dict(unlearned.checkpoints.get(options.trigger_model, unlearned.checkpoints["end"]))
-    nets, own = {"backdoored": twin, "unlearned": weak.eval()}, Clock()
-    found = searched(ask_for["neural_cleanse"], nets, clean, seed, own) if "neural_cleanse_index" in options.labels else {}
-    verdicts = labelled([ask_for[name] for name in options.labels], nets, found, unlearned.trajectory, clean, seed, own)
-    clock.seconds |= {f"twin_{name}": value for name, value in own.seconds.items()}
-    return verdicts
+    nets = {"backdoored": model, "unlearned": weak.eval()}
+    found = searched(ask_for["neural_cleanse"], nets, clean, seed, clock) if "neural_cleanse_index" in options.labels else {}
+    return labelled([ask_for[name] for name in options.labels], nets, found, unlearned.trajectory, clean, seed, clock)
 
 
-def told(verdicts: dict[str, LabelVerdict], target: int | None) -> dict[str, dict]:
+def told(said: dict[str, LabelScores], target: int | None) -> dict[str, dict]:
+    verdicts = {name: each.verdict for name, each in said.items()}
     return {name: {"label": -1 if verdict.label is None else verdict.label, "margin": verdict.margin,
                    "correct": verdict.label == target} for name, verdict in verdicts.items()}
 
