@@ -27,7 +27,8 @@ class Guided(NCUnlearn):
 
     Under suspicion are the labels whose trigger in the given model is abnormally small, and the one to which its
     predictions drift in unlearning. Such a label is open while the pruned model's trigger for it is smaller than that of
-    the median label in the given model. The tuning is against both triggers. It is taught by the pruned model, at a tenth of
+    the median label in the given model; at first it is open also where the drift is clear enough for `class_shares` to name
+    it, since of a trigger that is no patch the size says little. The tuning is against both triggers. It is taught by the pruned model, at a tenth of
     a fine-tuning's learning rate: each image is to be what that model says of it without a trigger, which costs less clean
     accuracy than labels do. Half of its images are painted over in part, since a trigger that was recovered is a poor
     picture of one that covers much of the image. Where no label is open this is RNP and no more.
@@ -67,12 +68,14 @@ class Guided(NCUnlearn):
 
         `triggers` are those of all labels in the given model, `trajectory` is that of its unlearning.
         """
-        labels = {trigger.label for trigger in self.suspicious(triggers)} | {int(ClassShares().from_trajectory(trajectory).argmax())}
+        drift, shares = ClassShares(), ClassShares().from_trajectory(trajectory)
+        labels = {trigger.label for trigger in self.suspicious(triggers)} | {int(shares.argmax())}
         usual = torch.tensor([size(trigger) for trigger in triggers]).quantile(0.5)
         against: dict[int, list[RecoveredTrigger]] = {}
         teacher = copy.deepcopy(repaired).eval().requires_grad_(False)
-        for _ in range(self.rounds):
-            found = [each for each in self.search.recover_for(sorted(labels), repaired, clean, rng=rng) if size(each) < usual]
+        for done in range(self.rounds):
+            found = [each for each in self.search.recover_for(sorted(labels), repaired, clean, rng=rng)
+                     if size(each) < usual or not done and each.label == drift.verdict(shares).label]
             if not found:
                 break
             for each in found:

@@ -72,7 +72,7 @@ def scripted(monkeypatch):
 
     monkeypatch.setattr(NeuralCleanse, "recover", lambda *_, **__: [trigger(label, 4 if label == TARGET else 10) for label in range(6)])
     monkeypatch.setattr(NeuralCleanse, "recover_for", found)
-    monkeypatch.setattr(ClassShares, "from_trajectory", lambda *_: torch.eye(6)[TARGET])
+    monkeypatch.setattr(ClassShares, "from_trajectory", lambda *_: 0.4 * torch.eye(6)[TARGET])
     monkeypatch.setattr(NCUnlearn, "tune_against", lambda self, triggers, *rest, **named:
                         (against.append([each.label for each in triggers]), tune(self, triggers, *rest, **named))[1])
     return rounds, asked, against
@@ -107,10 +107,18 @@ def test_the_rounds_end_when_nothing_is_open(defence_set, rng, scripted):
 
 def test_the_label_of_the_drift_is_looked_at_too(defence_set, rng, scripted, monkeypatch):
     rounds, asked, against = scripted
-    monkeypatch.setattr(ClassShares, "from_trajectory", lambda *_: torch.eye(6)[5])
+    monkeypatch.setattr(ClassShares, "from_trajectory", lambda *_: 0.4 * torch.eye(6)[5])
     rounds += [{5: 9}, {}]
     METHOD.repair(Doorway().eval(), defence_set, rng=rng())
     assert asked[0] == [TARGET, 5] and against == [[5, 5]]
+
+
+def test_a_label_that_the_drift_names_is_tuned_against_once_whatever_its_trigger(defence_set, rng, scripted, monkeypatch):
+    rounds, asked, against = scripted
+    monkeypatch.setattr(ClassShares, "from_trajectory", lambda *_: 0.8 * torch.eye(6)[5])
+    rounds += [{}, {}]
+    METHOD.repair(Doorway().eval(), defence_set, rng=rng())
+    assert asked == [[TARGET, 5]] * 2 and against == [[5, 5]]
 
 
 def test_a_door_that_pruning_leaves_open_is_shut(defence_set, rng, monkeypatch):
