@@ -145,6 +145,22 @@ def test_the_teacher_stands_in_for_the_labels(rng):
     assert not torch.equal(two["head.weight"], three["head.weight"])
 
 
-def test_no_round_is_refused():
-    with pytest.raises(UserError, match="guided.rounds must be at least 1, got 0"):
-        Guided(rounds=0)
+def test_the_weights_go_a_share_of_the_way(defence_set, rng, scripted):
+    """From those of the pruned model, which is what comes out where no label is open."""
+    rounds, _, _ = scripted
+    found = []
+    for share, size in ((1.0, 10), (1.0, 9), (0.25, 9)):
+        rounds[:] = [{TARGET: size}, {}]
+        method = dataclasses.replace(METHOD, share=share)
+        found.append(method.repair(Doorway().eval(), defence_set, rng=rng()).model.state_dict())
+    pruned, tuned, between = found
+    assert not torch.equal(pruned["head.weight"], tuned["head.weight"])
+    for name in ("conv.weight", "bn.running_var", "head.weight"):
+        assert torch.allclose(between[name], 0.75 * pruned[name] + 0.25 * tuned[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong, message", [({"rounds": 0}, "guided.rounds must be at least 1, got 0"),
+                                            ({"share": 0}, r"guided.share must be in \(0, 1\], got 0")])
+def test_a_wrong_option_is_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
+        Guided(**wrong)
