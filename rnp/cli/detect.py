@@ -84,9 +84,10 @@ def detect(options: Detect, unlearn: Unlearn, *methods: Method, model: Path, ben
                        for name, triggers in found.items() for part in ("mask", "pattern")}, {"kind": "recovered triggers"})
     said = labelled([ask_for[name] for name in options.labels], nets, found, read_trajectory(unlearned / "trajectory.csv"),
                     clean.train, seed, clock)
-    alarms, apart = {}, Clock()
+    of_the_twin, apart = {}, Clock()
     if options.twin:  # each label that is named there is a false alarm
         alarms = unlearned_and_labelled(load_model(benign)[0], unlearn, ask_for, options, clean.train, seed, apart)
+        of_the_twin = {"twin_labels": told(alarms, None)}
         clock.seconds |= {f"twin_{name}": value for name, value in apart.seconds.items()}
 
     tests, changes = load_images(test), load_poisoned(poisoned)[0]
@@ -123,7 +124,7 @@ def detect(options: Detect, unlearn: Unlearn, *methods: Method, model: Path, ben
         "target_label": -1 if target is None else target,
         "triggers": {name: trigger_scores(trigger, support, victim, tests, options.images) for name, trigger in best.items()},
         "labels": told(said, target),
-        **({"twin_labels": told(alarms, None)} if options.twin else {}),
+        **of_the_twin,
         **judged,
     })
     write_json(report / "seconds.json", clock.seconds)

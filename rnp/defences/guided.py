@@ -72,14 +72,16 @@ class Guided(NCUnlearn):
 
         `triggers` are those of all labels in the given model, `trajectory` is that of its unlearning.
         """
-        drift, shares = ClassShares(), ClassShares().from_trajectory(trajectory)
+        drift = ClassShares()
+        shares = drift.from_trajectory(trajectory)
+        named = drift.verdict(shares).label
         labels = {trigger.label for trigger in self.suspicious(triggers)} | {int(shares.argmax())}
         usual = torch.tensor([size(trigger) for trigger in triggers]).quantile(0.5)
         against: dict[int, list[RecoveredTrigger]] = {}
         teacher = copy.deepcopy(repaired).eval().requires_grad_(False)
         for done in range(self.rounds):
             found = [each for each in self.search.recover_for(sorted(labels), repaired, clean, rng=rng)
-                     if size(each) < usual or not done and each.label == drift.verdict(shares).label]
+                     if size(each) < usual or (done == 0 and each.label == named)]
             if not found:
                 break
             for each in found:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from rnp.errors import UserError
 from rnp.features import head
 from rnp.registry import Method
 from rnp.training import predict
@@ -110,6 +111,15 @@ class SampleDetector(Method, ABC):
 
         Raises: UserError when the method needs `unlearned` and it is None.
         """
+
+    def needed(self, unlearned: nn.Module | None) -> nn.Module:
+        """`unlearned`, for the methods that cannot do without.
+
+        Raises: UserError when it is None.
+        """
+        if unlearned is None:
+            raise UserError(f"{self.name} compares the model with its unlearned copy, got none; run unlearn first")
+        return unlearned
 
 
 @dataclass(frozen=True)

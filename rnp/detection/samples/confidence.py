@@ -9,7 +9,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rnp.detection.base import SampleDetector
-from rnp.errors import UserError
 from rnp.training import predict
 from rnp.types import Bytes, ImageSet
 
@@ -28,7 +27,6 @@ class Confidence(SampleDetector):
 
     def score(self, model: nn.Module, images: Bytes, clean: ImageSet, *, rng: torch.Generator,
               unlearned: nn.Module | None = None) -> Float[Tensor, "n"]:
-        if unlearned is None:
-            raise UserError("confidence compares the model with its unlearned copy, got none; run unlearn first")
+        unlearned = self.needed(unlearned)
         predicted = predict(model, images).argmax(1, keepdim=True)
         return predict(unlearned, images).softmax(1).gather(1, predicted).squeeze(1)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from rnp.detection.base import SampleDetector
 from rnp.detection.samples.mahalanobis import distances
-from rnp.errors import UserError
 from rnp.training import predict
 from rnp.types import Bytes, ImageSet
 
@@ -32,8 +31,7 @@ class UnlearnedMahalanobis(SampleDetector):
 
     def score(self, model: nn.Module, images: Bytes, clean: ImageSet, *, rng: torch.Generator,
               unlearned: nn.Module | None = None) -> Float[Tensor, "n"]:
-        if unlearned is None:
-            raise UserError("unlearned_mahalanobis asks the unlearned copy of the model, got none; run unlearn first")
+        unlearned = self.needed(unlearned)
         (seen, predicted), (known, known_predicted) = (
             (predict(unlearned, each).log_softmax(1), predict(model, each).argmax(1)) for each in (images, clean.images))
         return distances(seen, predicted, known, known_predicted)

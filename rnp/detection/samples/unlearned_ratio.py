@@ -9,7 +9,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rnp.detection.base import SampleDetector
-from rnp.errors import UserError
 from rnp.training import predict
 from rnp.types import Bytes, ImageSet
 
@@ -28,9 +27,7 @@ class UnlearnedRatio(SampleDetector):
 
     def score(self, model: nn.Module, images: Bytes, clean: ImageSet, *, rng: torch.Generator,
               unlearned: nn.Module | None = None) -> Float[Tensor, "n"]:
-        if unlearned is None:
-            raise UserError("unlearned_ratio compares the model with its unlearned copy, got none; run unlearn first")
-        return log_ratio(unlearned, model, images)
+        return log_ratio(self.needed(unlearned), model, images)
 
 
 def log_ratio(changed: nn.Module, model: nn.Module, images: Bytes) -> Float[Tensor, "n"]:
