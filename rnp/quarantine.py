@@ -11,6 +11,7 @@ import math
 import os
 import pickletools
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -305,12 +306,15 @@ def in_own_process(file: BinaryIO, raw: BinaryIO, limits: Limits) -> tuple[str, 
     env = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     env |= {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     command = [sys.executable, "-P", "-m", "rnp.quarantine", json.dumps(asdict(limits))]
+    too_long = UserError(f"took more than {limits.seconds} s to read; raise seconds if the machine is slow")
     with tempfile.TemporaryFile() as report:
         try:
             done = subprocess.run(command, stdin=file, stdout=raw, stderr=report, env=env, timeout=limits.seconds,
                                   check=False)
         except subprocess.TimeoutExpired:
-            raise UserError(f"took more than {limits.seconds} s to read; raise seconds if the machine is slow") from None
+            raise too_long from None
+        if done.returncode == -getattr(signal, "SIGXCPU", math.inf):
+            raise too_long
         report.seek(0)
         text = report.read(MIB).decode(errors="replace")
     try:
@@ -373,7 +377,8 @@ def isolate(limits: Limits) -> dict[str, bool]:
     return {
         "network": leave_network(),
         "memory": limit_memory(limits.memory * MIB, final=False),
-        "processor time": limit("RLIMIT_CPU", limits.seconds),
+        # SIGXCPU at the soft limit says what happened, SIGKILL at the hard one is for who ignores it
+        "processor time": limit("RLIMIT_CPU", limits.seconds + 1) and limit("RLIMIT_CPU", limits.seconds, final=False),
         "file size": limit("RLIMIT_FSIZE", limits.file_size * MIB),
         "open files": limit("RLIMIT_NOFILE", OPEN_FILES),
     }
