@@ -1,68 +1,96 @@
 """How well each rule chooses what to prune: its effectiveness against that of an oracle, for one finished run.
 
 Run it in the folder of a finished `dvc repro evaluate`; rows are added to the table. Every rule sees the defence set alone and
-works on the same masks. The oracle goes down the ranking and takes the point with the highest DER on test images.
+works on the same masks. The oracle goes down the ranking and takes the point with the highest DER on test images; `skip` leaves
+neurons out of that ranking and may do better. `--summary` prints means over the runs whose gate passed, with 95 % t-intervals.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from rnp.cli.check import read_params
-from rnp.cli.evaluate import head
+from rnp.cli.evaluate import head, safe_window
 from rnp.cli.rows import machine, written
-from rnp.io import load_defence_set, load_images, load_mask, load_model, put_rows, read_json
-from rnp.masks import prune, ranking
-from rnp.metrics import Scores, defence_effectiveness, score
-from rnp.prune import Prune, grid
-from rnp.types import ImageSet
+from rnp.cli.table import interval, mean
+from rnp.io import load_defence_set, load_images, load_mask, load_model, put_rows, read_json, read_rows
+from rnp.masks import ranking
+from rnp.metrics import defence_effectiveness, judge, score
+from rnp.prune import Prune, cut_by_cut, grid, sorted_values, sweep
 
-RULES = ("skip", "val_drop", "knee", "outlier", "number")
+RULES = ("val_drop", "divergence", "knee", "outlier", "number", "threshold")
 COLUMNS = ("preset", "attack", "seed", "gate", "rule", "clean_accuracy_before", "attack_success_rate_before", "clean_accuracy",
-           "attack_success_rate", "der", "regret", "neurons_pruned", "neurons", "n_clean", "n_triggered", "device", "torch")
+           "attack_success_rate", "der", "regret", "safe_window", "neurons_pruned", "neurons", "n_clean", "n_triggered", "device",
+           "torch")
 KEY = ("preset", "attack", "seed", "rule")
-FEW = 1000  # test images, and as many triggered ones, on which the oracle looks for its point
 
 
-def rows(folder: Path) -> list[dict[str, object]]:
+def rows(folder: Path, images: int) -> list[dict[str, object]]:
     params = read_params(folder / "params.yaml")
     victim, _, _ = load_model(folder / "models/backdoored.safetensors")
+    repaired, _, _ = load_model(folder / "models/pruned/model.safetensors")
     mask, clean = load_mask(folder / "models/recovered/mask.safetensors"), load_defence_set(folder / "data/defence").both
-    tests, attacked = load_images(folder / "data/test"), load_images(folder / "data/triggered/test")
-    attack = read_json(folder / "data/triggered/attack.json")
+    tests, attacked = (head(load_images(folder / "data" / part), images) for part in ("test", "triggered/test"))
+    attack, done = (read_json(folder / name) for name in ("data/triggered/attack.json", "reports/evaluate/metrics.json"))
 
-    some = head(tests, FEW), head(attacked, FEW)
+    rules = {rule: Prune(**params["prune"] | {"rule": rule}) for rule in RULES}
+    order = ranking(mask)
+    values = sorted_values(order, mask)
+    named, limit = {name: rule.named(values) for name, rule in rules.items()}, max(1, int(params["prune"]["max_fraction"] * len(order)))
+    most = {name: max(limit, named[name]) if name in ("number", "threshold") else limit for name in rules}
+    counts = grid(max(most.values()), tuple(named.values()))
+    points = sweep(victim, order, values, counts, clean, precision="auto")
+    each = cut_by_cut(victim, order, counts, tests.images, attacked.images, precision="auto")
+    scores = {n: judge(*logits, tests, attacked, attack["target_label"]) for n, logits in zip(counts, each)}
+    before = scores[0]
+    effect = {n: defence_effectiveness(before, after) for n, after in scores.items()}
+    best = max(effect, key=effect.__getitem__)
 
-    def measure(model: torch.nn.Module, images: tuple[ImageSet, ImageSet] = (tests, attacked)) -> Scores:
-        return score(model, *images, attack["target_label"], precision="auto")
-
-    before, order = measure(victim), ranking(mask)
-    most = int(params["prune"]["max_fraction"] * len(order))
-    few = measure(victim, some)
-    counts = {n: defence_effectiveness(few, measure(prune(victim, order[:n]), some)) for n in grid(most)}
-    best = max(counts, key=counts.__getitem__)
-    found = {"oracle": (measure(prune(victim, order[:best])), best)}
-    for rule in RULES:
-        pruned = Prune(**params["prune"] | {"rule": rule, "precision": "auto"})(victim, mask, clean)
-        found[rule] = measure(pruned.model), pruned.chosen.pruned
-    effect = {rule: defence_effectiveness(before, after) for rule, (after, _) in found.items()}
+    chosen = {"oracle": best} | {
+        name: rule.choose([point for point in points if point.pruned <= most[name]], named[name]).pruned for name, rule in rules.items()}
+    width = safe_window([{"threshold": float(values[n - 1]) if n else 0.0, **after.flat()} for n, after in scores.items()])
+    found = {rule: (scores[n], n, width) for rule, n in chosen.items()}
+    found[params["prune"]["rule"]] = (score(repaired, tests, attacked, attack["target_label"], precision="auto"),
+                                      done["neurons_pruned"], done["safe_window"])
     common = {"preset": params["preset"], "attack": params["poison"]["attack"], "seed": params["seed"],
-              "gate": str(attack["gate"]).lower(), "neurons": sum(map(len, mask.values())), "n_clean": len(tests),
-              "n_triggered": len(attacked), "device": machine(), "torch": torch.__version__,
-              "clean_accuracy_before": before.clean_accuracy.value, "attack_success_rate_before": before.attack_success_rate.value}
-    return [written(common | {"rule": rule, **after.flat(), "der": effect[rule], "regret": effect["oracle"] - effect[rule],
-                              "neurons_pruned": count}, COLUMNS) for rule, (after, count) in found.items()]
+              "gate": str(attack["gate"]).lower(), "neurons": len(order), "n_clean": len(tests), "n_triggered": len(attacked),
+              "device": machine(), "torch": torch.__version__, "clean_accuracy_before": before.clean_accuracy.value,
+              "attack_success_rate_before": before.attack_success_rate.value}
+    return [written(common | {"rule": rule, **after.flat(), "der": (der := defence_effectiveness(before, after)),
+                              "regret": effect[best] - der, "neurons_pruned": count, "safe_window": window}, COLUMNS)
+            for rule, (after, count, window) in found.items()]
+
+
+def summary(table: Sequence[dict[str, str]]) -> Iterator[str]:
+    """A line of a Markdown table for each rule, the one with the least regret first."""
+    yield "| rule | runs | CA drop | ASR | DER | regret | worst regret | safe window | pruned |"
+    yield "|---" * 9 + "|"
+    numbers = {rule: [{name: float(row[name]) for name in COLUMNS if name not in (*KEY, "gate", "device", "torch")}
+                      for row in table if row["rule"] == rule and row["gate"] == "true"] for rule in {row["rule"] for row in table}}
+    of = lambda own, name: [row[name] for row in own]
+    for rule, own in sorted(numbers.items(), key=lambda item: mean(of(item[1], "regret")) or 0.0):
+        drop = mean([row["clean_accuracy_before"] - row["clean_accuracy"] for row in own])
+        asr, der, window, pruned = (mean(of(own, name)) for name in ("attack_success_rate", "der", "safe_window", "neurons_pruned"))
+        regret = of(own, "regret")
+        yield (f"| {rule} | {len(own)} | {drop:.3f} | {asr:.3f} | {der:.3f} | {mean(regret):.3f} ± {interval(regret) or 0:.3f}"
+               f" | {max(regret):.3f} | {window:.2f} | {pruned:.0f} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, help="CSV file that takes the rows, in place of older ones of the same run")
     parser.add_argument("--folder", type=Path, default=Path())
+    parser.add_argument("--images", type=int, default=1000, help="test images, and as many triggered ones, that rules are judged on")
+    parser.add_argument("--summary", action="store_true", help="print the means over runs")
     arguments = parser.parse_args()
-    new = rows(arguments.folder)
+    if arguments.summary:
+        print("\n".join(summary(read_rows(arguments.table))))
+        return
+    new = rows(arguments.folder, arguments.images)
     put_rows(arguments.table, new, COLUMNS, KEY)
     for row in new:
         print(f"{row['rule']:10} CA {row['clean_accuracy']}  ASR {row['attack_success_rate']}  DER {row['der']}  regret {row['regret']}"

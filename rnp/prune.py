@@ -30,6 +30,8 @@ class Point:
     loss: float
     lost: float
     """Images that turn wrong minus images that turn right, as a share of all: the paired drop in accuracy."""
+    changed: float
+    """Images whose predicted class is another than the unpruned model's, as a share of all."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,9 @@ class Prune:
     choosing neurons by it fits those images.
     """
 
-    rule: Annotated[Literal["skip", "val_drop", "knee", "outlier", "number", "threshold"],
+    rule: Annotated[Literal["skip", "val_drop", "divergence", "knee", "outlier", "number", "threshold"],
                     "skip leaves out neurons that clean images need; the others prune all up to a point"] = "skip"
-    epsilon: Annotated[float, "skip, val_drop: accuracy that pruning may cost on the defence set, as a fraction"] = 0.02
+    epsilon: Annotated[float, "skip, val_drop: accuracy that may be lost, divergence: predictions that may change; a share of the images"] = 0.02
     tolerance: Annotated[float, "skip: cross-entropy on the defence set, in nats, that the loss of one neuron may cost"] = 0.001
     number: Annotated[int, "number: neurons to prune"] = 30
     threshold: Annotated[float, "threshold: prune neurons whose mask is at most this"] = 0.3
@@ -114,6 +116,8 @@ class Prune:
         """The point that `rule` takes, from the defender's sweep alone."""
         if self.rule == "val_drop":
             return last_within(points, self.epsilon)
+        if self.rule == "divergence":
+            return last_within(points, self.epsilon, "changed")
         if self.rule == "knee":
             return knee(points)
         return max((p for p in points if p.pruned <= named), key=lambda p: p.pruned)
@@ -153,10 +157,11 @@ class Meter:
         self.labels, self.before = labels, None
 
     def __call__(self, logits: Logits, pruned: int, threshold: float) -> Point:
-        right = (logits.argmax(1) == self.labels).float()
-        self.before = right if self.before is None else self.before
-        return Point(pruned=pruned, threshold=threshold, accuracy=right.mean().item(),
-                     loss=F.cross_entropy(logits, self.labels).item(), lost=(self.before - right).mean().item())
+        said = logits.argmax(1)
+        self.before = said if self.before is None else self.before
+        right, was_right = ((each == self.labels).float() for each in (said, self.before))
+        return Point(pruned=pruned, threshold=threshold, accuracy=right.mean().item(), lost=(was_right - right).mean().item(),
+                     loss=F.cross_entropy(logits, self.labels).item(), changed=(said != self.before).float().mean().item())
 
 
 def grid(most: int, extra: tuple[int, ...] = ()) -> list[int]:
@@ -200,11 +205,11 @@ def cut_by_cut(model: nn.Module, order: list[Neuron], counts: list[int], *sets: 
         done = n
 
 
-def last_within(points: list[Point], epsilon: float) -> Point:
-    """The last point before accuracy has fallen by more than `epsilon` for the first time."""
+def last_within(points: list[Point], epsilon: float, cost: Literal["lost", "changed"] = "lost") -> Point:
+    """The last point before more than `epsilon` of the accuracy is lost, or of the predictions changed, for the first time."""
     chosen = points[0]
     for point in points:
-        if point.lost > epsilon + 1e-9:
+        if getattr(point, cost) > epsilon + 1e-9:
             break
         chosen = point
     return chosen

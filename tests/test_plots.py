@@ -21,7 +21,7 @@ from rnp.types import Epoch
 HOSTILE = ("_hidden", "$\\frac{", "a\nb" * 40, "猫", "<b>", "")
 IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 MASK = {"bn1": torch.tensor([0.0, 0.5, 1.0]), "layer.$1": torch.ones(4)}
-POINTS = [Point(pruned=n, threshold=n / 10, accuracy=0.9 - n / 50, loss=0.1, lost=n / 50) for n in range(5)]
+POINTS = [Point(pruned=n, threshold=n / 10, accuracy=0.9 - n / 50, loss=0.1, lost=n / 50, changed=n / 40) for n in range(5)]
 TESTED = [{"pruned": n, "clean_accuracy": 0.9, "attack_success_rate": 1 - n / 5, "defence_accuracy": 0.9} for n in range(5)]
 
 

@@ -12,11 +12,11 @@ from rnp.training import predict
 from rnp.types import ImageSet
 
 
-def points(lost=(), loss=(), threshold=(), step=1) -> list[Point]:
-    n = max(map(len, (lost, loss, threshold)))
+def points(lost=(), loss=(), threshold=(), changed=(), step=1) -> list[Point]:
+    n = max(map(len, (lost, loss, threshold, changed)))
     row = lambda values, i: values[i] if values else 0.0
-    return [Point(pruned=i * step, threshold=row(threshold, i), accuracy=1 - row(lost, i), loss=row(loss, i), lost=row(lost, i))
-            for i in range(n)]
+    return [Point(pruned=i * step, threshold=row(threshold, i), accuracy=1 - row(lost, i), loss=row(loss, i), lost=row(lost, i),
+                  changed=row(changed, i)) for i in range(n)]
 
 
 @pytest.mark.parametrize("lost, chosen", [
@@ -27,7 +27,7 @@ def points(lost=(), loss=(), threshold=(), step=1) -> list[Point]:
     ([0], 0),
 ])
 def test_last_within(lost, chosen):
-    assert last_within(points(lost), 0.02).pruned == chosen
+    assert last_within(points(lost), 0.02).pruned == last_within(points(changed=lost), 0.02, "changed").pruned == chosen
 
 
 @pytest.mark.parametrize("loss, step, chosen", [
@@ -85,6 +85,7 @@ def test_the_sweep_by_hand(trained, mask, val):
         assert row.loss == pytest.approx(F.cross_entropy(logits, val.labels).item())
         turned_wrong, turned_right = (right[0] & ~right[row.pruned]).sum(), (~right[0] & right[row.pruned]).sum()
         assert row.lost == pytest.approx((turned_wrong - turned_right).item() / 40, abs=1e-6)
+        assert row.changed >= max((turned_wrong + turned_right).item() / 40 - 1e-6, row.lost)
     assert turned_right > 0 and [row.pruned for row in rows] == [0, 3, 6] and rows[0].lost == 0 and rows[-1].accuracy < 1
 
 
@@ -144,6 +145,18 @@ def test_val_drop_keeps_its_word(epsilon, trained, mask, val):
     assert (before.float() - after.float()).mean() <= epsilon + 1e-6
     following = [point for point in result.sweep if point.pruned > result.chosen.pruned]
     assert following and following[0].lost > epsilon, "one more would have cost too much"
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.05, 0.5])
+def test_divergence_keeps_its_word(epsilon, trained, mask, val):
+    """Labels play no part in it."""
+    wrong = ImageSet(val.images, (val.labels + 1) % len(val.classes), val.classes)
+    result = Prune(rule="divergence", epsilon=epsilon, max_fraction=1.0)(trained, mask, wrong)
+    before, after = (predict(model, val.images).argmax(1) for model in (trained, result.model))
+    assert (before != after).float().mean() == pytest.approx(result.chosen.changed) and result.chosen.changed <= epsilon + 1e-6
+    following = [point for point in result.sweep if point.pruned > result.chosen.pruned]
+    assert following and following[0].changed > epsilon, "one more would have changed too much"
+    assert result.neurons == Prune(rule="divergence", epsilon=epsilon, max_fraction=1.0)(trained, mask, val).neurons
 
 
 @pytest.mark.parametrize("rule, gone", [("val_drop", [2]), ("skip", [2, 4])])
