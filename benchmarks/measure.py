@@ -33,6 +33,7 @@ from rnp.cli.preset import FOLDER as PRESETS
 from rnp.data.base import Split
 from rnp.data.cifar10 import Cifar10
 from rnp.data.shapes import Shapes
+from rnp.detection.base import Evidence
 from rnp.errors import UserError
 from rnp.io import (
     load_defence_set, load_images, load_mask, load_model, read_json, read_trajectory, save_defence_set, save_mask, save_model,
@@ -393,7 +394,7 @@ def defence_rnp(folder: str) -> Numbers:
 
 
 def detector(folder: str, family: str, name: str, images: int) -> Numbers:
-    """One detector; what `class_shares` and `neural_cleanse_index` read is made before, by unlearning and by `neural_cleanse`."""
+    """One detector; what those of the label judge by is made before, by unlearning and by `neural_cleanse`."""
     keep_freed_pages()
     subject = Subject.load(folder)
     method = subject.method(load(family, name), "detect", f"{name}.")
@@ -405,15 +406,11 @@ def detector(folder: str, family: str, name: str, images: int) -> Numbers:
         shown = torch.cat([part.images[:images] for part in (test, attacked)])
         weak = subject.unlearned()[0] if method.asks_unlearned else None
         work = lambda: method.score(model, shown, clean, rng=rng, unlearned=weak)
-    elif name == "class_shares":
-        _, rows = subject.unlearned()
-        work = lambda: method.from_trajectory(rows)
-    elif name == "neural_cleanse_index":
-        search = subject.method(load("triggers", "neural_cleanse"), "detect", "neural_cleanse.", steps=1)
-        found = search.recover(model, clean, rng=rng)
-        work = lambda: method.from_triggers(found)
     else:
-        work = lambda: method.score(model, clean, rng=rng)
+        search = subject.method(load("triggers", "neural_cleanse"), "detect", "neural_cleanse.", steps=1)
+        found = search.recover(model, clean, rng=rng) if method.asks_triggers else []
+        evidence = Evidence(model, found, *(subject.unlearned() if method.asks_unlearned else (model, [])))
+        work = lambda: method.judge(evidence, clean, rng=rng)
     return timed(work)[1]
 
 

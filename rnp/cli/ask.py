@@ -94,7 +94,7 @@ def labels(model: Path, clean: str, seed: int, by: tuple[str, ...], **values: ob
     with asked(model, clean, seed, values) as it:
         train, clock = it.case.defence.train, Clock()
         nets = {"backdoored": it.case.adopted.model, "unlearned": checkpoint(it.unlearned, DEFAULTS.trigger_model)}
-        found = searched(search, nets, train, seed, clock) if "neural_cleanse_index" in by else {}
+        found = searched(search, nets, train, seed, clock) if any(each.asks_triggers for each in methods) else {}
         for name, each in labelled(methods, nets, found, read_trajectory(it.unlearned / "trajectory.csv"), train, seed, clock).items():
             verdict = each.verdict
             said = "no decision" if verdict.label is None else f"class {verdict.label} ({train.classes[verdict.label]})"

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from rnp.attacks.base import Poisoned
 from rnp.cli.options import command, generator
-from rnp.detection.base import LabelDetector, LabelVerdict, RecoveredTrigger, SampleDetector, TriggerRecovery, iou, iou_top_k, judge
+from rnp.detection.base import (Evidence, LabelDetector, LabelVerdict, RecoveredTrigger, SampleDetector, TriggerRecovery, iou, iou_top_k,
+                                judge)
 from rnp.errors import UserError
 from rnp.io import (load_array, load_defence_set, load_images, load_model, load_poisoned, load_trigger, read_json, read_trajectory,
                     save_tensors, write_json)
@@ -43,7 +44,8 @@ class Detect:
     trigger_model: Annotated[Literal["0.8", "0.5", "0.2"], "unlearned checkpoint, by its accuracy, to recover triggers from"] = "0.5"
     sample_model: Annotated[Literal["0.8", "0.5", "0.2"], "unlearned checkpoint, by its accuracy, to find samples with"] = "0.2"
     twin: Annotated[bool, "unlearn the benign twin too, and ask the detectors of the label for their false alarms"] = False
-    labels: Annotated[tuple[str, ...], "detectors of the label to ask"] = ("class_shares", "neural_cleanse_index", "mm_bd")
+    labels: Annotated[tuple[str, ...], "detectors of the label to ask"] = (
+        "class_shares", "trigger_survival", "neural_cleanse_index", "mm_bd")
     samples: Annotated[tuple[str, ...], "detectors of triggered images to ask"] = (
         "confidence", "unlearned_mahalanobis", "mahalanobis", "strip", "badexpert", "spectral_signatures", "activation_clustering")
 
@@ -167,16 +169,15 @@ class LabelScores:
 
 def labelled(detectors: list[LabelDetector], nets: dict[str, nn.Module], found: dict[str, list[RecoveredTrigger]],
              trajectory: list[Epoch], clean: ImageSet, seed: int, clock: Clock) -> dict[str, LabelScores]:
-    """What each detector says of each model; `found` holds the triggers for the one that judges by them."""
+    """What each detector says of each model; `found` holds the triggers for those that judge by them."""
     said = {}
     for detector in detectors:
-        if detector.name == "class_shares":  # it looks at the whole way to the collapse, which the unlearned model has behind it
-            said[detector.name] = LabelScores(detector, detector.from_trajectory(trajectory))
-            continue
         for name, net in nets.items():
+            if detector.asks_unlearned and name != "backdoored":
+                continue
             with clock(f"labels_{suffixed(detector.name, name)}"):
-                scores = (detector.from_triggers(found[name]) if detector.name == "neural_cleanse_index" else
-                          detector.score(net, clean, rng=generator(seed, f"labels/{detector.name}")))
+                evidence = Evidence(net, found.get(name, []), nets["unlearned"], trajectory)
+                scores = detector.judge(evidence, clean, rng=generator(seed, f"labels/{detector.name}"))
             said[suffixed(detector.name, name)] = LabelScores(detector, scores)
     return said
 
@@ -193,8 +194,9 @@ def unlearned_and_labelled(model: nn.Module, unlearn: Unlearn, ask_for: dict[str
     weak = copy.deepcopy(model)
     weak.load_state_dict(unlearned.checkpoints.get(options.trigger_model, unlearned.checkpoints["end"]))
     nets = {"backdoored": model, "unlearned": weak.eval()}
-    found = searched(ask_for["neural_cleanse"], nets, clean, seed, clock) if "neural_cleanse_index" in options.labels else {}
-    return labelled([ask_for[name] for name in options.labels], nets, found, unlearned.trajectory, clean, seed, clock)
+    asked = [ask_for[name] for name in options.labels]
+    found = searched(ask_for["neural_cleanse"], nets, clean, seed, clock) if any(each.asks_triggers for each in asked) else {}
+    return labelled(asked, nets, found, unlearned.trajectory, clean, seed, clock)
 
 
 def told(said: dict[str, LabelScores], target: int | None) -> dict[str, dict]:

@@ -165,7 +165,8 @@ def detection_rows(reports: Path, params: dict) -> list[dict[str, object]]:
         rows.append({"task": "triggers", "detector": "neural_cleanse", "model": model, "attack_success_rate": values["success"],
                      "seconds": seconds.get(f"triggers_{model}"), **values})
     for name, values in found["labels"].items():
-        model = "unlearned" if name == "class_shares" or name.endswith(UNLEARNED) else "backdoored"
+        asks = name.endswith(UNLEARNED) or load("labels", name).asks_unlearned
+        model = "unlearned" if asks else "backdoored"
         rows.append({"task": "labels", "detector": name.removesuffix(UNLEARNED), "model": model,
                      "label_correct": str(values["correct"]).lower(), "seconds": seconds.get(f"labels_{name}"), **values})
     for name, values in found.get("twin_labels", {}).items():

@@ -14,7 +14,7 @@ from rnp.errors import UserError
 from rnp.features import head
 from rnp.registry import Method
 from rnp.training import predict
-from rnp.types import Bytes, ImageSet, Images, Labels
+from rnp.types import Bytes, Epoch, ImageSet, Images, Labels
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,16 @@ class TriggerRecovery(Method, ABC):
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What is known of a model: itself, the triggers recovered from it, and what unlearning made of the one that was given."""
+
+    model: nn.Module
+    triggers: list[RecoveredTrigger]  # one per class in order; empty unless a detector asks for them
+    unlearned: nn.Module
+    trajectory: list[Epoch]
+
+
+@dataclass(frozen=True)
 class LabelVerdict:
     """The backdoor's label, or None for "no decision"; `margin` is the lead of the highest score over the second."""
 
@@ -78,12 +88,21 @@ class LabelVerdict:
 class LabelDetector(Method, ABC):
     """Which class is the backdoor's? A high score is suspicious."""
 
+    asks_unlearned: ClassVar[bool] = False
+    """Whether unlearning is part of the method; one that does without can be asked of the unlearned copy too."""
+    asks_triggers: ClassVar[bool] = False
+    """Whether it judges by recovered triggers."""
+
     least_score: Annotated[float, "highest score below which no label is named"]
     least_margin: Annotated[float, "lead over the second class below which no label is named"]
 
     @abstractmethod
     def score(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
         """One score per class, high = suspicious; `model` is left unchanged."""
+
+    def judge(self, evidence: Evidence, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
+        """The same score where more than the model is known already."""
+        return self.score(evidence.model, clean, rng=rng)
 
     def verdict(self, scores: Float[Tensor, "k"]) -> LabelVerdict:
         """The class with the highest score, unless that score or its lead is too small."""

@@ -286,14 +286,15 @@ def test_rows_of_detection(ended):
     assert set(training) == {"training_loss", *(detector for task, detector, _ in rows if task == "samples")}
     assert all(0 <= float(row["auroc"]) <= 1 and 0.05 < float(row["base_rate"]) < 0.2 for row in training.values())
     assert set(rows) == {
-        *(("triggers", "neural_cleanse", model) for model in ("backdoored", "unlearned")), ("labels", "class_shares", "unlearned"),
+        *(("triggers", "neural_cleanse", model) for model in ("backdoored", "unlearned")),
+        *(("labels", name, "unlearned") for name in ("class_shares", "trigger_survival")),
         *(("labels", name, model) for name in ("mm_bd", "neural_cleanse_index") for model in ("backdoored", "unlearned")),
         *(("samples", name, "unlearned") for name in ("confidence", "unlearned_mahalanobis")), *(("samples", name, "backdoored") for name in (
             "mahalanobis", "strip", "badexpert", "spectral_signatures", "activation_clustering"))}
     assert 0 <= float(rows["samples", "strip", "backdoored"]["auroc"]) <= 1
     assert rows["labels", "mm_bd", "backdoored"]["label_correct"] in ("true", "false")
     assert float(rows["triggers", "neural_cleanse", "unlearned"]["l1"]) > 0
-    assert all(row["seconds"] for row in rows.values() if row["detector"] != "class_shares")
+    assert all(row["seconds"] for row in rows.values())
 
 
 def test_rows_of_the_twin(run, ended):

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import pytest
 import torch
+from torch import Tensor
 
-from rnp.detection.base import LabelVerdict, RecoveredTrigger
+from rnp.detection.base import Evidence, LabelVerdict, RecoveredTrigger
 from rnp.detection.labels.class_shares import ClassShares
+from rnp.detection.labels.mm_bd import MMBD
 from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
+from rnp.detection.labels.trigger_survival import TriggerSurvival
 from rnp.errors import UserError
 from rnp.types import Epoch
 
-from .planted import CLASSES, TARGET, Planted, images, rng
+from .planted import CLASSES, CORNER, TARGET, Planted, images, rng
 
 
 def row(accuracy: float, *shares: float) -> Epoch:
@@ -80,7 +86,38 @@ def test_a_label_reached_without_a_trigger_is_not_flagged() -> None:
     assert detector.verdict(detector.from_triggers(sized(20, 21, 1, 19, 22, baseline=1.0))).label is None
 
 
+class Forgetful(Planted):
+    """What is left of the planted model when the rows are unlearned: everything is class 0, but for the backdoor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.where(CORNER, x, 0.0)) + 0.1 * torch.eye(CLASSES)[0]
+
+
+def test_the_trigger_of_a_backdoor_survives_and_a_small_one_counts_more() -> None:
+    """Class 0 takes every image without a trigger too, the others none."""
+    rows = [(torch.arange(64).view(8, 8) // 8 == c).float() for c in range(CLASSES)]
+    found = [RecoveredTrigger(c, CORNER.float() if c == TARGET else rows[c], torch.ones(3, 8, 8), 1.0, 0.0) for c in range(CLASSES)]
+    scores = TriggerSurvival().from_triggers(found, Forgetful(), images())
+    assert scores.tolist() == pytest.approx([float(c == TARGET) * (1 - math.log(4) / math.log(64)) for c in range(CLASSES)])
+    large = [dataclasses.replace(each, mask=torch.ones(8, 8)) for each in found]
+    assert TriggerSurvival().from_triggers(large, Forgetful(), images()).tolist() == [0.0] * CLASSES
+    assert Planted()(found[1].apply(images().floats())).argmax(1).tolist() == [1] * 60, "before, every trigger works"
+
+
+def test_what_is_known_already_serves() -> None:
+    """Each detector takes its part of the evidence, and only that."""
+    found, rows = sized(20, 21, 4, 19, 22, 20), [row(0.1, 0.0, 0.0, 0.9, 0.0, 0.0, 0.0)]
+    evidence = Evidence(Planted(), found, Forgetful(), rows)
+    shares, index, survival = (each.judge(evidence, images(), rng=rng()) for each in (
+        ClassShares(), NeuralCleanseIndex(), TriggerSurvival()))
+    assert torch.equal(shares, ClassShares().from_trajectory(rows)) and torch.equal(index, NeuralCleanseIndex().from_triggers(found))
+    assert torch.equal(survival, TriggerSurvival().from_triggers(found, Forgetful(), images()))
+    margins = MMBD(starts=1, steps=2)
+    assert torch.equal(margins.judge(evidence, images(), rng=rng()), margins.score(Planted(), images(), rng=rng()))
+
+
 @pytest.mark.parametrize("cls, field, value", [
+    (TriggerSurvival, "least_score", 1.5), (TriggerSurvival, "least_margin", -0.1),
     (ClassShares, "least_score", 50.0), (ClassShares, "least_margin", -0.1), (ClassShares, "sharpness", -1.0),
     (NeuralCleanseIndex, "least_score", -2.0), (NeuralCleanseIndex, "least_margin", -1.0),
 ])

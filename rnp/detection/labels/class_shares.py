@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rnp.detection.base import LabelDetector
+from rnp.detection.base import Evidence, LabelDetector
 from rnp.errors import UserError
 from rnp.metrics import class_shares
 from rnp.training import predict
@@ -27,6 +27,8 @@ class ClassShares(LabelDetector):
     looks at the whole way to the collapse, since between accuracies of .5 and .2 a wrong class may lead.
     """
 
+    asks_unlearned: ClassVar[bool] = True
+
     least_score: Annotated[float, "highest share, in [0, 1], below which no label is named"] = 0.5
     least_margin: Annotated[float, "lead over the second class below which no label is named"] = 0.2
     sharpness: Annotated[float, "a step of the trajectory weighs (1 - accuracy) to this power"] = 4.0
@@ -41,6 +43,9 @@ class ClassShares(LabelDetector):
     def score(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
         """`model` is the most collapsed of the unlearned checkpoints."""
         return class_shares(predict(model, clean.images).argmax(1), clean.labels, len(clean.classes))
+
+    def judge(self, evidence: Evidence, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
+        return self.from_trajectory(evidence.trajectory)
 
     def from_trajectory(self, rows: list[Epoch]) -> Float[Tensor, "k"]:
         """The same score, averaged over an unlearning trajectory with most weight on its collapsed part."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rnp.detection.base import LabelDetector, RecoveredTrigger, anomaly_index
+from rnp.detection.base import Evidence, LabelDetector, RecoveredTrigger, anomaly_index
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.errors import UserError
 from rnp.types import ImageSet
@@ -24,6 +24,8 @@ class NeuralCleanseIndex(LabelDetector):
     mask would else be the smallest.
     """
 
+    asks_triggers: ClassVar[bool] = True
+
     least_score: Annotated[float, "highest index below which no label is named"] = 2.0
     least_margin: Annotated[float, "lead over the second class below which no label is named"] = 0.0
 
@@ -35,6 +37,9 @@ class NeuralCleanseIndex(LabelDetector):
     def score(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
         """By a recovery with its default settings, which draws at random; `from_triggers` takes any."""
         return self.from_triggers(NeuralCleanse().recover(model, clean, rng=rng))
+
+    def judge(self, evidence: Evidence, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
+        return self.from_triggers(evidence.triggers)
 
     def from_triggers(self, triggers: list[RecoveredTrigger]) -> Float[Tensor, "k"]:
         """The same score from triggers that were recovered before, one per class in order."""

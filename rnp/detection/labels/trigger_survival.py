@@ -1,0 +1,65 @@
+"""The label whose small trigger goes on working after the model has been unlearned."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rnp.detection.base import Evidence, LabelDetector, RecoveredTrigger
+from rnp.detection.triggers.neural_cleanse import NeuralCleanse
+from rnp.errors import UserError
+from rnp.training import Precision, predict
+from rnp.types import ImageSet
+from rnp.unlearn import Unlearn
+
+
+@dataclass(frozen=True, kw_only=True)
+class TriggerSurvival(LabelDetector):
+    """The score of a class is what the trigger recovered for it still adds in the unlearned model, times its smallness, in [0, 1].
+
+    Every model has triggers for every class. One that is made of clean features loses its effect when those are unlearned,
+    that of a backdoor keeps it. A large one shows the class itself, and its survival says little: smallness is
+    1 - log(size) / log(pixels of the image).
+
+    Source: ours, from the finding of Li et al., ICML 2023, section 3, that unlearning clean images leaves the backdoor in place;
+    triggers as in Wang et al., S&P 2019.
+    """
+
+    asks_unlearned: ClassVar[bool] = True
+    asks_triggers: ClassVar[bool] = True
+
+    least_score: Annotated[float, "highest score, in [0, 1], below which no label is named"] = 0.4
+    least_margin: Annotated[float, "lead over the second class below which no label is named"] = 0.1
+    precision: Annotated[Precision, "arithmetic of the forward passes; auto takes bf16 where the hardware has it"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("least_score", "least_margin"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} must be in [0, 1], got {getattr(self, name):g}")
+
+    def score(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
+        """With triggers and an unlearned copy by the default settings, which draw at random."""
+        found = NeuralCleanse().recover(model, clean, rng=rng)
+        return self.from_triggers(found, Unlearn(to_collapse=False)(model, clean, rng=rng).model, clean)
+
+    def judge(self, evidence: Evidence, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
+        return self.from_triggers(evidence.triggers, evidence.unlearned, clean)
+
+    def from_triggers(self, triggers: list[RecoveredTrigger], unlearned: nn.Module, clean: ImageSet) -> Float[Tensor, "k"]:
+        """The same score from triggers of the given model, one per class in order, and its unlearned copy."""
+        before = predict(unlearned, clean.images, precision=self.precision).argmax(1)
+        scores = []
+        for trigger in triggers:
+            others = clean.labels != trigger.label
+            stamped = trigger.apply(clean.subset(others.nonzero().squeeze(1)).floats())
+            hits = predict(unlearned, stamped, precision=self.precision).argmax(1) == trigger.label
+            tried = RecoveredTrigger(trigger.label, trigger.mask, trigger.pattern, hits.float().mean().item(),
+                                     (before[others] == trigger.label).float().mean().item())
+            smallness = 1 - math.log(max(tried.l1, 1.0)) / math.log(tried.mask.numel())
+            scores.append(max(tried.gain, 0.0) * smallness)
+        return torch.tensor(scores)
