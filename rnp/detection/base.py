@@ -44,6 +44,11 @@ class RecoveredTrigger:
         """
         return (self.success - self.baseline) / (1 - self.baseline) if self.baseline < 1 else 0.0
 
+    @property
+    def size(self) -> float:
+        """`l1`, or the pixels of the image for a trigger that moves less than half of the images that were left to move."""
+        return self.l1 if self.gain > 0.5 else float(self.mask.numel())
+
     def apply(self, images: Images) -> Images:
         return stamp(images, self.mask.to(images.device), self.pattern.to(images.device))
 

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from rnp.detection.base import Evidence, LabelVerdict, RecoveredTrigger
+from rnp.detection.base import Evidence, LabelVerdict, RecoveredTrigger, anomaly_index
 from rnp.detection.labels.class_shares import ClassShares
 from rnp.detection.labels.mm_bd import MMBD
 from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
@@ -93,15 +92,21 @@ class Forgetful(Planted):
         return super().forward(torch.where(CORNER, x, 0.0)) + 0.1 * torch.eye(CLASSES)[0]
 
 
-def test_the_trigger_of_a_backdoor_survives_and_a_small_one_counts_more() -> None:
-    """Class 0 takes every image without a trigger too, the others none."""
+def test_the_trigger_of_a_backdoor_survives() -> None:
+    """Rows of pixels work before and not after; class 0 takes every image without a trigger too."""
     rows = [(torch.arange(64).view(8, 8) // 8 == c).float() for c in range(CLASSES)]
-    found = [RecoveredTrigger(c, CORNER.float() if c == TARGET else rows[c], torch.ones(3, 8, 8), 1.0, 0.0) for c in range(CLASSES)]
+    found = [RecoveredTrigger(c, CORNER.float() if c == TARGET else rows[c] * (1 + c) / 8, torch.ones(3, 8, 8), 1.0, 0.0)
+             for c in range(CLASSES)]
     scores = TriggerSurvival().from_triggers(found, Forgetful(), images())
-    assert scores.tolist() == pytest.approx([float(c == TARGET) * (1 - math.log(4) / math.log(64)) for c in range(CLASSES)])
-    large = [dataclasses.replace(each, mask=torch.ones(8, 8)) for each in found]
-    assert TriggerSurvival().from_triggers(large, Forgetful(), images()).tolist() == [0.0] * CLASSES
-    assert Planted()(found[1].apply(images().floats())).argmax(1).tolist() == [1] * 60, "before, every trigger works"
+    index = anomaly_index(torch.tensor([1.0, 2, 3, 4, 5, 6]).log())  # the corner has four pixels, the rows 1 to 6
+    assert index[TARGET] < 0 and scores.tolist() == [0.0] * CLASSES, "it is not abnormally small"
+    found[TARGET] = dataclasses.replace(found[TARGET], mask=CORNER * 0.9)
+    for c, size in enumerate((30, 31, 32, None, 33, 34)):
+        found[c] = found[c] if size is None else dataclasses.replace(found[c], mask=rows[c] * size / 8)
+    scores = TriggerSurvival().from_triggers(found, Forgetful(), images())
+    index = anomaly_index(torch.tensor([30, 31, 32, 3.6, 33, 34]).log())
+    assert scores.tolist() == pytest.approx([float(index[c]) * (c == TARGET) for c in range(CLASSES)], rel=1e-4)
+    assert TriggerSurvival().verdict(scores).label == TARGET
 
 
 def test_what_is_known_already_serves() -> None:
@@ -117,7 +122,7 @@ def test_what_is_known_already_serves() -> None:
 
 
 @pytest.mark.parametrize("cls, field, value", [
-    (TriggerSurvival, "least_score", 1.5), (TriggerSurvival, "least_margin", -0.1),
+    (TriggerSurvival, "least_score", -1.5), (TriggerSurvival, "least_margin", -0.1),
     (ClassShares, "least_score", 50.0), (ClassShares, "least_margin", -0.1), (ClassShares, "sharpness", -1.0),
     (NeuralCleanseIndex, "least_score", -2.0), (NeuralCleanseIndex, "least_margin", -1.0),
 ])

@@ -43,4 +43,4 @@ class NeuralCleanseIndex(LabelDetector):
 
     def from_triggers(self, triggers: list[RecoveredTrigger]) -> Float[Tensor, "k"]:
         """The same score from triggers that were recovered before, one per class in order."""
-        return anomaly_index(torch.tensor([t.l1 if t.gain > 0.5 else float(t.mask.numel()) for t in triggers]))
+        return anomaly_index(torch.tensor([trigger.size for trigger in triggers]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rnp.detection.base import Evidence, LabelDetector, RecoveredTrigger
+from rnp.detection.base import Evidence, LabelDetector, RecoveredTrigger, anomaly_index
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.errors import UserError
 from rnp.training import Precision, predict
@@ -20,27 +20,27 @@ from rnp.unlearn import Unlearn
 
 @dataclass(frozen=True, kw_only=True)
 class TriggerSurvival(LabelDetector):
-    """The score of a class is what the trigger recovered for it still adds in the unlearned model, times its smallness, in [0, 1].
+    """The score of a class is how abnormally small its trigger is, times what that trigger still adds in the unlearned model.
 
     Every model has triggers for every class. One that is made of clean features loses its effect when those are unlearned,
-    that of a backdoor keeps it. A large one shows the class itself, and its survival says little: smallness is
-    1 - log(size) / log(pixels of the image).
+    that of a backdoor keeps it. The smallness is the anomaly index of Neural Cleanse, of the logarithm of the size and not
+    below 0: in a benign model the sizes of different classes lie as far apart as factors of five.
 
     Source: ours, from the finding of Li et al., ICML 2023, section 3, that unlearning clean images leaves the backdoor in place;
-    triggers as in Wang et al., S&P 2019.
+    triggers and index as in Wang et al., S&P 2019, section IV, with its threshold of 2.
     """
 
     asks_unlearned: ClassVar[bool] = True
     asks_triggers: ClassVar[bool] = True
 
-    least_score: Annotated[float, "highest score, in [0, 1], below which no label is named"] = 0.4
-    least_margin: Annotated[float, "lead over the second class below which no label is named"] = 0.1
+    least_score: Annotated[float, "highest score below which no label is named"] = 2.0
+    least_margin: Annotated[float, "lead over the second class below which no label is named"] = 0.0
     precision: Annotated[Precision, "arithmetic of the forward passes; auto takes bf16 where the hardware has it"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("least_score", "least_margin"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} must be in [0, 1], got {getattr(self, name):g}")
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be 0 or more, got {getattr(self, name):g}")
 
     def score(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
         """With triggers and an unlearned copy by the default settings, which draw at random."""
@@ -53,13 +53,12 @@ class TriggerSurvival(LabelDetector):
     def from_triggers(self, triggers: list[RecoveredTrigger], unlearned: nn.Module, clean: ImageSet) -> Float[Tensor, "k"]:
         """The same score from triggers of the given model, one per class in order, and its unlearned copy."""
         before = predict(unlearned, clean.images, precision=self.precision).argmax(1)
-        scores = []
+        tried = []
         for trigger in triggers:
             others = clean.labels != trigger.label
             stamped = trigger.apply(clean.subset(others.nonzero().squeeze(1)).floats())
             hits = predict(unlearned, stamped, precision=self.precision).argmax(1) == trigger.label
-            tried = RecoveredTrigger(trigger.label, trigger.mask, trigger.pattern, hits.float().mean().item(),
-                                     (before[others] == trigger.label).float().mean().item())
-            smallness = 1 - math.log(max(tried.l1, 1.0)) / math.log(tried.mask.numel())
-            scores.append(max(tried.gain, 0.0) * smallness)
-        return torch.tensor(scores)
+            unasked = before[others] == trigger.label
+            tried.append(dataclasses.replace(trigger, success=hits.float().mean().item(), baseline=unasked.float().mean().item()))
+        gains = torch.tensor([each.gain for each in tried]).clamp_min(0)
+        return anomaly_index(torch.tensor([trigger.size for trigger in triggers]).log()).clamp_min(0) * gains
