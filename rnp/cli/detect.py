@@ -169,11 +169,11 @@ class LabelScores:
 
 def labelled(detectors: list[LabelDetector], nets: dict[str, nn.Module], found: dict[str, list[RecoveredTrigger]],
              trajectory: list[Epoch], clean: ImageSet, seed: int, clock: Clock) -> dict[str, LabelScores]:
-    """What each detector says of each model; `found` holds the triggers for those that judge by them."""
+    """What each detector says of each model; those that judge by triggers are asked of the models that `found` has triggers of."""
     said = {}
     for detector in detectors:
         for name, net in nets.items():
-            if detector.asks_unlearned and name != "backdoored":
+            if (detector.asks_unlearned and name != "backdoored") or (detector.asks_triggers and name not in found):
                 continue
             with clock(f"labels_{suffixed(detector.name, name)}"):
                 evidence = Evidence(net, found.get(name, []), nets["unlearned"], trajectory)

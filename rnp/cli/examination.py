@@ -21,6 +21,7 @@ from rnp.cli import recover as recover_stage
 from rnp.cli import unlearn as unlearn_stage
 from rnp.cli.check import leaves
 from rnp.cli.concerns import concerns, refuse_unfit
+from rnp.cli.detect import Clock, Detect, checkpoint, labelled
 from rnp.cli.options import generator
 from rnp.cli.report_page import environment, page, versions
 from rnp.data.base import Split
@@ -28,6 +29,7 @@ from rnp.defences.guided import Guided
 from rnp.detection.base import RecoveredTrigger
 from rnp.detection.labels.class_shares import ClassShares
 from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
+from rnp.detection.labels.trigger_survival import TriggerSurvival
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.errors import UserError
 from rnp.io import (load_defence_set, load_mask, load_model, read_json, read_trajectory, save_defence_set, save_model,
@@ -132,7 +134,7 @@ def examine(path: Path, clean: str, out: Path | None, subject: Subject, seed: in
         victim, defence, unlearned = work / "models" / "backdoored.safetensors", work / "data" / "defence", work / "models" / "unlearned"
         unlearn_stage.unlearn.work(unlearn, model=victim, defence=defence, out=unlearned, report=reports / "unlearn", seed=seed)
         triggers = search.recover(case.adopted.model, case.defence.train, rng=generator(seed, "triggers/backdoored"))
-        found = verdicts(case, unlearned, triggers, reports / "detect")
+        found = verdicts(case, unlearned, triggers, reports / "detect", seed)
         result = {
             "command": command, "seed": seed, "seconds": 0.0, "warnings": case.warnings, "not_tested": UNTESTED,
             "inputs": {str(path): case.adopted.converted.input_sha256}, "outputs": {}, **case.notes, **found,
@@ -226,12 +228,13 @@ def share(model: nn.Module, data: ImageSet) -> dict[str, object]:
     return {"value": found.value, "n": found.n, "interval": found.interval()}
 
 
-def verdicts(case: Case, unlearned: Path, triggers: list[RecoveredTrigger], report: Path) -> dict:
-    """Which label a backdoor would have, by two detectors, and the trigger that comes nearest to one for it."""
+def verdicts(case: Case, unlearned: Path, triggers: list[RecoveredTrigger], report: Path, seed: int) -> dict:
+    """Which label a backdoor would have, by three detectors, and the trigger that comes nearest to one for it."""
     names = case.defence.train.classes
-    shares, index = ClassShares(), NeuralCleanseIndex()
-    named = {"class_shares": shares.verdict(shares.from_trajectory(read_trajectory(unlearned / "trajectory.csv"))),
-             "neural_cleanse_index": index.verdict(index.from_triggers(triggers))}
+    nets = {"backdoored": case.adopted.model, "unlearned": checkpoint(unlearned, Detect().trigger_model)}
+    said = labelled([TriggerSurvival(), ClassShares(), NeuralCleanseIndex()], nets, {"backdoored": triggers},
+                    read_trajectory(unlearned / "trajectory.csv"), case.defence.train, seed, Clock())
+    named = {name: each.verdict for name, each in said.items()}
     smallest = min(triggers, key=lambda trigger: trigger.l1 if trigger.gain > 0.5 else math.inf)
     label = next((verdict.label for verdict in named.values() if verdict.label is not None), smallest.label)
     shown = triggers[label]
