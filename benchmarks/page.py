@@ -180,8 +180,8 @@ def detectors(part: dict) -> list[str]:
     found = {title: median(runs, name, "seconds") for title, name in FOUR.items()}
     total = None if None in found.values() else sum(found.values())
     return [f"Each on the backdoored model of a run of `{part['subject']}`; samples are sought among 500 clean and 500 triggered images."
-            " `class_shares` reads the ascent that RNP makes anyway and `neural_cleanse_index` the triggers of `neural_cleanse`: what"
-            " they read is not in their seconds.", "",
+            " `class_shares` reads the ascent that RNP makes anyway, `neural_cleanse_index` the triggers of `neural_cleanse`, and"
+            " `trigger_survival` tries those on the unlearned model: what they read is not in their seconds.", "",
             *costs(part, "detector", [name for name in runs if name != "rnp"]),
             "The four tasks in sum, one method for each:", "",
             *table(["task", "seconds"], [*([title, number(value)] for title, value in found.items()), ["**sum**", number(total)]])]
