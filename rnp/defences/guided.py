@@ -28,11 +28,12 @@ class Guided(NCUnlearn):
     Under suspicion are the labels whose trigger in the given model is abnormally small, and the one to which its
     predictions drift in unlearning. Such a label is open while the pruned model's trigger for it is smaller than that of
     the median label in the given model; at first it is open also where the drift is clear enough for `class_shares` to name
-    it, since of a trigger that is no patch the size says little. The tuning is against both triggers. It is taught by the pruned model, at a tenth of
-    a fine-tuning's learning rate: each image is to be what that model says of it without a trigger, which costs less clean
-    accuracy than labels do. Half of its images are painted over in part, since a trigger that was recovered is a poor
-    picture of one that covers much of the image. The weights go `share` of the way from the pruned model to the tuned one,
-    which gives accuracy back and hardly opens what was shut. Where no label is open this is RNP and no more.
+    it, since of a trigger that is no patch the size says little. The tuning is against both triggers. It is taught by the
+    pruned model, at a tenth of a fine-tuning's learning rate: each image is to be what that model says of it without a
+    trigger, which costs less clean accuracy than labels do. Half of its images are painted over in part, since a trigger
+    that was recovered is a poor picture of one that covers much of the image. The weights go `share` of the way from the
+    pruned model to the tuned one, which gives accuracy back and hardly opens what was shut. Where no label is open this is
+    RNP and no more.
 
     Drawn at random: what recovering triggers, unlearning, recovery of the masks and tuning draw.
 
