@@ -3,8 +3,9 @@
 Trains that many models of each kind with the settings of a preset, each with a seed, a split and an attack of its own, every
 second one without augmentation, asks every detector, and adds a row for each model and detector to the table. Models that
 have their rows already are not trained again. `--summary` prints the ROC of each detector instead: AUROC with a 95 % interval
-(bootstrap over models, seed 0), and at the detector's own threshold the false alarms among benign models, the backdoors named,
-and the right labels among them; backdoored models that fail the gate on ASR do not count. `--roc FILE` draws the curves too.
+(bootstrap over models, seed 0), the share of backdoored models above the threshold that 5 % of the benign ones exceed, how often
+the label with the highest score is right, and at the detector's own threshold the false alarms among benign models, the backdoors
+named and the right labels among them. Backdoored models that fail the gate on ASR do not count. `--roc FILE` draws the curves too.
 
 Detectors that were asked of the unlearned copy have `_unlearned` behind their names; the seconds leave out the unlearning and the
 search for triggers, which several share.
@@ -105,20 +106,22 @@ def counted(rows: list[dict[str, str]]) -> Iterator[tuple[str, list[dict[str, st
 
 
 def summary(rows: list[dict[str, str]]) -> Iterator[str]:
-    """A line of a Markdown table for each detector."""
+    """A line of a Markdown table for each detector, the best first."""
     from sklearn.metrics import roc_auc_score
 
-    yield "| detector | benign | backdoored | AUROC | 95 % interval | false alarms | backdoors named | label right |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for detector, own, bad, values in counted(rows):
+    yield ("| detector | benign | backdoored | AUROC | 95 % interval | found at 5 % | first label right | false alarms | named |"
+           " named right |")
+    yield "|---" * 10 + "|"
+    for detector, own, bad, values in sorted(counted(rows), key=lambda each: -roc_auc_score(*each[2:])):
         draw, areas = np.random.default_rng(0), []
         for _ in range(2000):
             picked = np.concatenate([draw.choice(np.flatnonzero(bad == kind), (bad == kind).sum()) for kind in (True, False)])
             areas.append(roc_auc_score(bad[picked], values[picked]))
         low, high = np.quantile(areas, [0.025, 0.975])
         named, right = (np.array([row[key] == "true" for row in own]) for key in ("named", "label_correct"))
+        found = (values[bad] > np.quantile(values[~bad], 0.95)).mean()
         yield (f"| {detector} | {(~bad).sum()} | {bad.sum()} | {roc_auc_score(bad, values):.3f} | {low:.3f} to {high:.3f} |"
-               f" {named[~bad].sum()} | {named[bad].sum()} | {(named & right)[bad].sum()} |")
+               f" {found:.2f} | {right[bad].sum()} | {named[~bad].sum()} | {named[bad].sum()} | {(named & right)[bad].sum()} |")
 
 
 def main() -> None:
