@@ -7,8 +7,8 @@ have their rows already are not trained again. `--summary` prints the ROC of eac
 the label with the highest score is right, and at the detector's own threshold the false alarms among benign models, the backdoors
 named and the right labels among them. Backdoored models that fail the gate on ASR do not count. `--roc FILE` draws the curves too.
 
-Detectors that were asked of the unlearned copy have `_unlearned` behind their names; the seconds leave out the unlearning and the
-search for triggers, which several share.
+Detectors that were asked of the unlearned copy have `_unlearned` behind their names, a star in the picture; the seconds leave
+out the unlearning and the search for triggers, which several share.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rnp.cli.detect import Clock, Detect, curve, detectors, unlearned_and_labell
 from rnp.cli.options import from_section, generator
 from rnp.cli.prepare import data_root
 from rnp.cli.preset import render
-from rnp.cli.rows import machine, written
+from rnp.cli.rows import UNLEARNED, machine, written
 from rnp.data.base import Split, Splits
 from rnp.io import put_rows
 from rnp.metrics import score
@@ -136,7 +136,9 @@ def main() -> None:
     if arguments.summary:
         print("\n".join(summary(rows)))
         if arguments.roc:
-            roc(arguments.roc, {name: curve(values, bad) for name, _, bad, values in counted(rows)}, "backdoored models", "benign models")
+            starred = lambda name: f"{name.removesuffix(UNLEARNED)} *" if name.endswith(UNLEARNED) else name
+            roc(arguments.roc, {starred(name): curve(values, bad) for name, _, bad, values in counted(rows)}, "backdoored models",
+                "benign models")
         return
     params = yaml.load(render(arguments.preset), Loader)
     done = {(row["preset"], row["kind"], row["seed"]) for row in rows}

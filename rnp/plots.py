@@ -283,7 +283,8 @@ def roc(path: Path, curves: dict[str, tuple[Sequence[float] | np.ndarray, Sequen
     ax = axes[0, 0]
     ax.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=":")
     for i, (name, (fpr, tpr, auroc)) in enumerate(sorted(curves.items(), key=lambda item: -item[1][2])):
-        ax.plot(fpr, tpr, color=COLOURS[i % len(COLOURS)], linestyle=("-", "--", "-.")[i % 3], linewidth=1.8,
+        style = ("-", "--", "-.")[(i + i // len(COLOURS)) % 3]  # another one when the colours begin again
+        ax.plot(fpr, tpr, color=COLOURS[i % len(COLOURS)], linestyle=style, linewidth=1.8,
                 label=f"{auroc:.3f}  {plain(name)}".replace("$", r"\$"))
     ax.set(xlim=(-0.01, 1), ylim=(0, 1.02), aspect="equal")
     mark(ax, 0.05, "5 % false alarms", GREY)
