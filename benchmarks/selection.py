@@ -69,14 +69,13 @@ def summary(table: Sequence[dict[str, str]]) -> Iterator[str]:
     """A line of a Markdown table for each rule, the one with the least regret first."""
     yield "| rule | runs | CA drop | ASR | DER | regret | worst regret | safe window | pruned |"
     yield "|---" * 9 + "|"
-    numbers = {rule: [{name: float(row[name]) for name in COLUMNS if name not in (*KEY, "gate", "device", "torch")}
-                      for row in table if row["rule"] == rule and row["gate"] == "true"] for rule in {row["rule"] for row in table}}
-    of = lambda own, name: [row[name] for row in own]
-    for rule, own in sorted(numbers.items(), key=lambda item: mean(of(item[1], "regret")) or 0.0):
-        drop = mean([row["clean_accuracy_before"] - row["clean_accuracy"] for row in own])
-        asr, der, window, pruned = (mean(of(own, name)) for name in ("attack_success_rate", "der", "safe_window", "neurons_pruned"))
-        regret = of(own, "regret")
-        yield (f"| {rule} | {len(own)} | {drop:.3f} | {asr:.3f} | {der:.3f} | {mean(regret):.3f} ± {interval(regret) or 0:.3f}"
+    passed = [row for row in table if row["gate"] == "true"]
+    of = lambda rule, name: [float(row[name]) for row in passed if row["rule"] == rule]
+    for rule in sorted({row["rule"] for row in passed}, key=lambda rule: mean(of(rule, "regret"))):
+        before, after, asr, der, window, pruned = (mean(of(rule, name)) for name in (
+            "clean_accuracy_before", "clean_accuracy", "attack_success_rate", "der", "safe_window", "neurons_pruned"))
+        regret = of(rule, "regret")
+        yield (f"| {rule} | {len(regret)} | {before - after:.3f} | {asr:.3f} | {der:.3f} | {mean(regret):.3f} ± {interval(regret) or 0:.3f}"
                f" | {max(regret):.3f} | {window:.2f} | {pruned:.0f} |")
 
 

@@ -65,7 +65,8 @@ class Prune:
 
     rule: Annotated[Literal["skip", "val_drop", "divergence", "knee", "outlier", "number", "threshold"],
                     "skip leaves out neurons that clean images need; the others prune all up to a point"] = "skip"
-    epsilon: Annotated[float, "skip, val_drop: accuracy that may be lost, divergence: predictions that may change; a share of the images"] = 0.02
+    epsilon: Annotated[float, "skip, val_drop: accuracy that may be lost, divergence: predictions that may change;"
+                              " a share of the images"] = 0.02
     tolerance: Annotated[float, "skip: cross-entropy on the defence set, in nats, that the loss of one neuron may cost"] = 0.001
     number: Annotated[int, "number: neurons to prune"] = 30
     threshold: Annotated[float, "threshold: prune neurons whose mask is at most this"] = 0.3
@@ -90,18 +91,22 @@ class Prune:
         more images judge it, the less the choice fits them.
         """
         order = ranking(mask)
-        most = min(len(order), max(1, int(self.max_fraction * sum(len(v) for v in mask.values()))))
         if self.rule == "skip":
-            order, points = harmless(model, order[:most], mask, clean, self.epsilon, self.tolerance, zero_bias=self.zero_bias,
+            order, points = harmless(model, order[: self.most(mask)], mask, clean, self.epsilon, self.tolerance, zero_bias=self.zero_bias,
                                      precision=self.precision)
             chosen = points[-1]
         else:
             values = sorted_values(order, mask)
             named = self.named(values)
-            most = min(len(order), max(most, named)) if self.rule in ("number", "threshold") else most
-            points = sweep(model, order, values, grid(most, (named,)), clean, zero_bias=self.zero_bias, precision=self.precision)
+            counts = grid(min(len(order), self.most(mask, named)), (named,))
+            points = sweep(model, order, values, counts, clean, zero_bias=self.zero_bias, precision=self.precision)
             chosen = self.choose(points, named)
         return Pruned(prune(model, order[: chosen.pruned], zero_bias=self.zero_bias), order, points, chosen)
+
+    def most(self, mask: NeuronMask, named: int = 0) -> int:
+        """How many neurons may go, where the rule asks for `named`: number and threshold are not bound by the largest share."""
+        share = max(1, int(self.max_fraction * sum(map(len, mask.values()))))
+        return max(share, named) if self.rule in ("number", "threshold") else share
 
     def named(self, values: np.ndarray) -> int:
         """How many neurons the rules ask for that look at masks alone; `values` ascend."""

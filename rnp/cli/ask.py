@@ -12,7 +12,7 @@ import click
 import torch
 
 from rnp.cli import unlearn as unlearn_stage
-from rnp.cli.detect import Clock, Detect, ask, checkpoint, consulted, labelled, searched
+from rnp.cli.detect import Clock, Detect, ask, checkpoint, consulted, searched_and_labelled
 from rnp.cli.detect import detect as stage
 from rnp.cli.examination import Case, Subject, prepare
 from rnp.cli.options import build, generator, options
@@ -92,10 +92,10 @@ def labels(model: Path, clean: str, seed: int, by: tuple[str, ...], **values: ob
     """Name the label that a backdoor of MODEL would have, by each detector, without and with the unlearned model."""
     search, methods = build(NeuralCleanse, values, "search."), chosen("labels", by, values)
     with asked(model, clean, seed, values) as it:
-        train, clock = it.case.defence.train, Clock()
+        train = it.case.defence.train
         nets = {"backdoored": it.case.adopted.model, "unlearned": checkpoint(it.unlearned, DEFAULTS.trigger_model)}
-        found = searched(search, nets, train, seed, clock) if any(each.asks_triggers for each in methods) else {}
-        for name, each in labelled(methods, nets, found, read_trajectory(it.unlearned / "trajectory.csv"), train, seed, clock).items():
+        trajectory = read_trajectory(it.unlearned / "trajectory.csv")
+        for name, each in searched_and_labelled(search, methods, nets, trajectory, train, seed, Clock()).items():
             verdict = each.verdict
             said = "no decision" if verdict.label is None else f"class {verdict.label} ({train.classes[verdict.label]})"
             click.echo(printable(f"{name}: {said}, margin {verdict.margin:.2f}"))

@@ -194,9 +194,15 @@ def unlearned_and_labelled(model: nn.Module, unlearn: Unlearn, ask_for: dict[str
     weak = copy.deepcopy(model)
     weak.load_state_dict(unlearned.checkpoints.get(options.trigger_model, unlearned.checkpoints["end"]))
     nets = {"backdoored": model, "unlearned": weak.eval()}
-    asked = [ask_for[name] for name in options.labels]
-    found = searched(ask_for["neural_cleanse"], nets, clean, seed, clock) if any(each.asks_triggers for each in asked) else {}
-    return labelled(asked, nets, found, unlearned.trajectory, clean, seed, clock)
+    return searched_and_labelled(ask_for["neural_cleanse"], [ask_for[name] for name in options.labels], nets, unlearned.trajectory, clean,
+                                 seed, clock)
+
+
+def searched_and_labelled(search: TriggerRecovery, detectors: list[LabelDetector], nets: dict[str, nn.Module], trajectory: list[Epoch],
+                          clean: ImageSet, seed: int, clock: Clock) -> dict[str, LabelScores]:
+    """The same where triggers have not been recovered yet; they are when a detector asks for them."""
+    found = searched(search, nets, clean, seed, clock) if any(each.asks_triggers for each in detectors) else {}
+    return labelled(detectors, nets, found, trajectory, clean, seed, clock)
 
 
 def told(said: dict[str, LabelScores], target: int | None) -> dict[str, dict]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -235,7 +234,7 @@ def verdicts(case: Case, unlearned: Path, triggers: list[RecoveredTrigger], repo
     said = labelled([TriggerSurvival(), ClassShares(), NeuralCleanseIndex()], nets, {"backdoored": triggers},
                     read_trajectory(unlearned / "trajectory.csv"), case.defence.train, seed, Clock())
     named = {name: each.verdict for name, each in said.items()}
-    smallest = min(triggers, key=lambda trigger: trigger.l1 if trigger.gain > 0.5 else math.inf)
+    smallest = min(triggers, key=lambda trigger: trigger.size)
     label = next((verdict.label for verdict in named.values() if verdict.label is not None), smallest.label)
     shown = triggers[label]
     report.mkdir(parents=True, exist_ok=True)

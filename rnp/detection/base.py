@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from rnp.errors import UserError
 from rnp.features import head
 from rnp.registry import Method
-from rnp.training import predict
-from rnp.types import Bytes, Epoch, ImageSet, Images, Labels
+from rnp.training import Precision, predict
+from rnp.types import Bytes, Epoch, ImageSet, Images, Labels, to_floats
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,15 @@ class RecoveredTrigger:
 def stamp(images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
     """(1 - mask) * images + mask * pattern, with whatever leading dimensions broadcast."""
     return images + mask * (pattern - images)
+
+
+def tried(label: int, mask: Float[Tensor, "h w"], pattern: Float[Tensor, "c h w"], model: nn.Module, clean: ImageSet, before: Labels,
+          precision: Precision) -> RecoveredTrigger:
+    """A trigger with its success on `model` and its baseline; `before` is what the model says of the images without it."""
+    others = clean.labels != label
+    stamped = stamp(to_floats(clean.images[others]), mask, pattern)
+    success = (predict(model, stamped, precision=precision).argmax(1) == label).float().mean().item()
+    return RecoveredTrigger(label, mask, pattern, success, (before[others] == label).float().mean().item())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rnp.detection.base import Evidence, LabelDetector, RecoveredTrigger, anomaly_index
+from rnp.detection.base import Evidence, LabelDetector, RecoveredTrigger, anomaly_index, tried
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.errors import UserError
 from rnp.training import Precision, predict
@@ -53,12 +52,6 @@ class TriggerSurvival(LabelDetector):
     def from_triggers(self, triggers: list[RecoveredTrigger], unlearned: nn.Module, clean: ImageSet) -> Float[Tensor, "k"]:
         """The same score from triggers of the given model, one per class in order, and its unlearned copy."""
         before = predict(unlearned, clean.images, precision=self.precision).argmax(1)
-        tried = []
-        for trigger in triggers:
-            others = clean.labels != trigger.label
-            stamped = trigger.apply(clean.subset(others.nonzero().squeeze(1)).floats())
-            hits = predict(unlearned, stamped, precision=self.precision).argmax(1) == trigger.label
-            unasked = before[others] == trigger.label
-            tried.append(dataclasses.replace(trigger, success=hits.float().mean().item(), baseline=unasked.float().mean().item()))
-        gains = torch.tensor([each.gain for each in tried]).clamp_min(0)
-        return anomaly_index(torch.tensor([trigger.size for trigger in triggers]).log()).clamp_min(0) * gains
+        gains = [tried(each.label, each.mask, each.pattern, unlearned, clean, before, self.precision).gain for each in triggers]
+        smallness = anomaly_index(torch.tensor([each.size for each in triggers]).log())
+        return smallness.clamp_min(0) * torch.tensor(gains).clamp_min(0)

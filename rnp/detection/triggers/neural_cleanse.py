@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from rnp.detection.base import RecoveredTrigger, TriggerRecovery, stamp
+from rnp.detection.base import RecoveredTrigger, TriggerRecovery, stamp, tried
 from rnp.errors import UserError
 from rnp.training import Precision, autocast, device_of, predict
 from rnp.types import ImageSet, Indices, to_floats
@@ -56,15 +56,9 @@ class NeuralCleanse(TriggerRecovery):
         """The triggers of some labels alone; one costs a k-th of all."""
         classes = torch.tensor(labels).unsqueeze(1)  # [k, 1]
         other = clean.labels != classes  # [k, n]
-        already = predict(model, clean.images, precision=self.precision).argmax(1) == classes  # [k, n]
-        masks, patterns = self._search(model, clean, other & ~already, classes.squeeze(1), rng)
-        triggers = []
-        for i, (label, mask, pattern) in enumerate(zip(labels, masks, patterns)):
-            stamped = stamp(to_floats(clean.images[other[i]]), mask, pattern)
-            success = (predict(model, stamped, precision=self.precision).argmax(1) == label).float().mean().item()
-            baseline = already[i, other[i]].float().mean().item()
-            triggers.append(RecoveredTrigger(label, mask, pattern, success, baseline))
-        return triggers
+        before = predict(model, clean.images, precision=self.precision).argmax(1)  # [n]
+        masks, patterns = self._search(model, clean, other & (before != classes), classes.squeeze(1), rng)
+        return [tried(*found, model, clean, before, self.precision) for found in zip(labels, masks, patterns)]
 
     def _search(self, model: nn.Module, clean: ImageSet, pool: Bool[Tensor, "k n"], labels: Indices,
                 rng: torch.Generator) -> tuple[Float[Tensor, "k h w"], Float[Tensor, "k c h w"]]:
