@@ -40,9 +40,9 @@ def rows(folder: Path, images: int) -> list[dict[str, object]]:
     rules = {rule: Prune(**params["prune"] | {"rule": rule}) for rule in RULES}
     order = ranking(mask)
     values = sorted_values(order, mask)
-    named, limit = {name: rule.named(values) for name, rule in rules.items()}, max(1, int(params["prune"]["max_fraction"] * len(order)))
-    most = {name: max(limit, named[name]) if name in ("number", "threshold") else limit for name in rules}
-    counts = grid(max(most.values()), tuple(named.values()))
+    named = {name: rule.named(values) for name, rule in rules.items()}
+    most = {name: rule.most(mask, named[name]) for name, rule in rules.items()}
+    counts = grid(min(len(order), max(most.values())), tuple(named.values()))
     points = sweep(victim, order, values, counts, clean, precision="auto")
     each = cut_by_cut(victim, order, counts, tests.images, attacked.images, precision="auto")
     scores = {n: judge(*logits, tests, attacked, attack["target_label"]) for n, logits in zip(counts, each)}
