@@ -1,8 +1,9 @@
 """Do the detectors of a label tell backdoored models from benign ones? `python -m benchmarks.population TABLE --models 20`.
 
 Trains that many models of each kind with the settings of a preset, each with a seed, a split and an attack of its own, every
-second one without augmentation, asks every detector, and adds a row for each model and detector to the table. Models that
-have their rows already are not trained again. `--summary` prints the ROC of each detector instead: AUROC with a 95 % interval
+second one without augmentation, asks every detector, and adds a row for each model and detector to the table; with `--folder`
+the models are the twin and, where there is one, the backdoored model that a pipeline left in that folder. Models that have their
+rows already are not asked again. `--summary` prints the ROC of each detector instead: AUROC with a 95 % interval
 (bootstrap over models, seed 0), the share of backdoored models above the threshold that 5 % of the benign ones exceed, how often
 the label with the highest score is right, and at the detector's own threshold the false alarms among benign models, the backdoors
 named and the right labels among them. Backdoored models that fail the gate on ASR do not count. `--roc FILE` draws the curves too.
@@ -16,7 +17,8 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,75 +28,121 @@ from torch import nn
 
 from rnp.attacks.base import backdoored_test_set
 from rnp.augment import Augment
-from rnp.cli.check import Loader, leaves
+from rnp.cli.check import Loader, leaves, read_params
 from rnp.cli.detect import Clock, Detect, curve, detectors, unlearned_and_labelled
 from rnp.cli.options import from_section, generator
 from rnp.cli.prepare import data_root
 from rnp.cli.preset import render
-from rnp.cli.rows import UNLEARNED, machine, written
-from rnp.data.base import Split, Splits
-from rnp.io import put_rows
+from rnp.cli.rows import UNLEARNED, check_fresh, machine, written
+from rnp.data.base import Split
+from rnp.io import load_defence_set, load_images, load_model, put_rows, read_json
 from rnp.metrics import score
 from rnp.models.build import Architecture, statistics
 from rnp.plots import roc
 from rnp.registry import load, names
 from rnp.training import Train, accuracy, default_device
+from rnp.types import ImageSet
 from rnp.unlearn import Unlearn
 
 COLUMNS = ("preset", "kind", "seed", "attack", "augment", "clean_accuracy", "attack_success_rate", "gate", "detector", "score",
            "margin", "label", "named", "label_correct", "seconds", "n_clean", "device", "torch")
-KEY = ("preset", "kind", "seed", "detector")
+MODEL = ("preset", "kind", "seed", "attack")
+KEY = (*MODEL, "detector")
 ATTACKS = ("badnets", "blend", "multi", "wanet", "sig")
-KINDS = ("benign", "backdoored")
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model and the clean images of the one who examines it."""
+    """A model and the clean images that the one who examines it works on."""
 
     model: nn.Module
-    splits: Splits
+    clean: ImageSet
     facts: dict[str, object]
-    target: int | None
+    target: int | None = None
 
 
-def make(params: dict, kind: str, seed: int) -> Subject:
-    section = {name: dict(leaves(value)) for name, value in params.items() if isinstance(value, dict)}
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A model that is trained or read when its turn comes."""
+
+    kind: str
+    attack: str
+    params: dict
+    subject: Callable[[], Subject]
+
+    @property
+    def identity(self) -> dict[str, object]:
+        return {"preset": self.params["preset"], "kind": self.kind, "seed": self.params["seed"], "attack": self.attack}
+
+
+def to_train(preset: str, models: int) -> Iterator[Candidate]:
+    for seed in range(models):
+        params = yaml.load(render(preset), Loader) | {"seed": seed}
+        for kind, attack in (("benign", ""), ("backdoored", ATTACKS[seed % len(ATTACKS)])):
+            yield Candidate(kind, attack, params, functools.partial(trained, params, attack))
+
+
+def trained(params: dict, name: str) -> Subject:
+    """A model with the backdoor of the attack `name`; a benign one where it is empty."""
+    section, seed = {key: dict(leaves(value)) for key, value in params.items() if isinstance(value, dict)}, params["seed"]
     chosen = params["data"]["set"]
     train, test = from_section(load("dataset", chosen), section["datasets"], f"{chosen}.").load(data_root(), rng=generator(seed, "prepare"))
     splits = from_section(Split, section["data"])(train, test, rng=generator(seed, "split"))
     recipe = from_section(Train, section["train"])
     if seed % 2:
         recipe = dataclasses.replace(recipe, augment=Augment(crop=0, flip=False))
-    data, rng = splits.pool, generator(seed, f"population/{kind}")
+    data, rng = splits.pool, generator(seed, f"population/{'backdoored' if name else 'benign'}")
     model = from_section(Architecture, section["model"]).build(len(data.classes), data.shape[0], *statistics(data), rng=rng)
-    model, facts, target = model.to(default_device()), {"augment": str(not seed % 2).lower()}, None
-    if kind == "benign":
-        recipe(model, data, rng=rng)
-    else:
-        name = ATTACKS[seed % len(ATTACKS)]
+    model, facts, target = model.to(default_device()), {"augment": told(not seed % 2)}, None
+    if name:
         attack = from_section(load("attack", name), section["attacks"], f"{name}.")
         attack = dataclasses.replace(attack, target_label=seed % len(data.classes))
         changes, target = attack.poison(data, rng=generator(seed, "poison"), surrogate=model), attack.target
         model, trigger = attack.train(model, changes.apply(data), changes.trigger, recipe, rng=rng)
         scores = score(model, test, backdoored_test_set(trigger, test, target), target, precision="auto")
-        facts |= {"attack": name, "attack_success_rate": scores.attack_success_rate.value,
-                  "gate": str(scores.attack_success_rate.value >= attack.gate).lower()}
-    return Subject(model.eval(), splits, facts | {"clean_accuracy": accuracy(model, test), "n_clean": len(test)}, target)
+        facts |= {"attack_success_rate": scores.attack_success_rate.value, "gate": told(scores.attack_success_rate.value >= attack.gate)}
+    else:
+        recipe(model, data, rng=rng)
+    facts |= {"clean_accuracy": accuracy(model, test), "n_clean": len(test)}
+    return Subject(model.eval(), splits.defence.train, facts, target)
 
 
-def verdicts(subject: Subject, params: dict, seed: int) -> Iterator[dict[str, object]]:
+def to_read(folder: Path) -> Iterator[Candidate]:
+    """Raises: UserError when `folder` has no params.yaml, or its models are of other parameters."""
+    params = read_params(folder / "params.yaml")
+    augment = params["train"]["augment"]
+    facts = {"augment": told(augment["flip"] or augment["crop"] > 0)}
+    for kind, stage, attack in (("benign", "twin", ""), ("backdoored", "train", params["poison"]["attack"])):
+        report, model = folder / "reports" / stage, folder / "models" / ("twin.safetensors" if kind == "benign" else "backdoored.safetensors")
+        if model.exists():
+            check_fresh(stage, read_json(report / "run.json")["params"], params)
+            yield Candidate(kind, attack, params, functools.partial(read, folder, model, read_json(report / "metrics.json"), facts))
+
+
+def read(folder: Path, model: Path, measured: dict, facts: dict[str, object]) -> Subject:
+    facts, target = facts | {"clean_accuracy": measured["clean_accuracy"], "n_clean": len(load_images(folder / "data" / "test"))}, None
+    if "gate" in measured:
+        facts |= {"attack_success_rate": measured["attack_success_rate"], "gate": told(measured["gate"])}
+        target = read_json(folder / "data" / "triggered" / "attack.json")["target_label"]
+    return Subject(load_model(model)[0], load_defence_set(folder / "data" / "defence").train, facts, target)
+
+
+def told(true: bool) -> str:
+    return str(bool(true)).lower()
+
+
+def verdicts(subject: Subject, params: dict) -> Iterator[dict[str, object]]:
     """One row for each detector of labels and each model it is asked of; the defender's images are all that they see."""
     given, clock = dict(leaves(params["detect"])), Clock()
     options = dataclasses.replace(from_section(Detect, given), labels=tuple(names("labels")))
     ask_for = {method.name: method for method in (from_section(each, given, prefix) for each, prefix in detectors())}
     said = unlearned_and_labelled(subject.model, from_section(Unlearn, dict(leaves(params["unlearn"]))), ask_for, options,
-                                  subject.splits.defence.train, seed, clock)
+                                  subject.clean, params["seed"], clock)
     for name, each in said.items():
         first = int(each.scores.argmax())
         yield {"detector": name, "score": float(each.scores.max()), "margin": each.verdict.margin, "label": first,
-               "named": str(each.verdict.label is not None).lower(), "seconds": clock.seconds.get(f"labels_{name}"),
-               "label_correct": "" if subject.target is None else str(first == subject.target).lower()}
+               "named": told(each.verdict.label is not None), "seconds": clock.seconds.get(f"labels_{name}"),
+               "label_correct": "" if subject.target is None else told(first == subject.target)}
 
 
 def counted(rows: list[dict[str, str]]) -> Iterator[tuple[str, list[dict[str, str]], np.ndarray, np.ndarray]]:
@@ -129,6 +177,7 @@ def main() -> None:
     parser.add_argument("table", type=Path, help="CSV file that takes the rows")
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--models", type=int, default=20, help="of each kind")
+    parser.add_argument("--folder", type=Path, help="ask the models of the pipeline in this folder instead; none is trained")
     parser.add_argument("--summary", action="store_true", help="print the table of a finished population")
     parser.add_argument("--roc", type=Path, help="with --summary: also draw the curves to this picture")
     arguments = parser.parse_args()
@@ -140,17 +189,15 @@ def main() -> None:
             roc(arguments.roc, {starred(name): curve(values, bad) for name, _, bad, values in counted(rows)}, "backdoored models",
                 "benign models")
         return
-    params = yaml.load(render(arguments.preset), Loader)
-    done = {(row["preset"], row["kind"], row["seed"]) for row in rows}
-    for seed in range(arguments.models):
-        for kind in KINDS:
-            if (arguments.preset, kind, str(seed)) in done:
-                continue
-            subject = make(params, kind, seed)
-            common = {"preset": arguments.preset, "kind": kind, "seed": seed, "device": machine(), "torch": torch.__version__}
-            found = [written(common | subject.facts | row, COLUMNS) for row in verdicts(subject, params, seed)]
-            put_rows(arguments.table, found, COLUMNS, KEY)
-            print(kind, seed, subject.facts, [(row["detector"], row["score"], row["label"]) for row in found], flush=True)
+    done = {tuple(row[name] for name in MODEL) for row in rows}
+    for each in to_read(arguments.folder) if arguments.folder else to_train(arguments.preset, arguments.models):
+        if tuple(map(str, each.identity.values())) in done:
+            continue
+        subject = each.subject()
+        common = each.identity | subject.facts | {"device": machine(), "torch": torch.__version__}
+        found = [written(common | row, COLUMNS) for row in verdicts(subject, each.params)]
+        put_rows(arguments.table, found, COLUMNS, KEY)
+        print(*each.identity.values(), subject.facts, [(row["detector"], row["score"], row["label"]) for row in found], flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
-"""The summary of a population: ROC, false alarms, backdoors named, by hand."""
+"""The summary of a population: ROC, false alarms, backdoors named, by hand; and which models a folder has."""
 
-from benchmarks.population import summary
+import pytest
+import yaml
+
+from benchmarks.population import summary, to_read
+from rnp.errors import UserError
+from rnp.io import write_json
 
 
 def rows(kind, values, least, right=()):
@@ -17,3 +22,24 @@ def test_the_summary_by_hand():
     assert cells[:4] == ["some", "2", "4", "0.875"] and cells[5:] == ["0.75", "2", "1", "3", "2"]
     low, high = map(float, cells[4].split(" to "))
     assert 0.5 <= low <= 0.875 <= high == 1
+
+
+def left_behind(folder, **values):
+    """What a pipeline that stopped after the twin leaves; `values` change the parameters after it ran."""
+    for name, content in {"twin/run.json": {"params": {"seed": 3}}, "twin/metrics.json": {"clean_accuracy": 0.5}}.items():
+        write_json(folder / "reports" / name, content)
+    (folder / "models").mkdir()
+    (folder / "models" / "twin.safetensors").touch()
+    params = {"preset": "demo", "seed": 3, "poison": {"attack": "blend"}, "train": {"augment": {"crop": 0, "flip": False}}}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params | values))
+    return folder
+
+
+def test_a_folder_gives_the_models_that_it_has(tmp_path):
+    found = list(to_read(left_behind(tmp_path)))
+    assert [each.identity for each in found] == [{"preset": "demo", "kind": "benign", "seed": 3, "attack": ""}]
+
+
+def test_a_folder_of_other_parameters_is_refused(tmp_path):
+    with pytest.raises(UserError, match="twin ran with seed 3, params.yaml says 4"):
+        list(to_read(left_behind(tmp_path, seed=4)))
