@@ -10,12 +10,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import importlib.metadata
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 import yaml
 from torch import nn
 
@@ -24,13 +22,14 @@ from rnp.cli.check import Loader, leaves
 from rnp.cli.options import from_section, generator
 from rnp.cli.prepare import data_root
 from rnp.cli.preset import render
-from rnp.cli.rows import MEASURES, machine, written
+from rnp.cli.rows import MEASURES, written
 from rnp.data.base import Split
 from rnp.errors import NonFinite, UserError
 from rnp.io import put_rows, read_rows
 from rnp.memory import keep_freed_pages
 from rnp.metrics import defence_effectiveness, score
 from rnp.models.build import Architecture, statistics, typed
+from rnp.origin import origin
 from rnp.prune import Prune
 from rnp.recover import Recover
 from rnp.registry import load
@@ -165,8 +164,7 @@ def main() -> None:
                 key = (arguments.preset, name, attack, str(seed))
                 if key in done:
                     continue
-                row = written(dict(zip(KEY, key)) | run(params, name, attack, seed) | {
-                    "device": machine(), "version": importlib.metadata.version("rnp"), "torch": torch.__version__,
+                row = written(dict(zip(KEY, key)) | run(params, name, attack, seed) | origin() | {
                     "made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}"}, COLUMNS)
                 put_rows(arguments.table, [row], COLUMNS, KEY)
                 print(*(f"{column} {row[column]}" for column in COLUMNS if row[column] != ""), sep=", ", flush=True)

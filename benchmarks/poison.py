@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.process import peak
 from rnp.attacks.base import trigger_images
-from rnp.cli.rows import machine
 from rnp.models.build import Architecture
+from rnp.origin import machine
 from rnp.registry import load, names
 from rnp.types import ImageSet
 

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 import yaml
 from torch import nn
 
@@ -33,11 +32,12 @@ from rnp.cli.detect import Clock, Detect, curve, detectors, unlearned_and_labell
 from rnp.cli.options import from_section, generator
 from rnp.cli.prepare import data_root
 from rnp.cli.preset import render
-from rnp.cli.rows import UNLEARNED, check_fresh, machine, written
+from rnp.cli.rows import UNLEARNED, check_fresh, written
 from rnp.data.base import Split
 from rnp.io import load_defence_set, load_images, load_model, put_rows, read_json
 from rnp.metrics import score
 from rnp.models.build import Architecture, statistics
+from rnp.origin import origin
 from rnp.plots import roc
 from rnp.registry import load, names
 from rnp.training import Train, accuracy, default_device
@@ -194,7 +194,7 @@ def main() -> None:
         if tuple(map(str, each.identity.values())) in done:
             continue
         subject = each.subject()
-        common = each.identity | subject.facts | {"device": machine(), "torch": torch.__version__}
+        common = each.identity | subject.facts | origin()
         found = [written(common | row, COLUMNS) for row in verdicts(subject, each.params)]
         put_rows(arguments.table, found, COLUMNS, KEY)
         print(*each.identity.values(), subject.facts, [(row["detector"], row["score"], row["label"]) for row in found], flush=True)

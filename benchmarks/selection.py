@@ -11,15 +11,14 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from rnp.cli.check import read_params
 from rnp.cli.evaluate import head, safe_window
-from rnp.cli.rows import machine, written
+from rnp.cli.rows import written
 from rnp.cli.table import interval, mean
 from rnp.io import load_defence_set, load_images, load_mask, load_model, put_rows, read_json, read_rows
 from rnp.masks import ranking
 from rnp.metrics import defence_effectiveness, judge, score
+from rnp.origin import origin
 from rnp.prune import Prune, cut_by_cut, grid, sorted_values, sweep
 
 RULES = ("val_drop", "divergence", "knee", "outlier", "number", "threshold")
@@ -58,8 +57,8 @@ def rows(folder: Path, images: int) -> list[dict[str, object]]:
                                       done["neurons_pruned"], done["safe_window"])
     common = {"preset": params["preset"], "attack": params["poison"]["attack"], "seed": params["seed"],
               "gate": str(attack["gate"]).lower(), "neurons": len(order), "n_clean": len(tests), "n_triggered": len(attacked),
-              "device": machine(), "torch": torch.__version__, "clean_accuracy_before": before.clean_accuracy.value,
-              "attack_success_rate_before": before.attack_success_rate.value}
+              "clean_accuracy_before": before.clean_accuracy.value,
+              "attack_success_rate_before": before.attack_success_rate.value} | origin()
     return [written(common | {"rule": rule, **after.flat(), "der": (der := defence_effectiveness(before, after)),
                               "regret": effect[best] - der, "neurons_pruned": count, "safe_window": window}, COLUMNS)
             for rule, (after, count, window) in found.items()]

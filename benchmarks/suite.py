@@ -24,7 +24,6 @@ from benchmarks.scaling import draw, exponents
 from rnp.cli.check import read_params
 from rnp.cli.preset import render
 from rnp.cli.report_page import versions
-from rnp.cli.rows import machine
 from rnp.errors import UserError
 from rnp.io import read_json, write_json, write_text
 from rnp.registry import names, suggest
@@ -38,6 +37,7 @@ AXES = {"images": (100, 250, 500, 1000), "width": (16, 32, 64), "max_fraction": 
 START = """
 import time
 from rnp.cli.prune import prune
+from rnp.origin import machine
 from stages.stage import run
 prune.callback = lambda **_: print(time.clock_gettime(time.CLOCK_MONOTONIC))
 run(prune)

@@ -15,6 +15,7 @@ from rnp.errors import UserError
 from rnp.io import History, write_json
 from rnp.memory import keep_freed_pages
 from rnp.models.parallel import leads
+from rnp.origin import origin
 from rnp.tracking import stage_run
 
 PARAMS = Path("params.yaml")
@@ -75,4 +76,4 @@ def work(context: click.Context) -> None:
             context.command.invoke(context)
         seconds = round(time.perf_counter() - start, 2)
         tracked.results(report, seconds)
-        write_json(report / "run.json", {"stage": stage, "run_id": tracked.id, "params": options, "seconds": seconds})
+        write_json(report / "run.json", {"stage": stage, "run_id": tracked.id, "params": options, "seconds": seconds} | origin())

@@ -11,7 +11,8 @@ from rnp.cli.main import cli
 from rnp.io import read_rows
 
 ROOT = Path(__file__).parents[1]
-MEASURES = ("attack_success_rate", "clean_accuracy", "clean_accuracy_before", "robust_accuracy", "der", "label_correct", "auroc", "l1", "iou")
+MEASURES = ("attack_success_rate", "clean_accuracy", "clean_accuracy_before", "robust_accuracy", "der", "label_correct", "auroc", "l1", "iou", "neurons_pruned",
+            "seconds")
 
 
 def test_no_row_is_stale():

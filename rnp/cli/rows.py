@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
-import importlib.metadata
 import json
-import os
-import platform
 from pathlib import Path
 
 import click
@@ -27,7 +24,7 @@ COLUMNS = (
     "preset", "attack", "defence", "seed", "gate", *(f"{name}_before" for name in MEASURES), *MEASURES, "der",
     "neurons_pruned", "neurons", "threshold", "oracle_clean_accuracy", "oracle_attack_success_rate",
     *(f"seconds_{stage}" for stage in STAGES if stage != "poison"), "device", "version", "clean_accuracy_twin", "n_clean",
-    "n_triggered", "torch", "seconds_poison", "settings", "made",
+    "n_triggered", "torch", "seconds_poison", "seconds", "clean_images", "settings", "made",
 )
 KEY = ("preset", "attack", "defence", "seed")
 DETECTION_KEY = ("preset", "attack", "seed", "task", "detector", "model", "setting")
@@ -41,19 +38,6 @@ CONTROL_COLUMNS = (
     *CONTROL_KEY, "gate", "clean_accuracy_before", "attack_success_rate_before", "clean_accuracy", "attack_success_rate",
     "robust_accuracy", "der", "neurons_pruned", "seconds", "n_clean", "n_triggered", "device", "version", "torch", "settings", "made",
 )
-
-
-def machine() -> str:
-    """The processor and how much of it there is, or the GPU, as RNP_DEVICE chose."""
-    import torch
-
-    from rnp.training import default_device
-
-    if default_device().type == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{model}, {torch.get_num_threads()} threads of {os.cpu_count()}"
 
 
 def settings(params: dict[str, object], attack: str, defence: str) -> str:
@@ -85,29 +69,27 @@ def check_fresh(stage: str, options: dict[str, object], params: dict) -> None:
             raise UserError(f"{stage} ran with {name} {value}, params.yaml says {wanted[name]}; run `dvc repro` first")
 
 
-def origin(flat: dict[str, object], what: str) -> dict[str, object]:
-    """Where a row comes from: machine, versions, settings (of the defence `what`, or of detection), and when."""
-    import torch
-
-    return {"device": machine(), "version": importlib.metadata.version("rnp"), "torch": torch.__version__,
+def provenance(run: dict, flat: dict[str, object], what: str) -> dict[str, object]:
+    """Where a row comes from: machine and versions of the run, settings (of the defence `what`, or of detection), and when it was written."""
+    return {**{name: run.get(name, "") for name in ("device", "version", "torch")},  # older reports do not say
             "settings": settings(flat, flat["poison.attack"], what), "made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}"}
 
 
 def row(reports: Path, params: dict, defence: str) -> dict[str, object]:
-    """What the reports of one run say about RNP (`rnp`), another defence, or the backdoored model itself (`none`)."""
+    """What the reports of one run say about RNP (`rnp`), another defence, or the backdoored model itself (`none`).
+
+    `seconds` are those of the defence, `clean_images` those that the defender has.
+    """
     flat = dict(leaves(params))
     trained, attack = read_json(reports / "train" / "metrics.json"), flat["poison.attack"]
     values = {
         "preset": flat["preset"], "attack": attack, "defence": defence, "seed": flat["seed"],
         "gate": str(trained["gate"]).lower(), "clean_accuracy_twin": trained["clean_accuracy_twin"],
         "n_clean": trained["n_clean"], "n_triggered": trained["n_triggered"],
-        **{f"{name}_before": trained[name] for name in MEASURES}, **origin(flat, defence),
+        **{f"{name}_before": trained[name] for name in MEASURES},
     }
-    done = STAGES if defence == "rnp" else STAGES[:2]
-    for stage in done:
-        run = read_json(reports / stage / "run.json")
-        check_fresh(stage, run["params"], params)
-        values[f"seconds_{stage}"] = run["seconds"]
+    runs = fresh_runs(reports, params, STAGES[:2])
+    values |= {f"seconds_{stage}": run["seconds"] for stage, run in runs.items()}
     if defence == "none":
         values |= {name: trained[name] for name in MEASURES}
     else:
@@ -115,10 +97,32 @@ def row(reports: Path, params: dict, defence: str) -> dict[str, object]:
         if defence not in found["models"]:
             raise UserError(f"this run has no defence {defence!r}; choose from none, {', '.join(found['models'])}")
         values |= {name: found["models"][defence][name] for name in (*MEASURES, "der")}
+        runs, given = fresh_runs(reports, params, own_stages(defence)), read_json(reports / "prepare" / "metrics.json")
+        values |= {"seconds": float(sum(run["seconds"] for run in runs.values())),
+                   "clean_images": given["defence_train"] + given["defence_val"]}
         if defence == "rnp":
+            values |= {f"seconds_{stage}": run["seconds"] for stage, run in runs.items()}
             values |= {name: found[name] for name in ("neurons_pruned", "neurons", "threshold")}
             values |= {f"oracle_{name}": found["oracle"][name] for name in MEASURES[:2]}
-    return written(values, COLUMNS)
+        else:
+            did = read_json(reports / "defend" / defence / "metrics.json")
+            values |= {"neurons_pruned": did.get("pruned", ""), "threshold": did.get("threshold", "")}
+    return written(values | provenance([*runs.values()][-1], flat, defence), COLUMNS)
+
+
+def own_stages(defence: str) -> tuple[str, ...]:
+    return STAGES[2:] if defence == "rnp" else (f"defend/{defence}",)
+
+
+def fresh_runs(reports: Path, params: dict, stages: tuple[str, ...]) -> dict[str, dict]:
+    """What each stage wrote of its run.
+
+    Raises: UserError when one ran with other options than `params` has.
+    """
+    runs = {stage: read_json(reports / stage / "run.json") for stage in stages}
+    for stage, run in runs.items():
+        check_fresh(stage, run["params"], params)
+    return runs
 
 
 def evaluated(reports: Path, trained: dict, attack: str) -> dict:
@@ -137,13 +141,12 @@ def removal_rows(reports: Path, params: dict) -> list[dict[str, object]]:
     rows = []
     for name in sorted(found["models"].keys() - UNREPAIRED):
         asks = name == "rnp" or any(field.name == "unlearn" for field in dataclasses.fields(load("defence", name)))
-        runs = {stage: read_json(reports / stage / "run.json") for stage in (STAGES[2:] if name == "rnp" else [f"defend/{name}"])}
-        for stage, run in runs.items():
-            check_fresh(stage, run["params"], params)
+        runs = fresh_runs(reports, params, own_stages(name))
         rows.append({
             "preset": flat["preset"], "attack": attack, "seed": flat["seed"], "gate": str(trained["gate"]).lower(),
             "task": "removal", "detector": name.removesuffix(UNLEARNED), "model": "unlearned" if asks else "backdoored",
-            "setting": "test", "seconds": float(sum(run["seconds"] for run in runs.values())), **origin(flat, name),
+            "setting": "test", "seconds": float(sum(run["seconds"] for run in runs.values())),
+            **provenance([*runs.values()][-1], flat, name),
             **{key: found["models"][name][key] for key in ("clean_accuracy", "attack_success_rate", "der")}})
     return [written(each, DETECTION_COLUMNS) for each in rows]
 
@@ -155,11 +158,10 @@ def detection_rows(reports: Path, params: dict) -> list[dict[str, object]]:
     """
     flat = dict(leaves(params))
     trained, found = (read_json(reports / stage / "metrics.json") for stage in ("train", "detect"))
-    for stage in ("poison", "train", "unlearn", "detect"):
-        check_fresh(stage, read_json(reports / stage / "run.json")["params"], params)
+    runs = fresh_runs(reports, params, (*STAGES[:3], "detect"))
     seconds = read_json(reports / "detect" / "seconds.json")
     common = {"preset": flat["preset"], "attack": flat["poison.attack"], "seed": flat["seed"], "setting": "test",
-              "gate": str(trained["gate"]).lower(), **origin(flat, "detect")}
+              "gate": str(trained["gate"]).lower(), **provenance(runs["detect"], flat, "detect")}
     rows = []
     for model, values in found["triggers"].items():
         rows.append({"task": "triggers", "detector": "neural_cleanse", "model": model, "attack_success_rate": values["success"],
@@ -182,10 +184,9 @@ def detection_rows(reports: Path, params: dict) -> list[dict[str, object]]:
 def control_rows(reports: Path, params: dict) -> list[dict[str, object]]:
     """What the controls of one run showed: a row per control, model and amount."""
     flat, trained = dict(leaves(params)), read_json(reports / "train" / "metrics.json")
-    for stage in (*STAGES, "controls"):
-        check_fresh(stage, read_json(reports / stage / "run.json")["params"], params)
+    runs = fresh_runs(reports, params, (*STAGES, "controls"))
     common = {"preset": flat["preset"], "attack": flat["poison.attack"], "seed": flat["seed"], "gate": str(trained["gate"]).lower(),
-              "n_clean": trained["n_clean"], "n_triggered": trained["n_triggered"], **origin(flat, "rnp")}
+              "n_clean": trained["n_clean"], "n_triggered": trained["n_triggered"], **provenance(runs["controls"], flat, "rnp")}
     counts = (*CONTROL_KEY, "neurons_pruned")
     measured = [{name: value if name in counts else float(value) for name, value in each.items()}
                 for each in read_rows(reports / "controls" / "rows.csv")]

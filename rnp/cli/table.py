@@ -10,15 +10,15 @@ from pathlib import Path
 import click
 
 from rnp import tracking
-from rnp.cli.rows import COLUMNS, DETECTION_COLUMNS, MEASURES, UNREPAIRED, settings
+from rnp.cli.rows import COLUMNS, DETECTION_COLUMNS, MEASURES, UNREPAIRED, own_stages, settings
 from rnp.errors import UserError
 from rnp.io import read_rows, write_rows
 from rnp.registry import suggest
 
 GROUP = ("preset", "defence", "attack")
-NUMBERS = (*(f"{name}_before" for name in MEASURES[:2]), *MEASURES, "der")
+NUMBERS = (*(f"{name}_before" for name in MEASURES[:2]), *MEASURES, "der", "neurons_pruned", "seconds")
 TITLES = {"clean_accuracy_before": "CA before", "attack_success_rate_before": "ASR before", "clean_accuracy": "CA",
-          "attack_success_rate": "ASR", "robust_accuracy": "RA", "der": "DER"}
+          "attack_success_rate": "ASR", "robust_accuracy": "RA", "der": "DER", "neurons_pruned": "pruned", "seconds": "seconds"}
 DETECTION_GROUP = ("preset", "task", "detector", "model", "setting")
 DETECTION_TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "base_rate": "base rate", "tpr_at_5_fpr": "TPR at 5 % FPR", "fpr": "FPR",
                     "fpr_target_class": "FPR, target class", "iou": "IoU", "l1": "size", "attack_success_rate": "ASR", "clean_accuracy": "CA", "der": "DER",
@@ -76,7 +76,9 @@ def from_mlflow() -> list[Row]:
         for defence in sorted(names - UNREPAIRED):
             values = {name: metrics[f"evaluate/models/{defence}/{name}"] for name in (*MEASURES, "der")}
             values |= {f"{name}_before": metrics[f"evaluate/{name}_before"] for name in MEASURES[:2]}
-            rows.append({name: f"{value:.5g}" for name, value in values.items()} | {
+            values |= {"seconds": sum(metrics[f"time/{stage}"] for stage in own_stages(defence)),
+                       "neurons_pruned": metrics.get("evaluate/neurons_pruned" if defence == "rnp" else f"defend/{defence}/pruned")}
+            rows.append({name: "" if value is None else f"{value:.5g}" for name, value in values.items()} | {
                 "preset": params["preset"], "attack": attack, "defence": defence, "seed": params["seed"], "made": made,
                 "gate": str(bool(metrics["train/gate"])).lower(), "settings": settings(params, attack, defence),
             })
@@ -172,4 +174,5 @@ def grid(head: list[str], body: list[list[str]]) -> str:
 
 def cell(line: dict[str, object], name: str) -> str:
     value, half = line[name], line.get(f"{name}_interval")
-    return "–" if value is None else str(value) if isinstance(value, str) else f"{value:.3f}" if half is None else f"{value:.3f} ± {half:.3f}"
+    digits = 3 if isinstance(value, float) and abs(value) < 100 else 0
+    return "–" if value is None else value if isinstance(value, str) else f"{value:.{digits}f}{f' ± {half:.{digits}f}' if half is not None else ''}"

@@ -260,7 +260,7 @@ def test_a_full_disk_leaves_the_old_files(run, capsys, monkeypatch):
 def ended(run):
     """The finished chain with what stages leave beside it: run.json and params.yaml."""
     for stage in ("poison", "train", "unlearn", "recover", "prune", "detect", "defend/ft"):
-        Path(f"reports/{stage}/run.json").write_text('{"seconds": 1.5, "params": {"seed": 3}}')
+        Path(f"reports/{stage}/run.json").write_text('{"seconds": 1.5, "device": "a loom", "params": {"seed": 3}}')
     Path("params.yaml").write_text("preset: demo\nseed: 3\ndata: {set: shapes}\npoison: {attack: blend}\nrecover: {lr: 0.2}\n")
     return lambda *arguments: CliRunner().invoke(cli, ["rows", "rows.csv", *arguments])
 
@@ -271,6 +271,10 @@ def test_rows_of_results(ended):
     rows = {row["defence"]: row for row in rnp.io.read_rows(Path("rows.csv"))}
     assert list(rows) == ["ft", "none", "rnp"] and {(row["seed"], row["attack"]) for row in rows.values()} == {("3", "blend")}
     assert float(rows["rnp"]["seconds_unlearn"]) == 1.5 and rows["none"]["seconds_unlearn"] == rows["none"]["der"] == ""
+    assert [rows[name]["seconds"] for name in ("rnp", "ft", "none")] == ["4.5", "1.5", ""]
+    given = json.loads(Path("reports/prepare/metrics.json").read_text())
+    assert {rows[name]["clean_images"] for name in ("rnp", "ft")} == {str(given["defence_train"] + given["defence_val"])}
+    assert {row["device"] for row in rows.values()} == {"a loom"}, "the machine of the run, not this one"
     assert rows["none"]["clean_accuracy"] == rows["rnp"]["clean_accuracy_before"] == rows["ft"]["clean_accuracy_before"]
     assert rows["rnp"]["settings"] != rows["ft"]["settings"] and rows["rnp"]["n_clean"] != ""
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from rnp import io
 from rnp.cli.main import cli
 from rnp.cli.rows import COLUMNS, DETECTION_COLUMNS, settings
-from rnp.cli.table import newest, summarise
+from rnp.cli.table import cell, newest, summarise
 from rnp.errors import UserError
 
 
@@ -27,6 +27,11 @@ def test_mean_and_interval_over_seeds():
     assert line["attack_success_rate"] == pytest.approx(0.2) and line["seeds"] == 3 and line["gate"] == "3 of 3"
     assert line["attack_success_rate_interval"] == pytest.approx(4.302653 * 0.1 / math.sqrt(3))
     assert summarise([row()])[0]["attack_success_rate_interval"] is None, "one seed has no spread"
+
+
+def test_large_numbers_have_no_decimals():
+    line = {"seconds": 1234.5, "seconds_interval": 10.26, "l1": 99.99, "neurons_pruned": None}
+    assert [cell(line, name) for name in ("seconds", "l1", "neurons_pruned")] == ["1234 ± 10", "99.990", "–"]
 
 
 def test_the_mean_over_attacks_leaves_out_those_that_are_not_real():

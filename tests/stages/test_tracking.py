@@ -22,6 +22,7 @@ from rnp import tracking
 from rnp.cli.check import check_params
 from rnp.io import load_model, save_model
 from rnp.models.build import Architecture
+from rnp.origin import origin
 
 pytestmark = [  # both arise while MLflow imports its own modules
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
@@ -50,7 +51,7 @@ def test_stage(project):
     assert [f.path for f in store.client.list_artifacts(run.info.run_id, "plots")] == ["plots/curve.png"]
     assert project.run_json("train") == {
         "stage": "train", "run_id": run.info.run_id, "seconds": run.data.metrics["seconds"],
-        "params": {"lr": 0.5, "do": "well", "epochs": 3, "rate.final": 0.5, "model": None},
+        "params": {"lr": 0.5, "do": "well", "epochs": 3, "rate.final": 0.5, "model": None}, **origin(),
     }
 
 
