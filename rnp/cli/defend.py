@@ -38,6 +38,7 @@ def repair(method: Defence, *, model: Path, defence: Path, out: Path, report: Pa
     save_model(out, repaired.model, architecture, classes)
     if repaired.sweep:
         write_rows(report / "sweep.csv", [dataclasses.asdict(point) for point in repaired.sweep])
+    report.mkdir(parents=True, exist_ok=True)
     (report / "history.csv").touch()  # a defence that trains nothing tells of no epoch, and DVC wants the file
     write_json(report / "metrics.json", {
         "accuracy_defence_val": accuracy(repaired.model, clean.val),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from rnp import tracking
-from rnp.cli.rows import COLUMNS, DETECTION_COLUMNS, MEASURES, UNREPAIRED, own_stages, settings
+from rnp.cli.rows import COLUMNS, CONTROL_COLUMNS, DETECTION_COLUMNS, MEASURES, UNREPAIRED, own_stages, settings
 from rnp.errors import UserError
 from rnp.io import read_rows, write_rows
 from rnp.registry import suggest
@@ -19,12 +20,31 @@ GROUP = ("preset", "defence", "attack")
 NUMBERS = (*(f"{name}_before" for name in MEASURES[:2]), *MEASURES, "der", "neurons_pruned", "seconds")
 TITLES = {"clean_accuracy_before": "CA before", "attack_success_rate_before": "ASR before", "clean_accuracy": "CA",
           "attack_success_rate": "ASR", "robust_accuracy": "RA", "der": "DER", "neurons_pruned": "pruned", "seconds": "seconds"}
-DETECTION_GROUP = ("preset", "task", "detector", "model", "setting")
-DETECTION_TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "base_rate": "base rate", "tpr_at_5_fpr": "TPR at 5 % FPR", "fpr": "FPR",
-                    "fpr_target_class": "FPR, target class", "iou": "IoU", "l1": "size", "attack_success_rate": "ASR", "clean_accuracy": "CA", "der": "DER",
-                    "seconds": "seconds"}
-DETECTION_WORDS = {"label_correct": "label right"}
+DIGITS = {"neurons_pruned": 0, "seconds": 1}  # behind the point; three elsewhere
 Row = dict[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """A table of which a line is the mean over the runs that have `group` in common; `titles` are those of its measures."""
+
+    columns: tuple[str, ...]
+    group: tuple[str, ...]
+    titles: dict[str, str]
+
+    @property
+    def words(self) -> dict[str, str]:
+        """Measures that are counted, with their titles."""
+        return {"label_correct": "label right"} if "label_correct" in self.columns else {}
+
+
+KINDS = (
+    Kind(DETECTION_COLUMNS, ("preset", "task", "detector", "model", "setting"), {
+        "auroc": "AUROC", "auprc": "AUPRC", "base_rate": "base rate", "tpr_at_5_fpr": "TPR at 5 % FPR", "fpr": "FPR",
+        "fpr_target_class": "FPR, target class", "iou": "IoU", "l1": "size", "attack_success_rate": "ASR", "clean_accuracy": "CA",
+        "der": "DER", "seconds": "seconds"}),
+    Kind(CONTROL_COLUMNS, ("preset", "control", "model", "amount"), TITLES),
+)
 
 
 @click.command()
@@ -36,15 +56,18 @@ def table(tables: tuple[Path, ...], out: Path | None, measure: str | None) -> No
 
     A run counts when it is the newest of its preset, attack, defence and seed, and was made with the same settings as the
     newest of its preset and defence; how many others there are is said below the table. A mean over attacks takes in those
-    whose gate passed for every seed. Tables of `rnp rows --detection` give a line per task, detector, model and setting instead.
+    whose gate passed for every seed. Tables of `rnp rows --detection` give a line per task, detector, model and setting instead,
+    those of `--controls` one per control, model and amount.
     """
-    if tables and all(is_detection(path) for path in tables):
+    kinds = {kind_of(path) for path in tables}
+    if kinds and None not in kinds:
+        if len(kinds) > 1:
+            raise UserError("tables of detection and of controls do not go together; name one kind")
+        (kind,) = kinds
         found = [row for path in tables for row in read_rows(path)]
-        lines = detection(found)
-        if measure:
-            click.echo(by_attack(detection(found, (*DETECTION_GROUP, "attack")), DETECTION_GROUP, measure))
-        else:
-            click.echo(markdown(lines, [*DETECTION_GROUP, "runs", "label_correct"], DETECTION_TITLES, DETECTION_WORDS))
+        lines = averages(found, kind, kind.group)
+        click.echo(by_attack(averages(found, kind, (*kind.group, "attack")), kind.group, measure) if measure else
+                   markdown(lines, [*kind.group, "runs", *kind.words], kind.titles, kind.words))
         if out:
             write_rows(out, lines)
         return
@@ -116,20 +139,24 @@ def summarise(rows: list[Row]) -> list[dict[str, object]]:
     return lines
 
 
-def is_detection(path: Path) -> bool:
+def kind_of(path: Path) -> Kind | None:
+    """None: a table of defences, or none of ours."""
     rows = read_rows(path)
-    return bool(rows) and set(DETECTION_COLUMNS) <= set(rows[0])
+    return next((kind for kind in KINDS if rows and set(kind.columns) <= set(rows[0])), None)
 
 
-def detection(rows: list[Row], names: tuple[str, ...] = DETECTION_GROUP) -> list[dict[str, object]]:
-    """Means over the runs whose gate passed, for each task, detector, model and setting; what a task does not measure is None."""
+def averages(rows: list[Row], kind: Kind, names: tuple[str, ...]) -> list[dict[str, object]]:
+    """Means over the runs whose gate passed, for each of `names`; what is not measured there is None."""
     group = lambda row: tuple(row[name] for name in names)
+    order = lambda row: [value.zfill(9) if value.isdigit() else value for value in group(row)]
     lines = []
-    for key, some in itertools.groupby(sorted((row for row in rows if row["gate"] == "true"), key=group), key=group):
+    for key, some in itertools.groupby(sorted((row for row in rows if row["gate"] == "true"), key=order), key=group):
         some = list(some)
-        said = [row["label_correct"] == "true" for row in some if row["label_correct"]]
-        line = dict(zip(names, key)) | {"runs": len(some), "label_correct": f"{sum(said)} of {len(said)}" if said else "–"}
-        for name in DETECTION_TITLES:
+        line = dict(zip(names, key)) | {"runs": len(some)}
+        for name in kind.words:
+            said = [row[name] == "true" for row in some if row[name]]
+            line[name] = f"{sum(said)} of {len(said)}" if said else "–"
+        for name in kind.titles:
             values = [float(row[name]) for row in some if row[name] not in ("", "nan")]
             line |= {name: mean(values), f"{name}_interval": None}
         lines.append(line)
@@ -174,5 +201,5 @@ def grid(head: list[str], body: list[list[str]]) -> str:
 
 def cell(line: dict[str, object], name: str) -> str:
     value, half = line[name], line.get(f"{name}_interval")
-    digits = 3 if isinstance(value, float) and abs(value) < 100 else 0
+    digits = DIGITS.get(name, 3)
     return "–" if value is None else value if isinstance(value, str) else f"{value:.{digits}f}{f' ± {half:.{digits}f}' if half is not None else ''}"

@@ -144,6 +144,16 @@ def test_a_defence_that_trains_nothing(run):
     assert found["pruned"] == int(rows[-1]["pruned"]) and Path("bnp.safetensors").exists()
 
 
+def test_a_defence_that_finds_nothing_to_do(run):
+    """It leaves the model as it is, with a report that DVC accepts."""
+    with guard():
+        cli(["defend", "nc_unlearn", "--model", "models/backdoored.safetensors", "--defence", "data/defence", "--search.steps", "2",
+             "--least_index", "1e9", "--out", "same.safetensors", "--report", "reports/defend/nc_unlearn"], standalone_mode=False)
+    assert Path("reports/defend/nc_unlearn/history.csv").exists() and Path("reports/defend/nc_unlearn/metrics.json").exists()
+    before, after = (rnp.io.load_model(Path(path))[0].state_dict() for path in ("models/backdoored.safetensors", "same.safetensors"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_another_seed_gives_another_mask(finished, run):
     assert run("recover", "--seed", "1") == 0
     assert Path("models/recovered/mask.safetensors").read_bytes() != (finished / "models/recovered/mask.safetensors").read_bytes()

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from rnp import io
 from rnp.cli.main import cli
-from rnp.cli.rows import COLUMNS, DETECTION_COLUMNS, settings
+from rnp.cli.rows import COLUMNS, CONTROL_COLUMNS, DETECTION_COLUMNS, settings
 from rnp.cli.table import cell, newest, summarise
 from rnp.errors import UserError
 
@@ -29,9 +29,9 @@ def test_mean_and_interval_over_seeds():
     assert summarise([row()])[0]["attack_success_rate_interval"] is None, "one seed has no spread"
 
 
-def test_large_numbers_have_no_decimals():
-    line = {"seconds": 1234.5, "seconds_interval": 10.26, "l1": 99.99, "neurons_pruned": None}
-    assert [cell(line, name) for name in ("seconds", "l1", "neurons_pruned")] == ["1234 ± 10", "99.990", "–"]
+def test_digits():
+    line = {"seconds": 123.45, "seconds_interval": 10.26, "l1": 99.99, "neurons_pruned": 3.2, "der": None}
+    assert [cell(line, name) for name in ("seconds", "l1", "neurons_pruned", "der")] == ["123.5 ± 10.3", "99.990", "3", "–"]
 
 
 def test_the_mean_over_attacks_leaves_out_those_that_are_not_real():
@@ -105,6 +105,21 @@ def test_one_measure_by_attack(tmp_path):
     done = CliRunner().invoke(cli, ["table", str(tmp_path / "t.csv"), "--by-attack", "attack_success_rate"], catch_exceptions=False)
     assert cells(done.output) == [["preset", "defence", "badnets", "wanet", "mean of 2"], ["---"] * 5,
                                   ["demo", "ft", "0.900", "–", "–"], ["demo", "rnp", "0.100", "0.200", "0.150"]]
+
+
+def test_a_table_of_controls(tmp_path):
+    """Amounts in the order of numbers; another kind of table beside it is refused."""
+    empty = dict.fromkeys(CONTROL_COLUMNS, "") | {"preset": "demo", "seed": "0", "gate": "true", "control": "images", "model": "backdoored"}
+    io.write_rows(tmp_path / "c.csv", [
+        empty | {"attack": attack, "amount": amount, "attack_success_rate": asr, "neurons_pruned": 7}
+        for attack, amount, asr in (("badnets", 100, 0.1), ("blend", 100, 0.2), ("badnets", 50, 0.3))])
+    lines = cells(CliRunner().invoke(cli, ["table", str(tmp_path / "c.csv")], catch_exceptions=False).output)
+    found = [dict(zip(lines[0], line)) for line in lines[2:]]
+    assert [[line[name] for name in ("amount", "runs", "ASR", "CA", "pruned")] for line in found] == [
+        ["50", "1", "0.300", "–", "7"], ["100", "2", "0.150", "–", "7"]]
+    io.write_rows(tmp_path / "d.csv", [dict.fromkeys(DETECTION_COLUMNS, "")])
+    done = CliRunner().invoke(cli, ["table", *(str(tmp_path / f"{name}.csv") for name in "cd")])
+    assert isinstance(done.exception, UserError) and "do not go together" in str(done.exception)
 
 
 def test_one_measure_of_detection_by_attack(tmp_path):
