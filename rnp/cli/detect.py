@@ -45,7 +45,7 @@ class Detect:
     sample_model: Annotated[Literal["0.8", "0.5", "0.2"], "unlearned checkpoint, by its accuracy, to find samples with"] = "0.2"
     twin: Annotated[bool, "unlearn the benign twin too, and ask the detectors of the label for their false alarms"] = False
     labels: Annotated[tuple[str, ...], "detectors of the label to ask"] = (
-        "class_shares", "trigger_survival", "neural_cleanse_index", "mm_bd")
+        "class_shares", "trigger_survival", "agreement", "neural_cleanse_index", "mm_bd")
     samples: Annotated[tuple[str, ...], "detectors of triggered images to ask"] = (
         "confidence", "unlearned_mahalanobis", "mahalanobis", "strip", "badexpert", "spectral_signatures", "activation_clustering")
 

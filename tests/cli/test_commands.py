@@ -301,7 +301,7 @@ def test_rows_of_detection(ended):
     assert all(0 <= float(row["auroc"]) <= 1 and 0.05 < float(row["base_rate"]) < 0.2 for row in training.values())
     assert set(rows) == {
         *(("triggers", "neural_cleanse", model) for model in ("backdoored", "unlearned")),
-        *(("labels", name, "unlearned") for name in ("class_shares", "trigger_survival")),
+        *(("labels", name, "unlearned") for name in ("class_shares", "trigger_survival", "agreement")),
         *(("labels", name, model) for name in ("mm_bd", "neural_cleanse_index") for model in ("backdoored", "unlearned")),
         *(("samples", name, "unlearned") for name in ("confidence", "unlearned_mahalanobis")), *(("samples", name, "backdoored") for name in (
             "mahalanobis", "strip", "badexpert", "spectral_signatures", "activation_clustering"))}

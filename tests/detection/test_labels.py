@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rnp.detection.base import Evidence, LabelVerdict, RecoveredTrigger, anomaly_index
+from rnp.detection.base import Evidence, LabelDetector, LabelVerdict, RecoveredTrigger, anomaly_index
+from rnp.detection.labels.agreement import Agreement
 from rnp.detection.labels.class_shares import ClassShares
 from rnp.detection.labels.mm_bd import MMBD
 from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
+from rnp.detection.labels.neuron_noise import NeuronNoise
 from rnp.detection.labels.trigger_survival import TriggerSurvival
 from rnp.errors import UserError
 from rnp.types import Epoch
@@ -121,8 +123,31 @@ def test_what_is_known_already_serves() -> None:
     assert torch.equal(margins.judge(evidence, images(), rng=rng()), margins.score(Planted(), images(), rng=rng()))
 
 
+def saying(detector: LabelDetector, scores: tuple[float, ...]) -> LabelDetector:
+    """The same detector, but what it says of the unlearned copy is known before."""
+
+    class Saying(type(detector)):
+        def score(self, model, clean, *, rng):
+            assert isinstance(model, Forgetful)
+            return torch.tensor(scores)
+
+    return Saying(**{field.name: getattr(detector, field.name) for field in dataclasses.fields(detector)})
+
+
+@pytest.mark.parametrize("margins, noise, scores, label", [
+    ((0.0, 8.0, 4.0), (0.1, 0.6, 0.3), (0.0, 1.2, 0.0), 1),
+    ((0.0, 8.0, 7.9), (0.1, 0.3, 0.6), (0.0, 0.0, 0.0), None),  # each names another one
+    ((0.0, 8.0, 4.0), (0.1, 0.4, 0.1), (0.0, 0.8, 0.0), None),  # one is not sure
+    ((0.0, 8.0, 4.0), (0.1, 0.6, 0.5), (0.0, 0.0, 0.0), None),  # or has a thin margin
+])
+def test_two_detectors_must_agree(margins, noise, scores, label) -> None:
+    both = Agreement(margins=saying(MMBD(least_score=4.0), margins), noise=saying(NeuronNoise(least_score=0.5, least_margin=0.2), noise))
+    found = both.judge(Evidence(Planted(), [], Forgetful(), []), images(), rng=rng())
+    assert found.tolist() == pytest.approx(scores) and both.verdict(found).label == label
+
+
 @pytest.mark.parametrize("cls, field, value", [
-    (TriggerSurvival, "least_score", -1.5), (TriggerSurvival, "least_margin", -0.1),
+    (Agreement, "least_score", -0.5), (TriggerSurvival, "least_score", -1.5), (TriggerSurvival, "least_margin", -0.1),
     (ClassShares, "least_score", 50.0), (ClassShares, "least_margin", -0.1), (ClassShares, "sharpness", -1.0),
     (NeuralCleanseIndex, "least_score", -2.0), (NeuralCleanseIndex, "least_margin", -1.0),
 ])
