@@ -135,7 +135,7 @@ def saying(detector: LabelDetector, scores: tuple[float, ...]) -> LabelDetector:
 
 
 @pytest.mark.parametrize("margins, noise, scores, label", [
-    ((0.0, 8.0, 4.0), (0.1, 0.6, 0.3), (0.0, 1.2, 0.0), 1),
+    ((0.0, 8.0, 4.0), (0.1, 0.8, 0.3), (0.0, 1.6, 0.0), 1),
     ((0.0, 8.0, 7.9), (0.1, 0.3, 0.6), (0.0, 0.0, 0.0), None),  # each names another one
     ((0.0, 8.0, 4.0), (0.1, 0.4, 0.1), (0.0, 0.8, 0.0), None),  # one is not sure
     ((0.0, 8.0, 4.0), (0.1, 0.6, 0.5), (0.0, 0.0, 0.0), None),  # or has a thin margin

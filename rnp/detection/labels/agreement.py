@@ -23,14 +23,15 @@ class Agreement(LabelDetector):
     names a label at; 0 for every class that one of the two does not put first, by its least margin.
 
     In an unlearned benign model either of them is prone to name a class, but not the same one: the margins start from noise, the
-    predictions from images. A backdoor that outlives unlearning draws both to its label.
+    predictions from images. A backdoor that outlives unlearning draws both to its label. Of three benign models of CIFAR-10 one
+    had a score of 1.17, the others 0; `least_score` was settled after that.
 
     Source: ours; the two detectors name theirs. Unlearning as in Li et al., ICML 2023, section 3.
     """
 
     asks_unlearned: ClassVar[bool] = True
 
-    least_score: Annotated[float, "highest score below which no label is named; at 1 both detectors name it"] = 1.0
+    least_score: Annotated[float, "highest score below which no label is named; at 1 both detectors name it"] = 1.5
     least_margin: Annotated[float, "lead over the second class below which no label is named"] = 0.0
     margins: MMBD = MMBD()
     noise: NeuronNoise = NeuronNoise()
@@ -52,6 +53,7 @@ class Agreement(LabelDetector):
 
     def of_unlearned(self, unlearned: nn.Module, clean: ImageSet, rng: torch.Generator) -> Float[Tensor, "k"]:
         said = [(each, each.score(unlearned, clean, rng=rng).float()) for each in (self.margins, self.noise)]
+        least = torch.stack([scores / each.least_score for each, scores in said]).amin(0)
         first = torch.stack([torch.arange(len(scores)) == scores.argmax() for _, scores in said]).all(0)
         lead = all(each.verdict(scores).margin >= each.least_margin for each, scores in said)
-        return torch.stack([scores / each.least_score for each, scores in said]).amin(0).clamp_min(0) * (first & lead)
+        return least.clamp_min(0).where(first & lead, 0.0)
