@@ -26,6 +26,7 @@ from rnp.cli.preset import render
 from rnp.cli.report_page import versions
 from rnp.errors import UserError
 from rnp.io import read_json, write_json, write_text
+from rnp.origin import machine
 from rnp.registry import names, suggest
 from rnp.tracking import git_commit
 from rnp.training import default_device, half_precision
@@ -37,7 +38,6 @@ AXES = {"images": (100, 250, 500, 1000), "width": (16, 32, 64), "max_fraction": 
 START = """
 import time
 from rnp.cli.prune import prune
-from rnp.origin import machine
 from stages.stage import run
 prune.callback = lambda **_: print(time.clock_gettime(time.CLOCK_MONOTONIC))
 run(prune)
