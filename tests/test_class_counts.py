@@ -9,6 +9,8 @@ from torch import nn
 
 from rnp.attacks.base import backdoored_test_set
 from rnp.attacks.badnets import BadNets
+from rnp.cli.detect import Clock, labelled
+from rnp.detection.labels.agreement import Agreement
 from rnp.detection.labels.class_shares import ClassShares
 from rnp.detection.labels.mm_bd import MMBD
 from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
@@ -93,3 +95,13 @@ def test_every_detector_scores_every_class(k, rng):
         assert scores.shape == (k,) and scores.isfinite().all(), name
         label = detector.verdict(scores).label
         assert label is None or 0 <= label < k
+
+
+@pytest.mark.parametrize("k", (2, 3))
+def test_detectors_that_compare_with_two_others_are_passed_over(k, rng, capsys):
+    model = Nearest(k).eval()
+    asked = [NeuronNoise(copies=1), MMBD(starts=1, steps=1), Agreement(margins=MMBD(starts=1, steps=1), noise=NeuronNoise(copies=1))]
+    said = labelled(asked, {"backdoored": model, "unlearned": model}, {}, [], painted(k, 40, rng()), 0, Clock())
+    assert set(said) == {"neuron_noise", "neuron_noise_unlearned"} | ({"mm_bd", "mm_bd_unlearned", "agreement"} if k > 2 else set())
+    warned = capsys.readouterr().err.splitlines()
+    assert warned == ([] if k > 2 else [f"warning: {name} needs 3 classes and was not asked" for name in ("mm_bd", "agreement")])

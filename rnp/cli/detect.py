@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import click
 import torch
 from torch import Tensor, nn
 
@@ -172,6 +173,9 @@ def labelled(detectors: list[LabelDetector], nets: dict[str, nn.Module], found: 
     """What each detector says of each model; those that judge by triggers are asked of the models that `found` has triggers of."""
     said = {}
     for detector in detectors:
+        if len(clean.classes) < detector.fewest_classes:
+            click.echo(f"warning: {detector.name} needs {detector.fewest_classes} classes and was not asked", err=True)
+            continue
         for name, net in nets.items():
             if (detector.asks_unlearned and name != "backdoored") or (detector.asks_triggers and name not in found):
                 continue

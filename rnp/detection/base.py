@@ -106,6 +106,8 @@ class LabelDetector(Method, ABC):
     """Whether unlearning is part of the method; one that does without can be asked of the unlearned copy too."""
     asks_triggers: ClassVar[bool] = False
     """Whether it judges by recovered triggers."""
+    fewest_classes: ClassVar[int] = 2
+    """What it needs to compare a class with."""
 
     least_score: Annotated[float, "highest score below which no label is named"]
     least_margin: Annotated[float, "lead over the second class below which no label is named"]

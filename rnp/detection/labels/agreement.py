@@ -30,6 +30,7 @@ class Agreement(LabelDetector):
     """
 
     asks_unlearned: ClassVar[bool] = True
+    fewest_classes: ClassVar[int] = MMBD.fewest_classes
 
     least_score: Annotated[float, "highest score below which no label is named; at 1 both detectors name it"] = 1.5
     least_margin: Annotated[float, "lead over the second class below which no label is named"] = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,8 @@ class MMBD(LabelDetector):
     fitted by its moments, not by likelihood; every class gets a score, not the one with the largest margin alone.
     """
 
+    fewest_classes: ClassVar[int] = 3
+
     least_score: Annotated[float, "highest -log10 probability below which no label is named"] = 1.3
     least_margin: Annotated[float, "lead over the second class below which no label is named"] = 0.0
     starts: Annotated[int, "random images per class"] = 10
@@ -45,7 +47,7 @@ class MMBD(LabelDetector):
 
     def score(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
         """Raises: UserError for less than three classes."""
-        if len(clean.classes) < 3:
+        if len(clean.classes) < self.fewest_classes:
             raise UserError(f"mm_bd compares each class with two others, got {len(clean.classes)} classes; use class_shares")
         return surprise(self.maximum_margins(model, clean, rng=rng))
 
