@@ -106,7 +106,7 @@ def run(params: dict, name: str, attack: str, seed: int) -> dict[str, object]:
     attacked = backdoored_test_set(trigger, test, method.target)
     before = score(model, test, attacked, method.target, precision="auto")
     facts |= {f"{key}_before": before.flat()[key] for key in MEASURES} | {
-        "arch": architecture.arch, "width": architecture.width, "gate": str(before.attack_success_rate.value >= method.gate).lower(),
+        "arch": architecture.arch, "width": architecture.width, "gate": before.attack_success_rate.value >= method.gate,
         "n_clean": len(test), "n_triggered": len(attacked)}
     try:
         clock()

@@ -32,7 +32,7 @@ from rnp.cli.detect import Clock, Detect, curve, detectors, unlearned_and_labell
 from rnp.cli.options import from_section, generator
 from rnp.cli.prepare import data_root
 from rnp.cli.preset import render
-from rnp.cli.rows import UNLEARNED, check_fresh, written
+from rnp.cli.rows import UNLEARNED, fresh_runs, written
 from rnp.data.base import Split
 from rnp.io import load_defence_set, load_images, load_model, put_rows, read_json
 from rnp.metrics import score
@@ -93,14 +93,14 @@ def trained(params: dict, name: str) -> Subject:
         recipe = dataclasses.replace(recipe, augment=Augment(crop=0, flip=False))
     data, rng = splits.pool, generator(seed, f"population/{'backdoored' if name else 'benign'}")
     model = from_section(Architecture, section["model"]).build(len(data.classes), data.shape[0], *statistics(data), rng=rng)
-    model, facts, target = model.to(default_device()), {"augment": told(not seed % 2)}, None
+    model, facts, target = model.to(default_device()), {"augment": not seed % 2}, None
     if name:
         attack = from_section(load("attack", name), section["attacks"], f"{name}.")
         attack = dataclasses.replace(attack, target_label=seed % len(data.classes))
         changes, target = attack.poison(data, rng=generator(seed, "poison"), surrogate=model), attack.target
         model, trigger = attack.train(model, changes.apply(data), changes.trigger, recipe, rng=rng)
         scores = score(model, test, backdoored_test_set(trigger, test, target), target, precision="auto")
-        facts |= {"attack_success_rate": scores.attack_success_rate.value, "gate": told(scores.attack_success_rate.value >= attack.gate)}
+        facts |= {"attack_success_rate": scores.attack_success_rate.value, "gate": scores.attack_success_rate.value >= attack.gate}
     else:
         recipe(model, data, rng=rng)
     facts |= {"clean_accuracy": accuracy(model, test), "n_clean": len(test)}
@@ -111,24 +111,21 @@ def to_read(folder: Path) -> Iterator[Candidate]:
     """Raises: UserError when `folder` has no params.yaml, or its models are of other parameters."""
     params = read_params(folder / "params.yaml")
     augment = params["train"]["augment"]
-    facts = {"augment": told(augment["flip"] or augment["crop"] > 0)}
-    for kind, stage, attack in (("benign", "twin", ""), ("backdoored", "train", params["poison"]["attack"])):
-        report, model = folder / "reports" / stage, folder / "models" / ("twin.safetensors" if kind == "benign" else "backdoored.safetensors")
+    facts = {"augment": augment["flip"] or augment["crop"] > 0}
+    for kind, stage, name, attack in (("benign", "twin", "twin", ""), ("backdoored", "train", "backdoored", params["poison"]["attack"])):
+        model = folder / "models" / f"{name}.safetensors"
         if model.exists():
-            check_fresh(stage, read_json(report / "run.json")["params"], params)
-            yield Candidate(kind, attack, params, functools.partial(read, folder, model, read_json(report / "metrics.json"), facts))
+            fresh_runs(folder / "reports", params, (stage,))
+            measured = read_json(folder / "reports" / stage / "metrics.json")
+            yield Candidate(kind, attack, params, functools.partial(read, folder, model, measured, facts))
 
 
 def read(folder: Path, model: Path, measured: dict, facts: dict[str, object]) -> Subject:
     facts, target = facts | {"clean_accuracy": measured["clean_accuracy"], "n_clean": len(load_images(folder / "data" / "test"))}, None
     if "gate" in measured:
-        facts |= {"attack_success_rate": measured["attack_success_rate"], "gate": told(measured["gate"])}
+        facts |= {"attack_success_rate": measured["attack_success_rate"], "gate": measured["gate"]}
         target = read_json(folder / "data" / "triggered" / "attack.json")["target_label"]
     return Subject(load_model(model)[0], load_defence_set(folder / "data" / "defence").train, facts, target)
-
-
-def told(true: bool) -> str:
-    return str(bool(true)).lower()
 
 
 def verdicts(subject: Subject, params: dict) -> Iterator[dict[str, object]]:
@@ -141,8 +138,8 @@ def verdicts(subject: Subject, params: dict) -> Iterator[dict[str, object]]:
     for name, each in said.items():
         first = int(each.scores.argmax())
         yield {"detector": name, "score": float(each.scores.max()), "margin": each.verdict.margin, "label": first,
-               "named": told(each.verdict.label is not None), "seconds": clock.seconds.get(f"labels_{name}"),
-               "label_correct": "" if subject.target is None else told(first == subject.target)}
+               "named": each.verdict.label is not None, "seconds": clock.seconds.get(f"labels_{name}"),
+               "label_correct": "" if subject.target is None else first == subject.target}
 
 
 def counted(rows: list[dict[str, str]]) -> Iterator[tuple[str, list[dict[str, str]], np.ndarray, np.ndarray]]:

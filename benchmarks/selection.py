@@ -56,7 +56,7 @@ def rows(folder: Path, images: int) -> list[dict[str, object]]:
     found[params["prune"]["rule"]] = (score(repaired, tests, attacked, attack["target_label"], precision="auto"),
                                       done["neurons_pruned"], done["safe_window"])
     common = {"preset": params["preset"], "attack": params["poison"]["attack"], "seed": params["seed"],
-              "gate": str(attack["gate"]).lower(), "neurons": len(order), "n_clean": len(tests), "n_triggered": len(attacked),
+              "gate": attack["gate"], "neurons": len(order), "n_clean": len(tests), "n_triggered": len(attacked),
               "clean_accuracy_before": before.clean_accuracy.value,
               "attack_success_rate_before": before.attack_success_rate.value} | origin()
     return [written(common | {"rule": rule, **after.flat(), "der": (der := defence_effectiveness(before, after)),

@@ -11,9 +11,8 @@ import click
 
 from rnp.attacks.base import Attack
 from rnp.cli.check import read_params
-from rnp.cli.rows import check_fresh
+from rnp.cli.rows import fresh_runs
 from rnp.cli.table import newest, read
-from rnp.io import read_json
 from rnp.registry import load, names
 
 PARTS = ("Drawn at random", "Source", "Differs", "Expected")
@@ -41,7 +40,7 @@ def gallery(page: Path, table: Path, reports: Path, params: Path) -> None:
     pictures.mkdir(parents=True, exist_ok=True)
     if (reports / "poison" / "run.json").exists():
         settings = read_params(params)
-        check_fresh("poison", read_json(reports / "poison" / "run.json")["params"], settings)
+        fresh_runs(reports, settings, ("poison",))
         shutil.copyfile(reports / "poison" / "triggers.png", pictures / f"{settings['poison']['attack']}.png")
     rows = {row["attack"]: row for row in newest(read(table)) if row["defence"] == "none"}
     sections = [section(load("attack", name), name, pictures / f"{name}.png", rows.get(name)) for name in names("attack")]

@@ -69,8 +69,9 @@ def check_fresh(stage: str, options: dict[str, object], params: dict) -> None:
             raise UserError(f"{stage} ran with {name} {value}, params.yaml says {wanted[name]}; run `dvc repro` first")
 
 
-def provenance(run: dict, flat: dict[str, object], what: str) -> dict[str, object]:
-    """Where a row comes from: machine and versions of the run, settings (of the defence `what`, or of detection), and when it was written."""
+def provenance(runs: dict[str, dict], flat: dict[str, object], what: str) -> dict[str, object]:
+    """Where a row comes from: machine and versions of the last of `runs`, settings (of the defence `what`, or of detection), and when."""
+    run = [*runs.values()][-1]
     return {**{name: run.get(name, "") for name in ("device", "version", "torch")},  # older reports do not say
             "settings": settings(flat, flat["poison.attack"], what), "made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}"}
 
@@ -84,7 +85,7 @@ def row(reports: Path, params: dict, defence: str) -> dict[str, object]:
     trained, attack = read_json(reports / "train" / "metrics.json"), flat["poison.attack"]
     values = {
         "preset": flat["preset"], "attack": attack, "defence": defence, "seed": flat["seed"],
-        "gate": str(trained["gate"]).lower(), "clean_accuracy_twin": trained["clean_accuracy_twin"],
+        "gate": trained["gate"], "clean_accuracy_twin": trained["clean_accuracy_twin"],
         "n_clean": trained["n_clean"], "n_triggered": trained["n_triggered"],
         **{f"{name}_before": trained[name] for name in MEASURES},
     }
@@ -107,7 +108,7 @@ def row(reports: Path, params: dict, defence: str) -> dict[str, object]:
         else:
             did = read_json(reports / "defend" / defence / "metrics.json")
             values |= {"neurons_pruned": did.get("pruned", ""), "threshold": did.get("threshold", "")}
-    return written(values | provenance([*runs.values()][-1], flat, defence), COLUMNS)
+    return written(values | provenance(runs, flat, defence), COLUMNS)
 
 
 def own_stages(defence: str) -> tuple[str, ...]:
@@ -143,10 +144,10 @@ def removal_rows(reports: Path, params: dict) -> list[dict[str, object]]:
         asks = name == "rnp" or any(field.name == "unlearn" for field in dataclasses.fields(load("defence", name)))
         runs = fresh_runs(reports, params, own_stages(name))
         rows.append({
-            "preset": flat["preset"], "attack": attack, "seed": flat["seed"], "gate": str(trained["gate"]).lower(),
+            "preset": flat["preset"], "attack": attack, "seed": flat["seed"], "gate": trained["gate"],
             "task": "removal", "detector": name.removesuffix(UNLEARNED), "model": "unlearned" if asks else "backdoored",
             "setting": "test", "seconds": float(sum(run["seconds"] for run in runs.values())),
-            **provenance([*runs.values()][-1], flat, name),
+            **provenance(runs, flat, name),
             **{key: found["models"][name][key] for key in ("clean_accuracy", "attack_success_rate", "der")}})
     return [written(each, DETECTION_COLUMNS) for each in rows]
 
@@ -161,7 +162,7 @@ def detection_rows(reports: Path, params: dict) -> list[dict[str, object]]:
     runs = fresh_runs(reports, params, (*STAGES[:3], "detect"))
     seconds = read_json(reports / "detect" / "seconds.json")
     common = {"preset": flat["preset"], "attack": flat["poison.attack"], "seed": flat["seed"], "setting": "test",
-              "gate": str(trained["gate"]).lower(), **provenance(runs["detect"], flat, "detect")}
+              "gate": trained["gate"], **provenance(runs, flat, "detect")}
     rows = []
     for model, values in found["triggers"].items():
         rows.append({"task": "triggers", "detector": "neural_cleanse", "model": model, "attack_success_rate": values["success"],
@@ -170,9 +171,9 @@ def detection_rows(reports: Path, params: dict) -> list[dict[str, object]]:
         asks = name.endswith(UNLEARNED) or load("labels", name).asks_unlearned
         model = "unlearned" if asks else "backdoored"
         rows.append({"task": "labels", "detector": name.removesuffix(UNLEARNED), "model": model,
-                     "label_correct": str(values["correct"]).lower(), "seconds": seconds.get(f"labels_{name}"), **values})
+                     "label_correct": values["correct"], "seconds": seconds.get(f"labels_{name}"), **values})
     for name, values in found.get("twin_labels", {}).items():
-        rows.append({"task": "labels", "detector": name, "model": "twin", "label_correct": str(values["correct"]).lower(),
+        rows.append({"task": "labels", "detector": name, "model": "twin", "label_correct": values["correct"],
                      "seconds": seconds.get(f"twin_labels_{name}"), **values})
     for key, setting in (("samples", "test"), ("training_samples", "training")):
         for name, values in found.get(key, {}).items():
@@ -185,8 +186,8 @@ def control_rows(reports: Path, params: dict) -> list[dict[str, object]]:
     """What the controls of one run showed: a row per control, model and amount."""
     flat, trained = dict(leaves(params)), read_json(reports / "train" / "metrics.json")
     runs = fresh_runs(reports, params, (*STAGES, "controls"))
-    common = {"preset": flat["preset"], "attack": flat["poison.attack"], "seed": flat["seed"], "gate": str(trained["gate"]).lower(),
-              "n_clean": trained["n_clean"], "n_triggered": trained["n_triggered"], **provenance(runs["controls"], flat, "rnp")}
+    common = {"preset": flat["preset"], "attack": flat["poison.attack"], "seed": flat["seed"], "gate": trained["gate"],
+              "n_clean": trained["n_clean"], "n_triggered": trained["n_triggered"], **provenance(runs, flat, "rnp")}
     counts = (*CONTROL_KEY, "neurons_pruned")
     measured = [{name: value if name in counts else float(value) for name, value in each.items()}
                 for each in read_rows(reports / "controls" / "rows.csv")]
@@ -195,7 +196,11 @@ def control_rows(reports: Path, params: dict) -> list[dict[str, object]]:
 
 def written(values: dict[str, object], columns: tuple[str, ...]) -> dict[str, object]:
     """A row as the table holds it."""
-    return {name: f"{values[name]:.5g}" if isinstance(values.get(name), float) else values.get(name, "") for name in columns}
+
+    def cell(value: object) -> object:
+        return f"{value:.5g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else value
+
+    return {name: cell(values.get(name, "")) for name in columns}
 
 
 @click.command()

@@ -59,12 +59,13 @@ def table(tables: tuple[Path, ...], out: Path | None, measure: str | None) -> No
     whose gate passed for every seed. Tables of `rnp rows --detection` give a line per task, detector, model and setting instead,
     those of `--controls` one per control, model and amount.
     """
-    kinds = {kind_of(path) for path in tables}
+    contents = [read_rows(path) for path in tables]
+    kinds = {kind_of(rows) for rows in contents}
     if kinds and None not in kinds:
         if len(kinds) > 1:
             raise UserError("tables of detection and of controls do not go together; name one kind")
         (kind,) = kinds
-        found = [row for path in tables for row in read_rows(path)]
+        found = [*itertools.chain(*contents)]
         lines = averages(found, kind, kind.group)
         click.echo(by_attack(averages(found, kind, (*kind.group, "attack")), kind.group, measure) if measure else
                    markdown(lines, [*kind.group, "runs", *kind.words], kind.titles, kind.words))
@@ -139,9 +140,8 @@ def summarise(rows: list[Row]) -> list[dict[str, object]]:
     return lines
 
 
-def kind_of(path: Path) -> Kind | None:
+def kind_of(rows: list[Row]) -> Kind | None:
     """None: a table of defences, or none of ours."""
-    rows = read_rows(path)
     return next((kind for kind in KINDS if rows and set(kind.columns) <= set(rows[0])), None)
 
 
