@@ -29,3 +29,10 @@ def test_no_row_is_stale():
 def test_no_summary_is_stale(rows, summary):
     page = (ROOT / "docs/results.md").read_text()
     assert "\n".join(summary(read_rows(ROOT / "results" / rows))) in page
+
+
+def test_tables_have_as_many_rules_as_headings():
+    for page in (ROOT / "README.md", ROOT / "results/bench.md", *ROOT.glob("docs/*.md")):
+        for heading, line in itertools.pairwise(page.read_text().splitlines()):
+            if heading.startswith("|") and line.startswith("|") and set(line) <= set("|-: "):
+                assert heading.count("|") == line.count("|"), (page.name, heading)
