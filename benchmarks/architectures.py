@@ -2,7 +2,7 @@
 
 Data, attack, unlearning, recovery and pruning are those of a preset, the same for all; width and training are of the table below.
 Each run is one row: CA and ASR before, CA, ASR, RA and DER after, the neurons, the seconds of each step. Rows that the table
-has are not made again. `--summary` prints the rows as a Markdown table instead, means over seeds.
+has are not made again. `--summary` prints the rows as a Markdown table instead, means over the seeds whose backdoor passed its gate.
 """
 
 from __future__ import annotations
@@ -131,14 +131,15 @@ def summary(rows: Sequence[dict[str, str]]) -> Iterator[str]:
     yield "|---" * 15 + "|"
     for name, attack in dict.fromkeys((row["architecture"], row["attack"]) for row in rows):
         own = [row for row in rows if (row["architecture"], row["attack"]) == (name, attack)]
-        done = [row for row in own if not row["failed"]]
+        passed = [row for row in own if row["gate"] == "true"]
+        done = [row for row in passed if not row["failed"]]
         mean = lambda key: sum(float(row[key]) for row in done) / len(done)
-        cells = [name, attack, str(len(own)), f"{sum(row['gate'] == 'true' for row in own)} of {len(own)}"]
+        cells = [name, attack, str(len(own)), f"{len(passed)} of {len(own)}"]
         if done:
             cells += [f"{mean(key):.3f}" for key in measured]
             cells += [f"{mean('neurons_pruned'):.0f} of {mean('neurons'):.0f}", *(f"{mean(f'seconds_{step}'):.0f}" for step in STEPS)]
         else:
-            cells += [own[0]["failed"], *[""] * 10]
+            cells += [passed[0]["failed"] if passed else "", *[""] * 10]
         yield f"| {' | '.join(cells)} |"
 
 

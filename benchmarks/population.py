@@ -28,11 +28,12 @@ from torch import nn
 from rnp.attacks.base import backdoored_test_set
 from rnp.augment import Augment
 from rnp.cli.check import Loader, leaves, read_params
-from rnp.cli.detect import Clock, Detect, curve, detectors, unlearned_and_labelled
+from rnp.cli.detect import Clock, Detect, detectors, unlearned_and_labelled
 from rnp.cli.options import from_section, generator
 from rnp.cli.prepare import data_root
 from rnp.cli.preset import render
 from rnp.cli.rows import UNLEARNED, fresh_runs, written
+from rnp.cli.screening import curve
 from rnp.data.base import Split
 from rnp.io import load_defence_set, load_images, load_model, put_rows, read_json
 from rnp.metrics import score

@@ -51,6 +51,6 @@ def test_the_summary_by_hand():
     row = dict.fromkeys(COLUMNS, "0") | {"architecture": "vit", "attack": "blend", "gate": "true", "failed": ""}
     lines = list(summary([row | {"der": "0.5"}, row | {"der": "0.7", "gate": "false", "neurons": "9"},
                           row | {"architecture": "vgg11", "failed": "the loss became non-finite", "der": ""}]))
-    assert lines[2].startswith("| vit | blend | 2 | 1 of 2 | 0.000 |") and "| 0.600 | 0 of 4 |" in lines[2]
+    assert lines[2].startswith("| vit | blend | 2 | 1 of 2 | 0.000 |") and "| 0.500 | 0 of 0 |" in lines[2]
     assert lines[3].startswith("| vgg11 | blend | 1 | 1 of 1 | the loss became non-finite |")
     assert len({line.count("|") for line in lines}) == 1

@@ -12,11 +12,12 @@ import click
 import torch
 
 from rnp.cli import unlearn as unlearn_stage
-from rnp.cli.detect import Clock, Detect, ask, checkpoint, consulted, searched_and_labelled
+from rnp.cli.detect import Clock, Detect, searched_and_labelled
 from rnp.cli.detect import detect as stage
 from rnp.cli.examination import Case, Subject, prepare
 from rnp.cli.options import build, generator, options
 from rnp.cli.purify import about_the_subject
+from rnp.cli.screening import ask, checkpoint, consulted
 from rnp.detection.base import threshold
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.io import read_trajectory, save_tensors, write_rows

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,23 +18,18 @@ import click
 import torch
 from torch import Tensor, nn
 
-from rnp.attacks.base import Poisoned
 from rnp.cli.options import command, generator
-from rnp.detection.base import (Evidence, LabelDetector, LabelVerdict, RecoveredTrigger, SampleDetector, TriggerRecovery, iou, iou_top_k,
-                                judge)
+from rnp.cli.screening import ask, checkpoint, consulted, curve, drawn, screened
+from rnp.detection.base import (Evidence, LabelDetector, LabelVerdict, RecoveredTrigger, SampleDetector, TriggerRecovery, iou,
+                                iou_top_k)
 from rnp.errors import UserError
 from rnp.io import (load_array, load_defence_set, load_images, load_model, load_poisoned, load_trigger, read_json, read_trajectory,
                     save_tensors, write_json)
 from rnp.plots import recovered_triggers, roc
 from rnp.registry import Method, load, names, suggest
 from rnp.training import predict
-from rnp.types import Bytes, DefenceSet, Epoch, ImageSet, Images, Indices, Logits
+from rnp.types import Bytes, DefenceSet, Epoch, ImageSet, Images, Trigger
 from rnp.unlearn import Unlearn
-
-LEVELS = ("0.8", "0.5", "0.2")
-"""The unlearned checkpoints, by their accuracy."""
-FEWEST = 20
-"""Poisoned training images to look for, where there are as many: of fewer an AUROC says little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,33 +93,22 @@ def detect(options: Detect, unlearn: Unlearn, *methods: Method, model: Path, ben
     if options.training_images and (~changes.covers).any():
         suspects["training_samples"] = drawn(load_images(pool), changes, target, options.training_images,
                                              generator(seed, "training_samples"))
-    weak = consulted([ask_for[name] for name in options.samples], unlearned, options.sample_model)
-    judged, curves = {task: {} for task in suspects}, {}
-    for task, them in suspects.items():
-        for name in options.samples:
-            with clock(f"{task}_{name}"):
-                scores, own = ask(ask_for[name], victim, them.images, clean, weak[name], seed)
-            judged[task][name] = them.judge(scores, own, ask_for[name].asks_unlearned)
-            if task == "samples":
-                curves[name] = curve(scores, them.positives)
+    screens = [ask_for[name] for name in options.samples]
+    weak = consulted(screens, unlearned, options.sample_model)
+    answers = {task: answered(task, screens, victim, them.images, clean, weak, seed, clock) for task, them in suspects.items()}
+    judged = {task: {each.name: them.judge(*answers[task][each.name], each.asks_unlearned) for each in screens}
+              for task, them in suspects.items()}
     losses = triggered / "losses.npy"
     if "training_samples" in suspects and losses.exists():
         them = suspects["training_samples"]
         scores = -load_array(losses)[them.places]  # the defender's images have none: the clean ones scored set the threshold
         judged["training_samples"]["training_loss"] = them.judge(scores, scores[~them.positives], False)
 
-    example = tests.subset(torch.tensor([0])).floats()
-    support = truth.support
-    whole_image = support is None  # then there is no pattern to show, but what it does to an image, around mid-grey
-    pattern = ((truth(example) - example)[0] / 2 + 0.5) if whole_image else truth(torch.zeros_like(example))[0]
-    covered = torch.ones(example.shape[2:]) if whole_image else support.float()
-    recovered_triggers(report / "triggers.png", (pattern, covered),
-                       [(f"{name} model, class {classes[trigger.label]}", trigger.pattern, trigger.mask)
-                        for name, trigger in best.items()])
-    roc(report / "roc.png", curves)
+    picture(report / "triggers.png", truth, tests.subset(torch.tensor([0])).floats(), best, classes)
+    roc(report / "roc.png", {name: curve(scores, suspects["samples"].positives) for name, (scores, _) in answers["samples"].items()})
     write_json(report / "metrics.json", {
         "target_label": -1 if target is None else target,
-        "triggers": {name: trigger_scores(trigger, support, victim, tests, options.images) for name, trigger in best.items()},
+        "triggers": {name: trigger_scores(trigger, truth.support, victim, tests, options.images) for name, trigger in best.items()},
         "labels": told(said, target),
         **of_the_twin,
         **judged,
@@ -215,98 +198,29 @@ def told(said: dict[str, LabelScores], target: int | None) -> dict[str, dict]:
                    "correct": verdict.label == target} for name, verdict in verdicts.items()}
 
 
-def checkpoint(unlearned: Path, level: str) -> nn.Module:
-    """The unlearned model at the first fall below an accuracy; the last one where it never fell so far."""
-    path = unlearned / f"accuracy_{level}.safetensors"
-    return load_model(path if path.exists() else unlearned / "accuracy_end.safetensors")[0]
-
-
-class Average(nn.Module):
-    """Logits whose soft-max is the mean of those of `members`."""
-
-    def __init__(self, members: list[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def forward(self, images: Images) -> Logits:
-        return torch.stack([member(images).float().softmax(1) for member in self.members]).mean(0).clamp_min(1e-30).log()
-
-
-def exposed(detector: SampleDetector, unlearned: Path, level: str) -> nn.Module:
-    """The unlearned model that `detector` asks: the checkpoint at an accuracy, or the mean of all on the way."""
-    return Average([checkpoint(unlearned, each) for each in LEVELS]) if detector.asks_average else checkpoint(unlearned, level)
-
-
-def consulted(detectors: list[SampleDetector], unlearned: Path, level: str) -> dict[str, nn.Module]:
-    """The model that `exposed` gives each detector, by its name; those that ask the same one share it."""
-    made: dict[bool, nn.Module] = {}
-    for detector in detectors:
-        if detector.asks_average not in made:
-            made[detector.asks_average] = exposed(detector, unlearned, level)
-    return {detector.name: made[detector.asks_average] for detector in detectors}
-
-
 def smallest(triggers: list[RecoveredTrigger]) -> int:
     """The label with the smallest trigger: all-to-all backdoors have no other one to show."""
     return min(triggers, key=lambda trigger: trigger.l1).label
 
 
-@dataclass(frozen=True)
-class Suspects:
-    """Images to judge, which of them carry a trigger, which belong to the target class, and where they lie in their set."""
-
-    images: Bytes
-    positives: Tensor  # bool [n]
-    targets: Tensor  # bool [n]
-    places: Indices
-
-    def judge(self, scores: Tensor, own: Tensor, asks_unlearned: bool) -> dict[str, object]:
-        return dataclasses.asdict(judge(scores, self.positives, self.targets, own)) | {"asks_unlearned": asks_unlearned}
+def answered(task: str, screens: list[SampleDetector], victim: nn.Module, images: Bytes, clean: DefenceSet, weak: dict[str, nn.Module],
+             seed: int, clock: Clock) -> dict[str, tuple[Tensor, Tensor]]:
+    """What `ask` gets from each detector, by its name."""
+    answers = {}
+    for each in screens:
+        with clock(f"{task}_{each.name}"):
+            answers[each.name] = ask(each, victim, images, clean, weak[each.name], seed)
+    return answers
 
 
-def screened(tests: ImageSet, attacked: ImageSet, target: int | None, n: int) -> Suspects:
-    """`n` clean and as many triggered test images.
-
-    The triggered ones are taken from the end of their set, so that few of them repeat a clean one.
-    """
-    n = min(n, len(tests), len(attacked))
-    good, bad = torch.arange(n), torch.arange(len(attacked) - n, len(attacked))
-    return gathered(tests.subset(good), attacked.subset(bad), target, torch.cat([good, bad]))
-
-
-def drawn(pool: ImageSet, changes: Poisoned, target: int | None, n: int, rng: torch.Generator) -> Suspects:
-    """`n` images of the poisoned training set at random, as many poisoned ones among them as among all, but `FEWEST` at least.
-
-    Covers are left out: they are neither clean nor poisoned. The target class is that of the labels as they are in the set.
-    """
-    real, untouched = (~changes.covers).nonzero().squeeze(1), torch.ones(len(pool), dtype=torch.bool)
-    untouched[changes.positions] = False
-    good = untouched.nonzero().squeeze(1)
-    n = min(n, len(good) + len(real))
-    wanted = min(len(real), max(FEWEST, round(n * len(real) / (len(good) + len(real)))))
-    bad, good = (those[torch.randperm(len(those), generator=rng)[:count]] for those, count in ((real, wanted), (good, n - wanted)))
-    poisoned = ImageSet(changes.images[bad], changes.labels[bad], pool.classes)
-    return gathered(pool.subset(good), poisoned, target, torch.cat([good, changes.positions[bad]]))
-
-
-def gathered(clean: ImageSet, bad: ImageSet, target: int | None, places: Indices) -> Suspects:
-    labels = torch.cat([clean.labels, bad.labels])
-    return Suspects(torch.cat([clean.images, bad.images]), torch.arange(len(labels)) >= len(clean),
-                    labels == (-1 if target is None else target), places)
-
-
-def ask(detector: SampleDetector, victim: nn.Module, images: Bytes, clean: DefenceSet, weak: nn.Module,
-        seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores of the screened images and of the defender's own, which set the threshold."""
-    return tuple(detector.score(victim, each, clean.train, rng=generator(seed, f"samples/{detector.name}"), unlearned=weak)
-                 for each in (images, clean.val.images))
-
-
-def curve(scores: torch.Tensor, positives: torch.Tensor) -> tuple:
-    from sklearn.metrics import roc_auc_score, roc_curve
-
-    fpr, tpr, _ = roc_curve(positives, scores)
-    return fpr, tpr, roc_auc_score(positives, scores)
+def picture(path: Path, truth: Trigger, example: Images, best: dict[str, RecoveredTrigger], classes: tuple[str, ...]) -> None:
+    """The true trigger beside the recovered ones. One over the whole image is shown by what it does to `example`, around mid-grey."""
+    if truth.support is None:
+        pattern, covered = ((truth(example) - example)[0] / 2 + 0.5), torch.ones(example.shape[2:])
+    else:
+        pattern, covered = truth(torch.zeros_like(example))[0], truth.support.float()
+    recovered_triggers(path, (pattern, covered), [(f"{name} model, class {classes[trigger.label]}", trigger.pattern, trigger.mask)
+                                                  for name, trigger in best.items()])
 
 
 def trigger_scores(trigger: RecoveredTrigger, support: torch.Tensor | None, victim: nn.Module, tests: ImageSet,

@@ -20,9 +20,10 @@ from rnp.cli import recover as recover_stage
 from rnp.cli import unlearn as unlearn_stage
 from rnp.cli.check import leaves
 from rnp.cli.concerns import concerns, refuse_unfit
-from rnp.cli.detect import Clock, Detect, checkpoint, labelled
+from rnp.cli.detect import Clock, Detect, labelled
 from rnp.cli.options import generator
 from rnp.cli.report_page import environment, page, versions
+from rnp.cli.screening import checkpoint
 from rnp.data.base import Split
 from rnp.defences.guided import Guided
 from rnp.detection.base import RecoveredTrigger

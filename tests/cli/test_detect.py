@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from rnp.attacks.base import Mix, Poisoned
-from rnp.cli.detect import LEVELS, Average, Detect, drawn, exposed, screened
+from rnp.cli.detect import Detect
 from rnp.cli.options import generator
+from rnp.cli.screening import LEVELS, Average, drawn, exposed, screened
 from rnp.detection.samples.confidence import Confidence
 from rnp.detection.samples.mean_confidence import MeanConfidence
 from rnp.errors import UserError
