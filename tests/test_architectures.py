@@ -24,6 +24,7 @@ def params(monkeypatch):
     for name, epochs in (("train", 1), ("unlearn", 1)):
         few[name] |= {"epochs": epochs, "precision": "fp32"}
     few["recover"] |= {"steps": 1, "precision": "fp32"}
+    few["defences"]["guided"] = {"steps": 1, "precision": "fp32", "search": {"steps": 1, "precision": "fp32"}}
     few["prune"] |= {"max_fraction": 0.002, "precision": "fp32"}
     return few
 
@@ -31,7 +32,8 @@ def params(monkeypatch):
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_every_stage_accepts_every_architecture(name, params):
     row = run(params, name, "badnets", 0)
-    assert row.get("failed", "") == "" and 0 <= row["der"] <= 1 and row["neurons"] > row["neurons_pruned"]
+    assert row.get("failed", "") == "" and row["neurons"] > row["neurons_pruned"]
+    assert 0 <= row["der"] <= 1 and 0 <= row["der_guided"] <= 1 and row["seconds_guided"] > 0
     assert row.keys() <= set(COLUMNS)
 
 
@@ -49,8 +51,9 @@ def test_rows_that_exist_are_not_made_again(params, tmp_path, monkeypatch):
 
 def test_the_summary_by_hand():
     row = dict.fromkeys(COLUMNS, "0") | {"architecture": "vit", "attack": "blend", "gate": "true", "failed": ""}
-    lines = list(summary([row | {"der": "0.5"}, row | {"der": "0.7", "gate": "false", "neurons": "9"},
+    lines = list(summary([row | {"clean_accuracy_guided": "0.5"},
+                          row | {"clean_accuracy_guided": "0.7", "gate": "false", "neurons": "9"},
                           row | {"architecture": "vgg11", "failed": "the loss became non-finite", "der": ""}]))
-    assert lines[2].startswith("| vit | blend | 2 | 1 of 2 | 0.000 |") and "| 0.500 | 0 of 0 |" in lines[2]
+    assert lines[2].startswith("| vit | blend | 2 | 1 of 2 | 0.000 |") and "| 0.500 | 0.000 | 0 of 0 |" in lines[2]
     assert lines[3].startswith("| vgg11 | blend | 1 | 1 of 1 | the loss became non-finite |")
     assert len({line.count("|") for line in lines}) == 1

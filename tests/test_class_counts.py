@@ -75,7 +75,7 @@ def test_from_the_backdoored_model_to_the_metrics(k, rng):
     after = score(pruned.model, test, attacked, TARGET)
     assert after.clean_accuracy.value >= before.clean_accuracy.value - 0.05, "skip leaves what clean images need"
     assert 0 <= defence_effectiveness(before, after) <= 1 and after.attack_success_rate.value + after.robust_accuracy.value <= 1
-    shares = ClassShares().from_trajectory(unlearned.trajectory)
+    shares = ClassShares().from_trajectory(unlearned.trajectory, k)
     assert shares.shape == (k,) and ((shares >= 0) & (shares <= 1 + 1e-6)).all()
 
 

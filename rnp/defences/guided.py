@@ -74,7 +74,7 @@ class Guided(NCUnlearn):
         `triggers` are those of all labels in the given model, `trajectory` is that of its unlearning.
         """
         drift = ClassShares()
-        shares = drift.from_trajectory(trajectory)
+        shares = drift.from_trajectory(trajectory, len(clean.classes))
         named = drift.verdict(shares).label
         labels = {trigger.label for trigger in self.suspicious(triggers)} | {int(shares.argmax())}
         usual = torch.tensor([size(trigger) for trigger in triggers]).quantile(0.5)

@@ -44,7 +44,7 @@ def test_the_label_of_a_collapsed_model_has_all_shares() -> None:
 
 def test_a_trajectory_is_judged_by_its_collapse() -> None:
     rows = [row(0.9, 0.0, 0.1, 0.0)] * 50 + [row(0.5, 0.1, 0.4, 0.1)] * 5 + [row(0.1, 0.0, 0.0, 0.9)] * 5
-    scores = ClassShares().from_trajectory(rows)
+    scores = ClassShares().from_trajectory(rows, 3)
     assert ClassShares().verdict(scores).label == 2
     early, late = 0.5**4 * 5, 0.9**4 * 5
     weights = 0.1**4 * 50 + early + late
@@ -52,9 +52,10 @@ def test_a_trajectory_is_judged_by_its_collapse() -> None:
                                              (0.1 * early + 0.9 * late) / weights], abs=1e-5)
 
 
-def test_a_model_that_never_fell_names_no_label() -> None:
-    scores = ClassShares().from_trajectory([row(1.0, 0.0, 0.0)])
-    assert ClassShares().verdict(scores) == LabelVerdict(None, 0.0)
+@pytest.mark.parametrize("rows", [[row(1.0, 0.0, 0.0)], []], ids=["stayed", "took every step back"])
+def test_a_model_that_never_fell_names_no_label(rows) -> None:
+    scores = ClassShares().from_trajectory(rows, 2)
+    assert scores.shape == (2,) and ClassShares().verdict(scores) == LabelVerdict(None, 0.0)
 
 
 @pytest.mark.parametrize("scores, label", [
@@ -117,7 +118,7 @@ def test_what_is_known_already_serves() -> None:
     evidence = Evidence(Planted(), found, Forgetful(), rows)
     shares, index, survival = (each.judge(evidence, images(), rng=rng()) for each in (
         ClassShares(), NeuralCleanseIndex(), TriggerSurvival()))
-    assert torch.equal(shares, ClassShares().from_trajectory(rows)) and torch.equal(index, NeuralCleanseIndex().from_triggers(found))
+    assert torch.equal(shares, ClassShares().from_trajectory(rows, CLASSES)) and torch.equal(index, NeuralCleanseIndex().from_triggers(found))
     assert torch.equal(survival, TriggerSurvival().from_triggers(found, Forgetful(), images()))
     margins = MMBD(starts=1, steps=2)
     assert torch.equal(margins.judge(evidence, images(), rng=rng()), margins.score(Planted(), images(), rng=rng()))

@@ -45,10 +45,13 @@ class ClassShares(LabelDetector):
         return class_shares(predict(model, clean.images).argmax(1), clean.labels, len(clean.classes))
 
     def judge(self, evidence: Evidence, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
-        return self.from_trajectory(evidence.trajectory)
+        return self.from_trajectory(evidence.trajectory, len(clean.classes))
 
-    def from_trajectory(self, rows: list[Epoch]) -> Float[Tensor, "k"]:
-        """The same score, averaged over an unlearning trajectory with most weight on its collapsed part."""
-        shares = torch.tensor([[row.extra[f"share/{c}"] for c in range(len(row.extra))] for row in rows])  # [t, k]
+    def from_trajectory(self, rows: list[Epoch], k: int) -> Float[Tensor, "k"]:
+        """The same score, averaged over an unlearning trajectory with most weight on its collapsed part.
+
+        It is 0 for all of the `k` classes where unlearning took every step back.
+        """
+        shares = torch.tensor([[row.extra[f"share/{c}"] for c in range(k)] for row in rows]).reshape(-1, k)  # [t, k]
         weights = torch.tensor([1 - row.accuracy for row in rows]) ** self.sharpness  # [t]
         return weights @ shares / weights.sum().clamp_min(1e-12)
