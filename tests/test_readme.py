@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import population, selection
+from benchmarks import architectures, population, selection
 from rnp.cli.main import cli
 from rnp.io import read_rows
 
@@ -25,7 +25,9 @@ def test_no_row_is_stale():
     assert len(shown) > 50 and not [line for line in shown if line not in printed]
 
 
-@pytest.mark.parametrize("rows, summary", [("demo/population.csv", population.summary), ("cifar10-fast/selection.csv", selection.summary)])
+@pytest.mark.parametrize("rows, summary", [
+    ("demo/population.csv", population.summary),
+    ("cifar10-fast/selection.csv", selection.summary), ("demo/architectures.csv", architectures.summary)])
 def test_no_summary_is_stale(rows, summary):
     page = (ROOT / "docs/results.md").read_text()
     assert "\n".join(summary(read_rows(ROOT / "results" / rows))) in page
