@@ -26,7 +26,7 @@ def test_no_row_is_stale():
 
 
 @pytest.mark.parametrize("rows, summary", [
-    ("demo/population.csv", population.summary),
+    ("demo/population.csv", population.summary), ("cifar10-fast/population.csv", population.summary),
     ("cifar10-fast/selection.csv", selection.summary), ("demo/architectures.csv", architectures.summary)])
 def test_no_summary_is_stale(rows, summary):
     page = (ROOT / "docs/results.md").read_text()
