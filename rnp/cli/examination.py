@@ -27,6 +27,7 @@ from rnp.cli.screening import checkpoint
 from rnp.data.base import Split
 from rnp.defences.guided import Guided
 from rnp.detection.base import RecoveredTrigger
+from rnp.detection.labels.agreement import Agreement
 from rnp.detection.labels.class_shares import ClassShares
 from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
 from rnp.detection.labels.trigger_survival import TriggerSurvival
@@ -229,10 +230,10 @@ def share(model: nn.Module, data: ImageSet) -> dict[str, object]:
 
 
 def verdicts(case: Case, unlearned: Path, triggers: list[RecoveredTrigger], report: Path, seed: int) -> dict:
-    """Which label a backdoor would have, by three detectors, and the trigger that comes nearest to one for it."""
+    """Which label a backdoor would have, by four detectors, and the trigger that comes nearest to one for it."""
     names = case.defence.train.classes
     nets = {"backdoored": case.adopted.model, "unlearned": checkpoint(unlearned, Detect().trigger_model)}
-    said = labelled([TriggerSurvival(), ClassShares(), NeuralCleanseIndex()], nets, {"backdoored": triggers},
+    said = labelled([Agreement(), TriggerSurvival(), ClassShares(), NeuralCleanseIndex()], nets, {"backdoored": triggers},
                     read_trajectory(unlearned / "trajectory.csv"), case.defence.train, seed, Clock())
     named = {name: each.verdict for name, each in said.items()}
     smallest = min(triggers, key=lambda trigger: trigger.size)

@@ -85,7 +85,7 @@ def test_the_report_holds_what_was_measured(purified, scene):
     assert report["accuracy_before"]["n"] == 60 and report["cost"]["n"] == 30 and report["seed"] == 0
     low, high = report["cost"]["interval"]
     assert low < report["cost"]["value"] < high and high - low > 0.05, "thirty images cannot tell more"
-    assert set(report["labels"]) == {"trigger_survival", "class_shares", "neural_cleanse_index"} and report["versions"]["rnp"]
+    assert set(report["labels"]) == {"agreement", "trigger_survival", "class_shares", "neural_cleanse_index"} and report["versions"]["rnp"]
     assert report["settings"]["recover"]["steps"] == 4 and "Any trigger" in report["not_tested"][0]
     assert f"pruned {report['prune']['pruned']} of {report['prune']['neurons']} neurons" in output
 

@@ -23,8 +23,8 @@ class Agreement(LabelDetector):
     names a label at; 0 for every class that one of the two does not put first, by its least margin.
 
     In an unlearned benign model either of them is prone to name a class, but not the same one: the margins start from noise, the
-    predictions from images. A backdoor that outlives unlearning draws both to its label. Of three benign models of CIFAR-10 one
-    had a score of 1.17, the others 0; `least_score` was settled after that.
+    predictions from images. A backdoor that outlives unlearning draws both to its label. Of five benign models of CIFAR-10 one
+    had a score of 1.17, the others 0; `least_score` was settled after the first three.
 
     Source: ours; the two detectors name theirs. Unlearning as in Li et al., ICML 2023, section 3.
     """
