@@ -31,7 +31,13 @@ from rnp.registry import names, suggest
 from rnp.tracking import git_commit
 from rnp.training import default_device, half_precision
 
-STEPS, WARM_UP = 20, 3
+SIZES = {
+    "cpu": {"width": 32, "batch": 256, "steps": 20, "warm_up": 3},
+    "cuda": {"width": 64, "batch": 512, "steps": 2000, "warm_up": 10},
+}
+"""Of the part `train`: those of the presets cifar10-fast and cifar10."""
+FEWER = {"cpu": {}, "cuda": {"steps": 200}}
+"""For what is slower, or the same after some steps."""
 IMAGES = 500  # clean ones, and as many triggered ones, for the detectors of samples
 BASE = {"images": 250, "width": 16, "max_fraction": 0.02, "side": 32}
 AXES = {"images": (100, 250, 500, 1000), "width": (16, 32, 64), "max_fraction": (0.02, 0.04, 0.08, 0.16), "side": (32, 48, 64)}
@@ -130,11 +136,13 @@ def flags(section: dict, prefix: str = "") -> list[str]:
 
 
 def train(shop: Workshop) -> Runs:
-    common = {"steps": STEPS, "warm_up": WARM_UP}
+    device = default_device().type
+    size = SIZES.get(device, SIZES["cpu"])
+    fewer, workers = size | FEWER.get(device, {}), 2 if device == "cpu" else os.cpu_count()
     return repeat({
-        "plain": lambda: measure("train_plain", **common),
-        "ours": lambda: measure("train_ours", **common, precision="auto"),
-        "ours, fp32": lambda: measure("train_ours", **common, precision="fp32"),
+        "plain": lambda: measure("train_plain", **fewer, workers=workers) | fewer,
+        "ours": lambda: measure("train_ours", **size, precision="auto") | size,
+        "ours, fp32": lambda: measure("train_ours", **fewer, precision="fp32") | fewer,
     }, shop.repeats)
 
 

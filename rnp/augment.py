@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rnp.errors import UserError
-from rnp.types import Images
+from rnp.types import Images, send
 
 STEP = 4  # pixels, so that a run sees few sizes
 
@@ -33,13 +33,14 @@ class Augment:
         n, _, height, width = images.shape
         dy, dx = torch.randint(-self.crop, self.crop + 1, (2, n), generator=rng)
         mirrored = torch.rand(n, generator=rng) < 0.5 if self.flip else torch.zeros(n, dtype=torch.bool)
-        rows = torch.arange(height) + dy.unsqueeze(1)  # [n, h]
-        columns = torch.arange(width).expand(n, -1)
-        columns = torch.where(mirrored.unsqueeze(1), columns.flip(1), columns) + dx.unsqueeze(1)  # [n, w]
+        dy, dx, mirrored = send(torch.stack([dy, dx, mirrored.long()]), images.device)
+        count = lambda end: torch.arange(end, device=images.device)
+        rows = count(height) + dy.unsqueeze(1)  # [n, h]
+        columns = count(width).expand(n, -1)
+        columns = torch.where(mirrored.bool().unsqueeze(1), columns.flip(1), columns) + dx.unsqueeze(1)  # [n, w]
         padded = F.pad(images, [self.crop] * 4) if self.crop else images
-        where = (torch.arange(n)[:, None, None], rows[:, :, None] + self.crop, columns[:, None, :] + self.crop)
-        where = [index.to(images.device) for index in where]
-        return padded.permute(0, 2, 3, 1)[tuple(where)].permute(0, 3, 1, 2)  # channels-last in memory
+        where = (count(n)[:, None, None], rows[:, :, None] + self.crop, columns[:, None, :] + self.crop)
+        return padded.permute(0, 2, 3, 1)[where].permute(0, 3, 1, 2)  # channels-last in memory
 
 
 def shrink(images: Images, share: float) -> Float[Tensor, "n c _ _"]:

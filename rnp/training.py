@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from rnp.augment import Augment, shrink
 from rnp.errors import NonFinite, UserError
+from rnp.graphs import Replayed
 from rnp.models.parallel import Team, processes, team
-from rnp.types import Epoch, ImageSet, Images, Indices, Labels, Logits, OnEpoch, ignore, to_floats
+from rnp.types import Epoch, ImageSet, Images, Indices, Labels, Logits, OnEpoch, ignore, send, to_floats
 
 Objective = Callable[[Images, Labels], tuple[Tensor, Logits]]
 """Batch -> the scalar to minimise, and the logits by which accuracy is counted."""
 OnBatch = Callable[[Indices, Labels, Logits], None]
 """Hears of each step: positions of its images in the set, their labels, and the logits before the step."""
 Precision = Literal["fp32", "bf16", "auto"]
+WORTH_COMPILING = 2000  # steps; compiling takes about as long as the GPU then saves
 EVAL_BATCH = 500
 EVAL_VALUES = 2**23  # of images in one forward pass; the activations of its first layer are many times that
 
@@ -98,6 +100,7 @@ def fit(
     on_epoch: OnEpoch = ignore,
     on_batch: OnBatch = lambda positions, labels, logits: None,
     together: Team | None = None,
+    graphed: bool = False,
 ) -> list[Epoch]:
     """Minimise `objective` over shuffled batches of `data`, changing in place whatever `optimiser` holds.
 
@@ -106,31 +109,43 @@ def fit(
     true. The mode of `model` (train or eval) is the caller's. Drawn at random from `rng`: the order of the images and their
     augmentation; by each process of `together` alike, which then takes its slice of the batch.
 
+    `graphed`, a GPU compiles a long run and repeats its steps without Python; the optimiser must come from `graphable`, and
+    `objective`, `after_step` and `model` must neither ask for values nor decide by them.
+
     Raises: NonFinite after an epoch whose loss was NaN or infinite; UserError when BatchNorm is given a single value.
     """
     device, per_epoch = device_of(model), steps_per_epoch(len(data), batch_size)
-    initial = [group["lr"] for group in optimiser.param_groups]
+    data = resident(data, device)
+    initial = [float(group["lr"]) for group in optimiser.param_groups]
     held = [p for group in optimiser.param_groups for p in group["params"]]
+
+    def update(objective: Objective, images: Images, labels: Labels) -> tuple[Tensor, Logits, Tensor]:
+        with autocast(precision, device), one_value_explained(len(data), batch_size):
+            loss, logits = objective(images, labels)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward() if together is None else together.backward(loss, held)
+        norm = loss.new_zeros(()) if clip_norm is None else nn.utils.clip_grad_norm_(held, clip_norm)
+        optimiser.step()
+        after_step()
+        return loss.detach(), logits.detach(), norm
+
+    advance = functools.partial(update, objective)
+    if graphed and device.type == "cuda" and together is None:
+        long = epochs * per_epoch >= WORTH_COMPILING
+        quick = functools.partial(update, torch.compile(objective, dynamic=False)) if long else advance
+        advance = Replayed(quick, advance, (batch_size, *data.shape))
     history, step, stopped = [], 0, False
     for epoch in range(epochs):
-        sums, norm = torch.zeros(3, dtype=torch.float64, device=device), torch.zeros(())
-        for positions in torch.randperm(len(data), generator=rng).split(batch_size):
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        for positions in torch.randperm(len(data), generator=rng).to(data.labels.device).split(batch_size):
             for group, lr in zip(optimiser.param_groups, initial):
-                group["lr"] = lr * schedule(step / per_epoch)
+                set_lr(group, lr * schedule(step / per_epoch))
             images, labels = batch_of(data, positions, augment, side(step / per_epoch), device, rng)
             own, truth = (images, labels) if together is None else together.take(images, labels)
-            with autocast(precision, device), one_value_explained(len(data), batch_size):
-                loss, logits = objective(own, truth)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward() if together is None else together.backward(loss, held)
-            if clip_norm is not None:
-                norm = nn.utils.clip_grad_norm_(held, clip_norm)
-            optimiser.step()
-            after_step()
-            logits = logits.detach()
+            loss, logits, norm = advance(own, truth)
             on_batch(positions, labels, logits if together is None else together.whole(logits, len(labels)))
             step += 1
-            row = tally(loss.detach(), logits, truth)
+            row = tally(loss, logits, truth)
             sums += row if together is None else row * together.counts
             stopped = stop_step(step) or step == max_steps
             if stopped:
@@ -141,19 +156,43 @@ def fit(
         if not math.isfinite(total):
             raise NonFinite(step)
         history.append(Epoch(epoch=epoch, step=step, loss=total / seen, accuracy=correct / seen,
-                             learning_rate=optimiser.param_groups[0]["lr"], gradient_norm=float(norm)))
+                             learning_rate=float(optimiser.param_groups[0]["lr"]), gradient_norm=float(norm)))
         on_epoch(history[-1])
         if stopped or stop_epoch(history[-1]):
             break
     return history
 
 
+def resident(data: ImageSet, device: torch.device) -> ImageSet:
+    """`data` in the memory of a GPU, where they take no more than half of what is free; else as they are."""
+    if device.type != "cuda" or data.images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
+        return data
+    return ImageSet(data.images.to(device), data.labels.to(device), data.classes)
+
+
 def batch_of(data: ImageSet, positions: Indices, augment: Augment, side: float, device: torch.device,
              rng: torch.Generator) -> tuple[Images, Labels]:
     """A batch on its device, augmented, its images shrunk to `side` of theirs."""
     images = data.images.index_select(0, positions)  # from a map it copies 8 times as fast as an index in brackets
-    images = shrink(augment(to_floats(images.to(device)), rng=rng), side)
-    return images.contiguous(memory_format=torch.channels_last), data.labels[positions].to(device)
+    images = shrink(augment(to_floats(send(images, device)), rng=rng), side)
+    return images.contiguous(memory_format=torch.channels_last), send(data.labels[positions], device)
+
+
+def set_lr(group: dict, lr: float) -> None:
+    """A tensor stays the same one, for a recorded step reads it."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
+
+
+def graphable(kind: type[torch.optim.Optimizer], model: nn.Module, *, lr: float, **options: object) -> torch.optim.Optimizer:
+    """An optimiser of all weights of `model`; on a GPU one whose steps can be recorded, in one kernel."""
+    device = device_of(model)
+    if device.type == "cuda":
+        options |= {"fused": True} | ({} if kind is torch.optim.SGD else {"capturable": True})
+        lr = torch.tensor(lr, device=device)
+    return kind(model.parameters(), lr=lr, **options)
 
 
 @contextlib.contextmanager
@@ -247,16 +286,16 @@ class Train:
                  on_batch: OnBatch = lambda positions, labels, logits: None) -> nn.Module:
         """Train `model` in place and return it in eval mode; under torchrun all processes train one model."""
         if self.optimiser == "adamw":
-            optimiser = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+            optimiser = graphable(torch.optim.AdamW, model, lr=self.lr, weight_decay=self.weight_decay)
         else:
-            optimiser = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0,
-                                        weight_decay=self.weight_decay)
+            optimiser = graphable(torch.optim.SGD, model, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0,
+                                  weight_decay=self.weight_decay)
         with team(model) as together:
             fit(model.train(), data, objective=cross_entropy(model, self.label_smoothing), optimiser=optimiser,
                 epochs=self.epochs, batch_size=self.batch_size, rng=rng, augment=self.augment,
                 schedule=lambda epoch: one_cycle(epoch / self.epochs, self.warm_up),
                 side=lambda epoch: growing(epoch / self.epochs, self.grow_from, self.grow_until), precision=self.precision,
-                on_epoch=on_epoch, on_batch=on_batch, together=together)
+                on_epoch=on_epoch, on_batch=on_batch, together=together, graphed=True)
         return model.eval()
 
 

@@ -75,6 +75,13 @@ def room(*shape: int) -> Bytes:
         return torch.from_numpy(np.memmap(backing, np.uint8, "w+", shape=shape))
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; Python does not wait until a GPU has it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def to_floats(images: UInt8[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c h w"]:
     return images.float().div_(255)
 
