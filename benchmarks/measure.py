@@ -170,8 +170,8 @@ def train_plain(width: int, batch: int, steps: int, warm_up: int, workers: int) 
 
 
 def train_ours(width: int, batch: int, steps: int, warm_up: int, precision: str) -> Numbers:
-    """`Train` for as many steps, after a shorter run; on a GPU compiling and recording are part of the seconds, and the rate of
-    all epochs but the first is given too.
+    """`Train` for as many steps, after a shorter run; on a GPU the recording is part of the seconds, and the rate of all
+    epochs but the first is given too.
     """
     keep_freed_pages()
     data, rng = pictures(min(50_000, steps * batch)), torch.Generator().manual_seed(0)

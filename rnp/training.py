@@ -26,7 +26,7 @@ Objective = Callable[[Images, Labels], tuple[Tensor, Logits]]
 OnBatch = Callable[[Indices, Labels, Logits], None]
 """Hears of each step: positions of its images in the set, their labels, and the logits before the step."""
 Precision = Literal["fp32", "bf16", "auto"]
-WORTH_COMPILING = 2000  # steps; compiling takes about as long as the GPU then saves
+WORTH_COMPILING = 10_000  # steps; only then does a GPU save more than compiling takes (results/cifar10/steps.csv)
 EVAL_BATCH = 500
 EVAL_VALUES = 2**23  # of images in one forward pass; the activations of its first layer are many times that
 
@@ -109,8 +109,8 @@ def fit(
     true. The mode of `model` (train or eval) is the caller's. Drawn at random from `rng`: the order of the images and their
     augmentation; by each process of `together` alike, which then takes its slice of the batch.
 
-    `graphed`, a GPU compiles a long run and repeats its steps without Python; the optimiser must come from `graphable`, and
-    `objective`, `after_step` and `model` must neither ask for values nor decide by them.
+    `graphed`, a GPU repeats recorded steps without Python, compiled ones where the run is long; the optimiser must come from
+    `graphable`, and `objective`, `after_step` and `model` must neither ask for values nor decide by them.
 
     Raises: NonFinite after an epoch whose loss was NaN or infinite; UserError when BatchNorm is given a single value.
     """

@@ -1,0 +1,83 @@
+"""How a GPU takes training steps: as they are, recorded as a CUDA graph, compiled and recorded.
+
+`python -m benchmarks.steps TABLE` adds a row per way and batch size: images a second over 200 steps, and what the first ten took,
+compiling and recording included. ResNet-18 at its published width, random images of CIFAR-10's size, augmented; it needs a GPU.
+`--summary` prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import cost, product_peak
+from benchmarks.page import number, table
+from rnp import training
+from rnp.augment import Augment
+from rnp.cli.rows import written
+from rnp.io import put_rows, read_rows
+from rnp.models.build import Architecture, statistics
+from rnp.origin import origin
+from rnp.types import ImageSet
+
+COLUMNS = ("way", "batch", "images_per_second", "teraflops", "peak_teraflops", "seconds_ten", "device", "torch")
+KEY = ("way", "batch", "device", "torch")
+WAYS = ("plain", "recorded", "compiled")
+STEPS, FIRST = 200, 10
+
+
+def measure(way: str, batch: int, data: ImageSet) -> dict[str, object]:
+    model = Architecture().build(10, 3, *statistics(data), rng=torch.Generator().manual_seed(0)).cuda().train()
+    optimiser = training.graphable(torch.optim.SGD, model, lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    training.WORTH_COMPILING = 0 if way == "compiled" else 10**9
+    ends: list[float] = []
+
+    def hear(*_: object) -> None:
+        if len(ends) + 1 in (FIRST, FIRST + STEPS):
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+
+    start = time.perf_counter()
+    training.fit(model, data, objective=training.cross_entropy(model), optimiser=optimiser, epochs=STEPS, max_steps=FIRST + STEPS,
+                 batch_size=batch, rng=torch.Generator().manual_seed(0), augment=Augment(), precision="auto", on_batch=hear,
+                 graphed=way != "plain")
+    rate = STEPS * batch / (ends[-1] - ends[FIRST - 1])
+    return {"way": way, "batch": batch, "images_per_second": rate, "teraflops": 6 * cost(model, data) * rate / 1e12,
+            "seconds_ten": ends[FIRST - 1] - start}
+
+
+def summary(rows: list[dict[str, str]]) -> list[str]:
+    """Three multiply-adds a weight and place in forward and backward pass, two operations each; no other work counts."""
+    columns = {"images a second": "images_per_second", "TFLOP/s": "teraflops", "seconds of the first ten steps": "seconds_ten"}
+    body = [[row["way"], row["batch"], *(number(float(row[name])) for name in columns.values()),
+             f"{float(row['teraflops']) / float(row['peak_teraflops']):.0%}"] for row in rows]
+    return table(["way", "batch", *columns, "of the card's bf16 product peak"], body)[:-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path)
+    parser.add_argument("--batches", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--summary", action="store_true", help="print the table and run nothing")
+    options = parser.parse_args()
+    if options.summary:
+        print("\n".join(summary(read_rows(options.table))))
+        return
+    if not torch.cuda.is_available():
+        raise SystemExit("error: it needs a GPU")
+    rng = torch.Generator().manual_seed(0)
+    data = ImageSet(torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8, generator=rng), torch.arange(50_000) % 10,
+                    tuple("0123456789"))
+    peak, where = product_peak() / 1e12, origin()
+    for batch in options.batches:
+        for way in WAYS:
+            row = measure(way, batch, data) | {"peak_teraflops": peak, "device": where["device"], "torch": where["torch"]}
+            put_rows(options.table, [written(row, COLUMNS)], COLUMNS, KEY)
+            print(f"{way}, batches of {batch}: {row['images_per_second']:,.0f} images a second", flush=True)
+
+
+if __name__ == "__main__":
+    main()
