@@ -19,7 +19,8 @@ PLUMBING = ("rnp/cli", "rnp/io.py", "rnp/plots.py", "rnp/tracking.py", "rnp/type
 INCIDENTAL = {
     "rnp/attacks/base.py": {"prepare", "twin", "unlearn", "recover", "prune", "defend", "evaluate", "controls"},
     "rnp/detection/base.py": {"controls"}, "rnp/features.py": {"controls"},
-    "rnp/models": {"prepare"}, "rnp/training.py": {"prepare"}, "rnp/augment.py": {"prepare"},
+    "rnp/models": {"prepare"}, "rnp/training.py": {"prepare"}, "rnp/graphs.py": {"prepare"},
+    "rnp/augment.py": {"prepare"},
     "rnp/masks.py": {"train"},
 }
 FROM_ATTACKER = ("data/poisoned", "data/triggered", "reports/poison", "reports/train")
