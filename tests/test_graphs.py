@@ -1,4 +1,4 @@
-"""Recorded training steps do what plain ones do; all of it needs a GPU."""
+"""Recorded training steps do what plain ones do: that needs a GPU. What cannot be recorded runs as it is: that does not."""
 
 import copy
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from rnp.augment import Augment
+from rnp.graphs import Replayed
 from rnp.training import Train, cross_entropy, fit, graphable, one_cycle
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 OPTIMISERS = {"sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True}), "adamw": (torch.optim.AdamW, {"lr": 0.01})}
 
 
@@ -29,12 +30,14 @@ def assert_alike(one, other, *, rel=1e-3):
     assert [row.learning_rate for row in history] == [row.learning_rate for row in again]
 
 
+@needs_gpu
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 def test_recorded_steps_do_what_plain_ones_do(optimiser, toy_model, toy_set, rng):
     data = toy_set(44)
     assert_alike(train(toy_model(), data, rng, optimiser), train(toy_model(), data, rng, optimiser, graphed=True))
 
 
+@needs_gpu
 @pytest.mark.filterwarnings("default")  # what a compiler says of itself
 def test_compiled_steps_do_too(monkeypatch, toy_model, toy_set, rng):
     data = toy_set(44)
@@ -43,7 +46,8 @@ def test_compiled_steps_do_too(monkeypatch, toy_model, toy_set, rng):
     assert_alike(plain, train(toy_model(), data, rng, graphed=True), rel=0.1)  # other kernels, which round to TF32 or do not
 
 
-def test_what_cannot_be_recorded_runs_as_it_is(toy_model, toy_set, rng):
+@needs_gpu
+def test_a_step_that_waits_cannot_be_recorded_and_runs_as_it_is(toy_model, toy_set, rng):
     def waiting(model):
         objective = cross_entropy(model)
 
@@ -59,7 +63,32 @@ def test_what_cannot_be_recorded_runs_as_it_is(toy_model, toy_set, rng):
     assert_alike(train(toy_model(), data, rng), recorded)
 
 
+@needs_gpu
 def test_a_recipe_learns_there(toy_model, toy_set, rng):
     rows = []
     Train(epochs=8, batch_size=8)(toy_model().cuda(), toy_set(84), rng=rng(), on_epoch=rows.append)
     assert rows[-1].accuracy > 0.8
+
+
+@pytest.mark.parametrize("compiles, warned", [(False, 2), (True, 1)])
+def test_what_fails_gives_way_to_plain_steps_and_no_step_is_taken_twice(compiles, warned, monkeypatch, recwarn):
+    taken = []
+
+    def plain(images, labels):
+        taken.append(len(images))
+        return torch.zeros(()), images.flatten(1), torch.zeros(())
+
+    def compiled(images, labels):
+        raise RuntimeError("no compiler")
+
+    def aside(self, images, labels):
+        if self.compiled is plain:
+            raise RuntimeError("no recorder")
+        return self.compiled(images, labels)
+
+    monkeypatch.setattr(Replayed, "_aside", aside)
+    advance = Replayed(plain if compiles else compiled, plain, (4, 1, 2, 2))
+    for n in (4, 4, 3, 4, 4):
+        _, logits, _ = advance(torch.rand(n, 1, 2, 2), torch.zeros(n, dtype=torch.int64))
+        assert len(logits) == n
+    assert taken == [4, 4, 3, 4, 4] and [str(each.message).partition(":")[0] for each in recwarn] == ["training is slower than it could be"] * warned
