@@ -118,9 +118,13 @@ def pictures(n: int) -> ImageSet:
     try:
         return Cifar10().load(data_root(), rng=torch.Generator())[0].subset(torch.arange(n))
     except UserError:
-        rng = torch.Generator().manual_seed(0)
-        images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=rng)
-        return ImageSet(images, torch.arange(n) % 10, tuple("0123456789"))
+        return noise(n)
+
+
+def noise(n: int) -> ImageSet:
+    """Random images of CIFAR-10's size."""
+    images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return ImageSet(images, torch.arange(n) % 10, tuple("0123456789"))
 
 
 class Pictures(Dataset):

@@ -132,7 +132,7 @@ def train(part: dict) -> list[str]:
              *table(["", "steps", "images a second", *memory(part).values(), "repeats"],
                     [[titles[name], *cells] for name, *cells in rows(runs, columns, titles)])]
     if "flops" in ours:
-        lines += [f"On a GPU steps are recorded, which takes time at the start of a run: after its first epoch"
+        lines += ["On a GPU steps are recorded, which takes time at the start of a run: after its first epoch"
                   f" {number(ours['steady_images_per_second'])} images a second, {ours['flops'] / 1e12:.0f} TFLOP/s of convolutions and"
                   f" linear layers, {ours['flops'] / ours['peak_flops']:.0%} of the {ours['peak_flops'] / 1e12:.0f} that a bf16 product of"
                   " matrices of 8,192 by 8,192 reaches on this card.", ""]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import cost, product_peak
+from benchmarks.measure import cost, noise, product_peak
 from benchmarks.page import number, table
 from rnp import training
 from rnp.augment import Augment
@@ -68,10 +68,7 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         raise SystemExit("error: it needs a GPU")
-    rng = torch.Generator().manual_seed(0)
-    data = ImageSet(torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8, generator=rng), torch.arange(50_000) % 10,
-                    tuple("0123456789"))
-    peak, where = product_peak() / 1e12, origin()
+    data, peak, where = noise(50_000), product_peak() / 1e12, origin()
     for batch in options.batches:
         for way in WAYS:
             row = measure(way, batch, data) | {"peak_teraflops": peak, "device": where["device"], "torch": where["torch"]}
