@@ -18,6 +18,7 @@ import argparse
 import csv
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -99,7 +100,9 @@ def trained(params: dict, name: str) -> Subject:
         attack = from_section(load("attack", name), section["attacks"], f"{name}.")
         attack = dataclasses.replace(attack, target_label=seed % len(data.classes))
         changes, target = attack.poison(data, rng=generator(seed, "poison"), surrogate=model), attack.target
+        start = time.process_time()
         model, trigger = attack.train(model, changes.apply(data), changes.trigger, recipe, rng=rng)
+        facts["core_seconds"] = time.process_time() - start
         scores = score(model, test, backdoored_test_set(trigger, test, target), target, precision="auto")
         facts |= {"attack_success_rate": scores.attack_success_rate.value, "gate": scores.attack_success_rate.value >= attack.gate}
     else:

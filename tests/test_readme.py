@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import architectures, population, selection, steps
+from benchmarks import architectures, population, schedules, selection, steps
 from rnp.cli.main import cli
 from rnp.io import read_rows
 
@@ -28,7 +28,7 @@ def test_no_row_is_stale():
 @pytest.mark.parametrize("rows, summary", [
     ("demo/population.csv", population.summary), ("cifar10-fast/population.csv", population.summary),
     ("cifar10-fast/selection.csv", selection.summary), ("demo/architectures.csv", architectures.summary),
-    ("cifar10/steps.csv", steps.summary)])
+    ("cifar10/steps.csv", steps.summary), ("cifar10-fast/schedules.csv", schedules.summary)])
 def test_no_summary_is_stale(rows, summary):
     page = (ROOT / "docs/results.md").read_text()
     assert "\n".join(summary(read_rows(ROOT / "results" / rows))) in page

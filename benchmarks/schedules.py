@@ -1,0 +1,73 @@
+"""What a change of the training comes to: `python -m benchmarks.schedules TABLE -S train.epochs=16 -S train.batch_size=128`.
+
+Trains one model with a BadNets backdoor by the settings of a preset and those changes, and adds a row to the table: CA, ASR, and the
+processor seconds of the training, which are the same on one core and on four but for waiting. Run one at a time for each core with
+`OMP_NUM_THREADS=1`. `--summary` prints the rows as a Markdown table, those with the highest CA first, means over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+from benchmarks.population import trained
+from rnp.cli.check import Loader, check_params
+from rnp.cli.preset import render
+from rnp.cli.rows import written
+from rnp.io import put_rows, read_rows
+from rnp.memory import keep_freed_pages
+from rnp.origin import origin
+
+COLUMNS = ("preset", "changes", "seed", "clean_accuracy", "attack_success_rate", "core_seconds", "n_clean", "device", "version", "torch")
+KEY = ("preset", "changes", "seed")
+
+
+def changed(preset: str, changes: Sequence[str], seed: int) -> dict:
+    """The parameters of `preset` with `section.name=value` in place of its own. Raises: UserError when one is not known."""
+    params = yaml.load(render(preset), Loader) | {"seed": seed}
+    for change in changes:
+        path, _, value = change.partition("=")
+        *parents, last = path.split(".")
+        inner = params
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[last] = yaml.load(value, Loader)
+    check_params(params)
+    return params
+
+
+def summary(rows: Sequence[dict[str, str]]) -> Iterator[str]:
+    """A line of a Markdown table for each set of changes."""
+    yield "| changes | seeds | CA | ASR | core minutes |"
+    yield "|---" * 5 + "|"
+    of = {changes: [row for row in rows if row["changes"] == changes] for changes in dict.fromkeys(row["changes"] for row in rows)}
+    mean = lambda changes, name: statistics.mean(float(row[name]) for row in of[changes])
+    for changes in sorted(of, key=lambda changes: -mean(changes, "clean_accuracy")):
+        yield (f"| {changes or 'none'} | {len(of[changes])} | {mean(changes, 'clean_accuracy'):.3f} |"
+               f" {mean(changes, 'attack_success_rate'):.3f} | {mean(changes, 'core_seconds') / 60:.0f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path, help="CSV file that takes the row")
+    parser.add_argument("--preset", default="cifar10-fast")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-S", "--set", action="append", default=[], dest="changes", metavar="NAME=VALUE", help="a parameter of the preset")
+    parser.add_argument("--summary", action="store_true", help="print the table and train nothing")
+    arguments = parser.parse_args()
+    if arguments.summary:
+        print("\n".join(summary(read_rows(arguments.table))))
+        return
+    keep_freed_pages()
+    found = trained(changed(arguments.preset, arguments.changes, arguments.seed), "badnets")
+    row = written(found.facts | origin() | {"preset": arguments.preset, "changes": " ".join(arguments.changes), "seed": arguments.seed}, COLUMNS)
+    put_rows(arguments.table, [row], COLUMNS, KEY)
+    print(*(f"{name} {value}" for name, value in row.items()), sep=", ")
+
+
+if __name__ == "__main__":
+    main()
