@@ -27,7 +27,6 @@ import yaml
 from torch import nn
 
 from rnp.attacks.base import backdoored_test_set
-from rnp.augment import Augment
 from rnp.cli.check import Loader, leaves, read_params
 from rnp.cli.detect import Clock, Detect, detectors, unlearned_and_labelled
 from rnp.cli.options import from_section, generator
@@ -80,6 +79,8 @@ class Candidate:
 def to_train(preset: str, models: int) -> Iterator[Candidate]:
     for seed in range(models):
         params = yaml.load(render(preset), Loader) | {"seed": seed}
+        if seed % 2:
+            params["train"]["augment"] = {"crop": 0, "flip": False}
         for kind, attack in (("benign", ""), ("backdoored", ATTACKS[seed % len(ATTACKS)])):
             yield Candidate(kind, attack, params, functools.partial(trained, params, attack))
 
@@ -91,11 +92,9 @@ def trained(params: dict, name: str) -> Subject:
     train, test = from_section(load("dataset", chosen), section["datasets"], f"{chosen}.").load(data_root(), rng=generator(seed, "prepare"))
     splits = from_section(Split, section["data"])(train, test, rng=generator(seed, "split"))
     recipe = from_section(Train, section["train"])
-    if seed % 2:
-        recipe = dataclasses.replace(recipe, augment=Augment(crop=0, flip=False))
     data, rng = splits.pool, generator(seed, f"population/{'backdoored' if name else 'benign'}")
     model = from_section(Architecture, section["model"]).build(len(data.classes), data.shape[0], *statistics(data), rng=rng)
-    model, facts, target = model.to(default_device()), {"augment": not seed % 2}, None
+    model, facts, target = model.to(default_device()), {"augment": augments(params)}, None
     if name:
         attack = from_section(load("attack", name), section["attacks"], f"{name}.")
         attack = dataclasses.replace(attack, target_label=seed % len(data.classes))
@@ -111,11 +110,14 @@ def trained(params: dict, name: str) -> Subject:
     return Subject(model.eval(), splits.defence.train, facts, target)
 
 
+def augments(params: dict) -> bool:
+    return params["train"]["augment"]["flip"] or params["train"]["augment"]["crop"] > 0
+
+
 def to_read(folder: Path) -> Iterator[Candidate]:
     """Raises: UserError when `folder` has no params.yaml, or its models are of other parameters."""
     params = read_params(folder / "params.yaml")
-    augment = params["train"]["augment"]
-    facts = {"augment": augment["flip"] or augment["crop"] > 0}
+    facts = {"augment": augments(params)}
     for kind, stage, name, attack in (("benign", "twin", "twin", ""), ("backdoored", "train", "backdoored", params["poison"]["attack"])):
         model = folder / "models" / f"{name}.safetensors"
         if model.exists():

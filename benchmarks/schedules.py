@@ -2,7 +2,8 @@
 
 Trains one model with a BadNets backdoor by the settings of a preset and those changes, and adds a row to the table: CA, ASR, and the
 processor seconds of the training, which are the same on one core and on four but for waiting. Run one at a time for each core with
-`OMP_NUM_THREADS=1`. `--summary` prints the rows as a Markdown table, those with the highest CA first, means over seeds.
+`OMP_NUM_THREADS=1`. The target label is the seed, modulo the classes. `--summary` prints the rows as a Markdown table, those with the
+highest CA first, means over seeds.
 """
 
 from __future__ import annotations
