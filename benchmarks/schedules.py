@@ -19,6 +19,7 @@ from benchmarks.population import trained
 from rnp.cli.check import Loader, check_params
 from rnp.cli.preset import render
 from rnp.cli.rows import written
+from rnp.errors import UserError
 from rnp.io import put_rows, read_rows
 from rnp.memory import keep_freed_pages
 from rnp.origin import origin
@@ -63,8 +64,12 @@ def main() -> None:
     if arguments.summary:
         print("\n".join(summary(read_rows(arguments.table))))
         return
+    try:
+        params = changed(arguments.preset, arguments.changes, arguments.seed)
+    except UserError as error:
+        parser.error(str(error))
     keep_freed_pages()
-    found = trained(changed(arguments.preset, arguments.changes, arguments.seed), "badnets")
+    found = trained(params, "badnets")
     row = written(found.facts | origin() | {"preset": arguments.preset, "changes": " ".join(arguments.changes), "seed": arguments.seed}, COLUMNS)
     put_rows(arguments.table, [row], COLUMNS, KEY)
     print(*(f"{name} {value}" for name, value in row.items()), sep=", ")
