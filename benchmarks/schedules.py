@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
+from benchmarks.page import table
 from benchmarks.population import trained
 from rnp.cli.check import Loader, check_params
+from rnp.cli.configurations import PARAMS, grid
 from rnp.cli.preset import render
 from rnp.cli.rows import written
 from rnp.errors import UserError
@@ -29,28 +32,25 @@ KEY = ("preset", "changes", "seed")
 
 
 def changed(preset: str, changes: Sequence[str], seed: int) -> dict:
-    """The parameters of `preset` with `section.name=value` in place of its own. Raises: UserError when one is not known."""
-    params = yaml.load(render(preset), Loader) | {"seed": seed}
-    for change in changes:
-        path, _, value = change.partition("=")
-        *parents, last = path.split(".")
-        inner = params
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        inner[last] = yaml.load(value, Loader)
+    """The parameters of `preset` with `changes`, which are those of `rnp sweep -S` but for one point. Raises: UserError."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, PARAMS)
+        file.write_text(render(preset))
+        texts = list(grid([*changes, f"seed={seed}"], file).values())
+    if len(texts) > 1:
+        raise UserError("-S: one value for each parameter; a run trains one model")
+    params = yaml.load(texts[0], Loader)
     check_params(params)
     return params
 
 
-def summary(rows: Sequence[dict[str, str]]) -> Iterator[str]:
+def summary(rows: Sequence[dict[str, str]]) -> list[str]:
     """A line of a Markdown table for each set of changes."""
-    yield "| changes | seeds | CA | ASR | core minutes |"
-    yield "|---" * 5 + "|"
     of = {changes: [row for row in rows if row["changes"] == changes] for changes in dict.fromkeys(row["changes"] for row in rows)}
     mean = lambda changes, name: statistics.mean(float(row[name]) for row in of[changes])
-    for changes in sorted(of, key=lambda changes: -mean(changes, "clean_accuracy")):
-        yield (f"| {changes or 'none'} | {len(of[changes])} | {mean(changes, 'clean_accuracy'):.3f} |"
-               f" {mean(changes, 'attack_success_rate'):.3f} | {mean(changes, 'core_seconds') / 60:.0f} |")
+    body = [[changes or "none", str(len(of[changes])), f"{mean(changes, 'clean_accuracy'):.3f}", f"{mean(changes, 'attack_success_rate'):.3f}",
+             f"{mean(changes, 'core_seconds') / 60:.0f}"] for changes in sorted(of, key=lambda changes: -mean(changes, "clean_accuracy"))]
+    return table(["changes", "seeds", "CA", "ASR", "core minutes"], body)[:-1]
 
 
 def main() -> None:

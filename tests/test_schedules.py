@@ -10,7 +10,8 @@ def test_changes_are_parameters_of_the_preset():
     assert params["seed"] == 2 and params["train"]["lr"] == changed("demo", [], seed=0)["train"]["lr"]
 
 
-@pytest.mark.parametrize("change, named", [("train.epoch=3", "epoch"), ("train.epochs=many", "epochs"), ("trian.lr=1", "trian")])
+@pytest.mark.parametrize("change, named", [("train.epoch=3", "epoch"), ("train.epochs=many", "epochs"), ("trian.lr=1", "trian"),
+                                           ("train.lr=0.1,0.2", "one value")])
 def test_a_change_that_no_command_takes_is_refused(change, named):
     with pytest.raises(UserError, match=named):
         changed("demo", [change], seed=0)
