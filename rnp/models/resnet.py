@@ -12,10 +12,20 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
 
 
+def subsample(x: Tensor, stride: int) -> Tensor:
+    """Every `stride`-th pixel of every `stride`-th row: all that a 1x1 convolution with that stride reads.
+
+    The shortcuts take their pixels here and multiply without a stride, which gives the same numbers: with a stride, oneDNN's
+    backward pass for AVX2 writes past its memory where channels come last and are fewer than eight (oneDNN issue 6035).
+    """
+    return x if stride == 1 else F.avg_pool2d(x, 1, stride)  # a mean over one pixel; faster than a slice
+
+
 def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
+    """What turns subsampled inputs into something to add to the outputs of a block."""
     if stride == 1 and inputs == outputs:
         return nn.Identity()
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
 
 
 class Basic(nn.Module):
@@ -25,11 +35,11 @@ class Basic(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = conv3x3(inputs, width, stride), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = conv3x3(width, width), nn.BatchNorm2d(width)
-        self.shortcut = shortcut(inputs, width, stride)
+        self.stride, self.shortcut = stride, shortcut(inputs, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(out + self.shortcut(x))
+        return F.relu(out + self.shortcut(subsample(x, self.stride)))
 
 
 class Bottleneck(nn.Module):
@@ -40,12 +50,12 @@ class Bottleneck(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = conv3x3(width, width, stride), nn.BatchNorm2d(width)
         self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
-        self.shortcut = shortcut(inputs, 4 * width, stride)
+        self.stride, self.shortcut = stride, shortcut(inputs, 4 * width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
-        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(subsample(x, self.stride)))
 
 
 class PreActivation(nn.Module):
@@ -57,12 +67,12 @@ class PreActivation(nn.Module):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(inputs), conv3x3(inputs, width, stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(width), conv3x3(width, width)
-        plain = stride == 1 and inputs == width
-        self.shortcut = None if plain else nn.Conv2d(inputs, width, 1, stride, bias=False)
+        self.stride, plain = stride, stride == 1 and inputs == width
+        self.shortcut = None if plain else nn.Conv2d(inputs, width, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(x))
-        skip = x if self.shortcut is None else self.shortcut(out)
+        skip = x if self.shortcut is None else self.shortcut(subsample(out, self.stride))
         return skip + self.conv2(F.relu(self.bn2(self.conv1(out))))
 
 
