@@ -1,5 +1,9 @@
 """Remove backdoors from image classifiers. In a notebook: `from rnp import purify, inspect`."""
 
+from rnp.openmp import wait_briefly
+
+wait_briefly()
+
 
 def __getattr__(name: str) -> object:
     if name in ("purify", "inspect"):

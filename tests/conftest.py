@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
+
+import rnp  # before PyTorch: it says how threads wait
 import torch
 import torch.nn.functional as F
 from torch import nn

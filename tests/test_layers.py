@@ -18,7 +18,7 @@ LAYERS = (
     ("rnp.unlearn", "rnp.recover", "rnp.prune"),
     ("rnp.training", "rnp.augment", "rnp.masks", "rnp.replay", "rnp.wiring", "rnp.metrics", "rnp.features", "rnp.unet",
      "rnp.models", "rnp.data", "rnp.origin", "rnp.graphs"),
-    ("rnp.types", "rnp.registry", "rnp.errors", "rnp.memory"),
+    ("rnp.types", "rnp.registry", "rnp.errors", "rnp.memory", "rnp.openmp"),
 )
 BLIND = ({"rnp.attacks", "rnp.defences"}, {"rnp.attacks", "rnp.detection"})  # what an attack knows, no defender does
 

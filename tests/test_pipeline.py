@@ -14,7 +14,7 @@ STAGES = {name: stage.get("do", stage) for name, stage in DVC.items()}
 COMPUTE = sorted(set(STAGES) - {"publish", "report"})
 # Plumbing: a fix of a message, a figure or a file format must not retrain a model.
 PLUMBING = ("rnp/cli", "rnp/io.py", "rnp/plots.py", "rnp/tracking.py", "rnp/types.py", "rnp/registry.py", "rnp/errors.py",
-            "rnp/memory.py", "rnp/__init__.py")
+            "rnp/memory.py", "rnp/openmp.py", "rnp/__init__.py")
 # The library that io and the options of other commands pull in, without which a stage computes the same.
 INCIDENTAL = {
     "rnp/attacks/base.py": {"prepare", "twin", "unlearn", "recover", "prune", "defend", "evaluate", "controls"},
