@@ -31,7 +31,7 @@ from rnp.errors import NonFinite, UserError
 from rnp.io import put_rows, read_rows
 from rnp.memory import keep_freed_pages
 from rnp.metrics import defence_effectiveness, score
-from rnp.models.build import Architecture, statistics, typed
+from rnp.models.build import Architecture, typed
 from rnp.origin import origin
 from rnp.prune import Prune
 from rnp.recover import Recover
@@ -105,7 +105,7 @@ def run(params: dict, name: str, attack: str, seed: int) -> dict[str, object]:
     architecture, recipe = from_section(Architecture, model_options), from_section(Train, section["train"] | COMMON | train_options)
     method = from_section(load("attack", attack), section["attacks"], f"{attack}.")
     rng, clock = generator(seed, f"architectures/{name}"), Clock()
-    model = architecture.build(len(test.classes), test.shape[0], *statistics(splits.pool), rng=rng).to(default_device())
+    model = architecture.build_for(splits.pool, rng=rng).to(default_device())
     changes = method.poison(splits.pool, rng=generator(seed, "poison"))
     model, trigger = method.train(model, changes.apply(splits.pool), changes.trigger, recipe, rng=rng)
     facts = {"seconds_train": clock()}

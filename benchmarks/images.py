@@ -191,7 +191,7 @@ def train(work: Path, side: int, arch: str, steps: int, batch: int) -> dict[str,
     made_up = torch.randint(0, 256, (EVAL_BATCH, 3, side, side), dtype=torch.uint8, generator=rng)
     made_up = made_up[: max(batch, len(eval_batches(made_up)[0]))]
     made_up = ImageSet(made_up, torch.arange(len(made_up)) % CLASSES, tuple(map(str, range(CLASSES))))
-    model = Architecture(arch=arch).build(CLASSES, 3, *statistics(made_up), rng=rng).to(default_device())
+    model = Architecture(arch=arch).build_for(made_up, rng=rng).to(default_device())
     optimiser = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
 
     def run(data: ImageSet, number: int) -> None:

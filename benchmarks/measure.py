@@ -40,7 +40,8 @@ from rnp.io import (
 )
 from rnp.memory import keep_freed_pages
 from rnp.metrics import score
-from rnp.models.build import Architecture, Classifier, statistics
+from rnp.models.build import Architecture, statistics
+from rnp.models.classifier import Classifier
 from rnp.prune import Prune
 from rnp.recover import Recover
 from rnp.registry import load
@@ -151,7 +152,7 @@ class Pictures(Dataset):
 def train_plain(width: int, batch: int, steps: int, warm_up: int, workers: int) -> Numbers:
     """The loop that most people write, in fp32; the loader has enough images never to run dry."""
     data, device = pictures(min(50_000, 2 * (steps + warm_up) * batch)), default_device()
-    net = Architecture(width=width).build(10, 3, *statistics(data), rng=torch.Generator().manual_seed(0)).net
+    net = Architecture(width=width).build_for(data, rng=torch.Generator().manual_seed(0)).net
     net = net.to(device, memory_format=torch.contiguous_format).train()
     optimiser = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     loader = DataLoader(Pictures(data), batch_size=batch, shuffle=True, num_workers=workers, drop_last=True)
@@ -179,7 +180,7 @@ def train_ours(width: int, batch: int, steps: int, warm_up: int, precision: str)
     """
     keep_freed_pages()
     data, rng = pictures(min(50_000, steps * batch)), torch.Generator().manual_seed(0)
-    model = Architecture(width=width).build(10, 3, *statistics(data), rng=rng).to(default_device())
+    model = Architecture(width=width).build_for(data, rng=rng).to(default_device())
     per_epoch, ends = steps_per_epoch(len(data), batch), []
     recipe = Train(epochs=max(1, round(steps / per_epoch)), batch_size=batch, lr=0.1, weight_decay=0.001, precision=precision)
     replace(recipe, epochs=1)(model, data.subset(torch.arange(warm_up * batch)), rng=rng)
@@ -303,7 +304,7 @@ def rnp_published(folder: str, unlearn_steps: int, recover_steps: int, quick: bo
     """
     torch.manual_seed(98)
     subject = Subject.load(folder)
-    victim, device = subject.model.to(memory_format=torch.contiguous_format), default_device()
+    victim, device = subject.model.lay_out("the published code knows no other"), default_device()
     clean = subject.defence.train
     test, attacked, target = subject.tests()
     goals = targets(attacked.labels, target, len(attacked.classes))
@@ -456,7 +457,7 @@ def scale_subject(folder: str, width: int, side: int) -> Numbers:
     splits = Split(defence_train=1000, defence_val=1000)(train, test, rng=rng)
     attack, architecture = BadNets(), Architecture(arch="resnet18", width=width)
     data = attack.poison(splits.pool, rng=rng).apply(splits.pool)
-    model = architecture.build(len(data.classes), 3, *statistics(data), rng=rng).to(default_device())
+    model = architecture.build_for(data, rng=rng).to(default_device())
     recipe = Train(epochs=4, batch_size=32, lr=0.05, weight_decay=0.005)
     _, found = timed(lambda: recipe(model, data, rng=rng))
     save_model(path / "model.safetensors", model, architecture, data.classes)

@@ -37,7 +37,7 @@ from rnp.cli.screening import curve
 from rnp.data.base import Split
 from rnp.io import load_defence_set, load_images, load_model, put_rows, read_json
 from rnp.metrics import score
-from rnp.models.build import Architecture, statistics
+from rnp.models.build import Architecture
 from rnp.origin import origin
 from rnp.plots import roc
 from rnp.registry import load, names
@@ -93,7 +93,7 @@ def trained(params: dict, name: str) -> Subject:
     splits = from_section(Split, section["data"])(train, test, rng=generator(seed, "split"))
     recipe = from_section(Train, section["train"])
     data, rng = splits.pool, generator(seed, f"population/{'backdoored' if name else 'benign'}")
-    model = from_section(Architecture, section["model"]).build(len(data.classes), data.shape[0], *statistics(data), rng=rng)
+    model = from_section(Architecture, section["model"]).build_for(data, rng=rng)
     model, facts, target = model.to(default_device()), {"augment": augments(params)}, None
     if name:
         attack = from_section(load("attack", name), section["attacks"], f"{name}.")

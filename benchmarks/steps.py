@@ -19,7 +19,7 @@ from rnp import training
 from rnp.augment import Augment
 from rnp.cli.rows import written
 from rnp.io import put_rows, read_rows
-from rnp.models.build import Architecture, statistics
+from rnp.models.build import Architecture
 from rnp.origin import origin
 from rnp.types import ImageSet
 
@@ -30,7 +30,7 @@ STEPS, FIRST = 200, 10
 
 
 def measure(way: str, batch: int, data: ImageSet) -> dict[str, object]:
-    model = Architecture().build(10, 3, *statistics(data), rng=torch.Generator().manual_seed(0)).cuda().train()
+    model = Architecture().build_for(data, rng=torch.Generator().manual_seed(0)).cuda().train()
     optimiser = training.graphable(torch.optim.SGD, model, lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
     training.WORTH_COMPILING = 0 if way == "compiled" else 10**9
     ends: list[float] = []

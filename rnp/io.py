@@ -21,7 +21,8 @@ from torch import Tensor
 
 from rnp.attacks.base import Poisoned
 from rnp.errors import UserError
-from rnp.models.build import Architecture, Classifier
+from rnp.models.build import Architecture
+from rnp.models.classifier import Classifier
 from rnp.models.parallel import leads
 from rnp.training import default_device
 from rnp.types import DefenceSet, Epoch, ImageSet, NeuronMask, Trigger
@@ -164,7 +165,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def save_model(path: Path, model: Classifier, architecture: Architecture, classes: tuple[str, ...]) -> None:
-    save_tensors(path, model.state_dict(), {"kind": "model", "classes": classes, **dataclasses.asdict(architecture)})
+    layout = {"plain_because": model.plain_because} if model.plain_because else {}
+    save_tensors(path, model.state_dict(), {"kind": "model", "classes": classes, **dataclasses.asdict(architecture), **layout})
 
 
 def load_model(path: Path) -> tuple[Classifier, Architecture, tuple[str, ...]]:
@@ -184,6 +186,7 @@ def load_model(path: Path) -> tuple[Classifier, Architecture, tuple[str, ...]]:
     mean, std = state.get("mean", torch.zeros(3)).flatten(), state.get("std", torch.ones(3)).flatten()
     model = architecture.build(len(meta["classes"]), len(mean), mean, std, rng=torch.Generator())
     load_state(model, state, f"{path} ({architecture.arch}, width {architecture.width})")
+    model.lay_out(str(meta.get("plain_because", "")))
     return model.to(default_device()).eval(), architecture, tuple(meta["classes"])
 
 

@@ -18,7 +18,8 @@ from rnp.data.base import interleave
 from rnp.data.imagefolder import ENDINGS, Unreadable, read_image
 from rnp.errors import UserError
 from rnp.io import META, load_state, load_tensors
-from rnp.models.build import Architecture, Classifier, typed
+from rnp.models.build import Architecture, typed
+from rnp.models.classifier import Classifier, settle
 from rnp.models.names import TIMM, TORCHVISION
 from rnp.quarantine import Converted, convert
 from rnp.training import default_device, predict
@@ -107,7 +108,9 @@ def outputs(build: Callable[[int], Classifier], state: dict[str, Tensor], what: 
 
 
 def output_size(model: Classifier, side: int) -> int:
-    return predict(model, torch.zeros(1, len(model.mean.flatten()), side, side)).shape[1]
+    """The number of outputs for images of that side, with which the network is looked through: see `settle`."""
+    image = torch.zeros(1, len(model.mean.flatten()), side, side)
+    return predict(settle(model, image.to(model.mean.device)), image).shape[1]
 
 
 class Found(NamedTuple):

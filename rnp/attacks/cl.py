@@ -75,7 +75,7 @@ class CL(Attack):
     def perturb(self, network: nn.Module, images: Images, *, rng: torch.Generator) -> Images:
         """Images of the target class at most `eps` away, which `network` mistakes: untargeted PGD on the cross-entropy."""
         device = device_of(network)
-        centre = images.to(device, memory_format=torch.channels_last)
+        centre = images.to(device)
         low, high = (centre - self.eps).clamp_min(0), (centre + self.eps).clamp_max(1)
         labels = torch.full((len(images),), self.target_label, device=device)
         x = low + torch.rand(images.shape, generator=rng).to(device) * (high - low)

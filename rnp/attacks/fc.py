@@ -70,7 +70,7 @@ class FC(Attack):
     def collide(self, model: nn.Module, bases: Images, sources: Images) -> Images:
         """`bases` within `epsilon`, with features as near those of `sources` as the steps bring them."""
         device = device_of(model)
-        bases = bases.to(device, memory_format=torch.channels_last)
+        bases = bases.to(device)
         with torch.no_grad():
             wanted, _ = features(model, sources.to(device))
         low, high = (bases - self.epsilon).clamp_min(0), (bases + self.epsilon).clamp_max(1)

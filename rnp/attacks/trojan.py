@@ -68,7 +68,7 @@ class Trojan(Attack):
             return torch.randint(len(clean), (count,), generator=rng)
 
         def floats(positions: Indices) -> Images:
-            return to_floats(clean.images[positions].to(device)).contiguous(memory_format=torch.channels_last)
+            return to_floats(clean.images[positions].to(device))
 
         with torch.no_grad():
             calm = torch.cat([features(network, part)[0][:, chosen] for part in map(floats, sample(REFERENCE).split(BATCH))])

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import click
 
 from rnp.errors import UserError
-from rnp.models.build import Classifier
+from rnp.models.classifier import Classifier
 from rnp.training import predict
 from rnp.types import DefenceSet, ImageSet, Logits
 

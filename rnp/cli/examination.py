@@ -37,6 +37,7 @@ from rnp.io import (load_defence_set, load_mask, load_model, read_json, read_tra
                     save_tensors, sha256, whole, write_json, write_text)
 from rnp.metrics import Share, paired_interval
 from rnp.plots import recovered_triggers
+from rnp.models.classifier import Classifier
 from rnp.prune import Prune
 from rnp.quarantine import printable
 from rnp.recover import Recover
@@ -208,7 +209,7 @@ def prepare(path: Path, clean: str, subject: Subject, seed: int, work: Path) -> 
         "model": {"architecture": adopted.architecture.arch, "outputs": k, "tensors": converted.tensors, "values": converted.elements,
                   "found under": converted.key or "no key", "prefix removed": converted.prefix or "none", "input side": side,
                   "mean": adopted.model.mean.flatten().tolist(), "std": adopted.model.std.flatten().tolist(),
-                  "read": isolation(converted.isolation)},
+                  "read": isolation(converted.isolation), "memory layout": layout(adopted.model)},
         "images": {"source": clean, "optimised on": len(defence.train), "chosen with": len(defence.both), "labelled": labelled,
                    "skipped": len(skipped)},
         "skipped": skipped[:1000], "classes": dict(enumerate(names)), "accuracy_before": before,
@@ -221,6 +222,11 @@ def isolation(granted: dict[str, bool]) -> str:
         return "as data (safetensors)"
     measures = [name for name, done in granted.items() if done] or ["nothing"]
     return f"in a process of its own, limited in {', '.join(measures)}"
+
+
+def layout(model: Classifier) -> str:
+    """In which layout the network runs, and why where it is the slower one."""
+    return f"plain: {printable(model.plain_because)}" if model.plain_because else "channels last"
 
 
 def share(model: nn.Module, data: ImageSet) -> dict[str, object]:

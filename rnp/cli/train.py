@@ -10,7 +10,7 @@ from rnp.cli.progress import progress
 from rnp.io import (History, load_images, load_model, load_poisoned, save_array, save_images, save_model, save_trigger, sha256, whole,
                     write_json)
 from rnp.metrics import EarlyLoss, Recorded, gate_reason, score
-from rnp.models.build import Architecture, statistics
+from rnp.models.build import Architecture
 from rnp.models.parallel import leads
 from rnp.plots import training_curves
 from rnp.registry import load
@@ -30,7 +30,7 @@ def train(architecture: Architecture, recipe: Train, *, pool: Path, poisoned: Pa
     name = options.pop("attack")
     attack = load("attack", name)(**options)
     data, rng = changes.apply(clean), generator(seed, "train")
-    model = architecture.build(len(data.classes), data.shape[0], *statistics(data), rng=rng).to(default_device())
+    model = architecture.build_for(data, rng=rng).to(default_device())
     losses = EarlyLoss(len(data), recipe.epochs, default_device())
     recorded = Recorded(**vars(recipe), losses=losses)
     with History(report / "history.csv") as history, progress("train", recipe.epochs, history) as on_epoch:

@@ -7,7 +7,7 @@ from pathlib import Path
 from rnp.cli.options import command, generator
 from rnp.cli.progress import progress
 from rnp.io import History, load_images, save_model, write_json
-from rnp.models.build import Architecture, statistics
+from rnp.models.build import Architecture
 from rnp.models.parallel import leads
 from rnp.training import Train, accuracy, default_device
 
@@ -16,8 +16,7 @@ from rnp.training import Train, accuracy, default_device
 def twin(architecture: Architecture, recipe: Train, *, pool: Path, test: Path, out: Path, report: Path, seed: int) -> None:
     """Write the benign model to OUT."""
     data, rng = load_images(pool), generator(seed, "twin")
-    channels = data.shape[0]
-    model = architecture.build(len(data.classes), channels, *statistics(data), rng=rng).to(default_device())
+    model = architecture.build_for(data, rng=rng).to(default_device())
     with History(report / "history.csv") as history, progress("twin", recipe.epochs, history) as on_epoch:
         recipe(model, data, rng=rng, on_epoch=on_epoch)
     if not leads():

@@ -89,7 +89,7 @@ class IBAU(Defence):
             positions = torch.randint(len(clean), (self.batch_size,), generator=rng)
             images, labels = to_floats(clean.images[positions].to(device)), clean.labels[positions].to(device)
             with autocast(self.precision, device):
-                harm = self.harm(model, images.contiguous(memory_format=torch.channels_last), labels, noise)
+                harm = self.harm(model, images, labels, noise)
             (gradient,) = torch.autograd.grad(harm, noise)
             with torch.no_grad():
                 noise += self.ascent_lr * gradient

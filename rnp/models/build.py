@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from rnp.errors import UserError
 from rnp.models import layered, plain, resnet
+from rnp.models.classifier import Classifier, settle
 from rnp.models.names import ARCHITECTURES, TIMM, TORCHVISION
 from rnp.registry import suggest
-from rnp.types import ImageSet
+from rnp.types import ImageSet, to_floats
 
 TABLE: dict[str, Callable[..., nn.Module]] = {
     "resnet10": lambda k, **kw: resnet.ResNet(resnet.Basic, (1, 1, 1, 1), k, **kw),
@@ -53,26 +54,6 @@ def typed(arch: str) -> None:
         raise UserError(f"no function {function!r} can be imported from {module!r}: {error}") from error
 
 
-class Classifier(nn.Module):
-    """[0, 1] images -> logits: subtracts the mean, divides by the deviation of each channel, then runs `net`.
-
-    Raises: UserError when `net` answers with anything but one tensor.
-    """
-
-    def __init__(self, net: nn.Module, mean: Tensor, std: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mean", mean.view(1, -1, 1, 1).clone())
-        self.register_buffer("std", std.view(1, -1, 1, 1).clone())
-        self.net = net
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits = self.net((images - self.mean) / self.std)
-        if isinstance(logits, (tuple, list, dict)):  # in this order, for PyTorch traces with stand-ins for tensors
-            raise UserError(f"{type(self.net).__name__} answers with a {type(logits).__name__} of {len(logits)} parts, not with one"
-                            " tensor of logits; rnp repairs classifiers with one head")
-        return logits
-
-
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Which network to build."""
@@ -89,7 +70,7 @@ class Architecture:
             raise UserError(f"width must be 0 (the published one) or more, got {self.width}")
 
     def build(self, classes: int, channels: int, mean: Tensor, std: Tensor, *, rng: torch.Generator) -> Classifier:
-        """A fresh network in channels-last layout. Drawn at random: the weights, from `rng` alone."""
+        """A fresh network. Drawn at random: the weights, from `rng` alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (), generator=rng)))
             if self.arch.startswith(TORCHVISION):
@@ -102,7 +83,12 @@ class Architecture:
             else:
                 net = TABLE[self.arch](classes, channels=channels, width=self.width or ARCHITECTURES[self.arch])
                 initialise(net)
-        return Classifier(net, mean, std).to(memory_format=torch.channels_last)
+        return Classifier(net, mean, std)
+
+    def build_for(self, data: ImageSet, *, rng: torch.Generator) -> Classifier:
+        """A fresh network for images and classes like those of `data`, by whose statistics it normalizes."""
+        model = self.build(len(data.classes), data.shape[0], *statistics(data), rng=rng)
+        return settle(model, to_floats(data.images[:1]))
 
     def _torchvision(self, classes: int, channels: int) -> nn.Module:
         from torchvision import models  # two seconds to import

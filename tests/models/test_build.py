@@ -6,7 +6,8 @@ from torch import nn
 
 from rnp.errors import UserError
 from rnp.masks import maskable
-from rnp.models.build import Architecture, Classifier, statistics
+from rnp.models.build import Architecture, statistics
+from rnp.models.classifier import Classifier
 from rnp.models.layered import places
 from rnp.models.names import ARCHITECTURES
 from rnp.types import ImageSet

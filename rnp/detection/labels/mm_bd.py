@@ -61,7 +61,7 @@ class MMBD(LabelDetector):
             optimiser = torch.optim.Adam([images], lr=self.lr, maximize=True)
             for _ in range(self.steps):
                 with autocast(self.precision, device):
-                    logits = network(images.contiguous(memory_format=torch.channels_last)).float()
+                    logits = network(images).float()
                 optimiser.zero_grad()
                 margins(logits, label).sum().backward()
                 optimiser.step()

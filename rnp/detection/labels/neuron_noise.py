@@ -68,7 +68,7 @@ class NeuronNoise(LabelDetector):
             p.requires_grad_()
         for _ in range(self.steps):
             drawn = torch.randint(len(clean), (self.batch_size,), generator=rng)
-            images = to_floats(clean.images[drawn].to(device)).contiguous(memory_format=torch.channels_last)
+            images = to_floats(clean.images[drawn].to(device))
             with autocast(self.precision, device):
                 loss = F.cross_entropy(disturbed(images).float(), clean.labels[drawn].to(device))
             with torch.no_grad():

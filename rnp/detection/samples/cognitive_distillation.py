@@ -58,7 +58,7 @@ class CognitiveDistillation(SampleDetector):
 
         def logits(shown: Images) -> Tensor:
             with autocast(self.precision, device):
-                return network(shown.contiguous(memory_format=torch.channels_last)).float()
+                return network(shown).float()
 
         wanted = logits(images)
         for colour in colours.to(device):

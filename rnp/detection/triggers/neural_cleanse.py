@@ -81,7 +81,7 @@ class NeuralCleanse(TriggerRecovery):
             masks, patterns = (raw_masks.tanh() + 1) / 2, (raw_patterns.tanh() + 1) / 2
             stamped = stamp(images, masks.unsqueeze(1), patterns.unsqueeze(1)).flatten(0, 1)  # [k*b, c, h, w]
             with autocast(self.precision, device):
-                logits = network(stamped.contiguous(memory_format=torch.channels_last)).float()
+                logits = network(stamped).float()
             areas = masks.sum((1, 2, 3))
             loss = F.cross_entropy(logits, targets, reduction="sum") / self.batch_size + cost @ areas
             optimiser.zero_grad()
