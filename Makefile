@@ -1,4 +1,4 @@
-# `make` sets up and runs the whole pipeline; `make test` tests; `make ui` opens the comparison of runs;
+# `make` sets up and runs the whole pipeline; `make test` tests (some: TESTS="tests/models"); `make ui` opens the comparison of runs;
 # `make bench` measures speed and memory (options: BENCH_ARGS="--only train").
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 test: $(STAMP)
-	$(IN_VENV) python -m pytest
+	$(IN_VENV) python -m pytest $(TESTS)
 
 ui: $(STAMP)
 	$(IN_VENV) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1

@@ -192,6 +192,31 @@ def train_ours(width: int, batch: int, steps: int, warm_up: int, precision: str)
     return found
 
 
+def training_steps(steps: int, limit: float) -> Numbers:
+    """Steps of a small network in fp32, whose threads wait for one another often: that of the preset demo, 32 images each. At most
+    `steps` of them, and none after `limit` seconds.
+    """
+    keep_freed_pages()
+    data = noise(32)
+    model = Architecture(arch="resnet10", width=16).build_for(data, rng=torch.Generator().manual_seed(0)).train()
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
+    images, labels, done = data.floats(), data.labels, 0
+
+    def step() -> None:
+        optimiser.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimiser.step()
+
+    for _ in range(3):
+        step()
+    start = time.perf_counter()
+    while done < steps and time.perf_counter() - start < limit:
+        step()
+        done += 1
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "steps": done, "milliseconds": 1000 * seconds / done, "threads": torch.get_num_threads()}
+
+
 def product_peak(side: int = 8192, times: int = 20) -> float:
     """Floating-point operations a second of a large bf16 matrix product."""
     a, b = (torch.randn(side, side, device=default_device(), dtype=torch.bfloat16) for _ in range(2))
@@ -502,7 +527,7 @@ def few(folder: str, images: int) -> DefenceSet:
 
 
 MEASURES = {work.__name__: work for work in (
-    train_plain, train_ours, rnp_ours, rnp_published, defence, defence_rnp, detector, poison, scale_subject, scale_unlearn,
+    train_plain, train_ours, training_steps, rnp_ours, rnp_published, defence, defence_rnp, detector, poison, scale_subject, scale_unlearn,
     scale_recover, scale_prune)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -9,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +47,30 @@ def call(*command: str | Path, folder: Path = ROOT, env: dict[str, str] | None =
 
 def measure(what: str, /, **arguments: object) -> Result:
     """The result of a function of `benchmarks.measure`."""
-    return json.loads(call(sys.executable, "-m", "benchmarks.measure", what, json.dumps(arguments)).splitlines()[-1])
+    return result(call(sys.executable, "-m", "benchmarks.measure", what, json.dumps(arguments)))
+
+
+def measure_untouched(what: str, /, **arguments: object) -> Result:
+    """As `measure`, but threads wait as libgomp has it by itself: PyTorch is loaded before anything of ours."""
+    start = "import runpy, torch; runpy.run_module('benchmarks.measure', run_name='__main__')"
+    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    return result(call(sys.executable, "-c", start, what, json.dumps(arguments), env=env | {"PYTHONPATH": str(ROOT)}))
+
+
+def result(said: str) -> Result:
+    """What a measurement printed last."""
+    return json.loads(said.splitlines()[-1])
+
+
+@contextlib.contextmanager
+def busy() -> Iterator[None]:
+    """Another process takes all of one core while the block lasts."""
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        other.kill()
+        other.wait()
 
 
 def repeat(asked: dict[str, Callable[[], Result]], repeats: int) -> Runs:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.page import headline, markdown
-from benchmarks.process import ROOT, Failed, Result, Runs, call, measure, repeat, say
+from benchmarks.process import ROOT, Failed, Result, Runs, busy, call, measure, measure_untouched, repeat, say
 from benchmarks.scaling import draw, exponents
 from rnp.cli.check import read_params
 from rnp.cli.preset import render
@@ -146,6 +146,22 @@ def train(shop: Workshop) -> Runs:
     }, shop.repeats)
 
 
+def waiting(shop: Workshop) -> Runs:
+    """Two ways for threads to wait, on a quiet machine and beside a process that takes a core."""
+    size = {"steps": 100, "limit": 30.0}
+
+    def beside(ask: Callable[..., Result]) -> Result:
+        with busy():
+            return ask("training_steps", **size)
+
+    return repeat({
+        "ours, alone": lambda: measure("training_steps", **size),
+        "untouched, alone": lambda: measure_untouched("training_steps", **size),
+        "ours, beside a busy process": lambda: beside(measure),
+        "untouched, beside a busy process": lambda: beside(measure_untouched),
+    }, shop.repeats)
+
+
 def rnp(shop: Workshop) -> Runs:
     folder = str(shop.subject)
     ours = repeat({
@@ -239,7 +255,7 @@ def scaling(shop: Workshop) -> Runs:
 
 
 PARTS: dict[str, Callable[[Workshop], Runs]] = {
-    part.__name__: part for part in (start, train, poison, rnp, defences, detectors, demo, noop, scaling)}
+    part.__name__: part for part in (start, train, waiting, poison, rnp, defences, detectors, demo, noop, scaling)}
 
 
 def facts(run: Path | None, quick: bool) -> dict[str, object]:

@@ -48,6 +48,7 @@ def full():
     runs = {
         "start": {"stage, tracking on": [{"seconds": 2.5}], "import torch": [{"seconds": 1.0}]},
         "train": {"plain": [numbers], "ours": [numbers | {"images_per_second": value} for value in (90.0, 200.0, 100.0)]},
+        "waiting": {"ours, alone": [{"milliseconds": 40.0, "steps": 100}], "untouched, alone": [{"milliseconds": 41.0, "steps": 99}]},
         "poison": {"badnets": [numbers | {"changed": 5000, "stamp_seconds": 0.1, "copies": 1.5}],
                    "lira": {"failed": "exit code 1: why"}},
         "rnp": {"ours": [ours], "published": [theirs]},

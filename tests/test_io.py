@@ -53,6 +53,14 @@ def test_image_sets_come_back_behind_a_memory_map(toy_set, path, is_mapped):
     assert same(io.load_images(path), data)
 
 
+def test_a_model_keeps_its_memory_layout(model, path):
+    io.save_model(path, model, ARCHITECTURE, CLASSES)
+    assert io.load_model(path)[0].layout is torch.channels_last
+    io.save_model(path, model.lay_out("of a reason"), ARCHITECTURE, CLASSES)
+    loaded = io.load_model(path)[0]
+    assert loaded.plain_because == "of a reason" and all(p.is_contiguous() for p in loaded.parameters())
+
+
 def test_an_empty_image_set(toy_set, path):
     empty = toy_set(4).subset(torch.tensor([], dtype=torch.int64))
     io.save_images(path, empty)

@@ -200,6 +200,13 @@ def test_precision_by_name():
     assert not half_precision("fp32", cpu) and half_precision("bf16", cpu)
 
 
+@pytest.mark.parametrize("native, limit, half", [(True, "", True), (True, "AVX512_CORE_BF16", True), (True, "avx2", False), (False, "", False)])
+def test_auto_is_what_processor_and_limit_allow(native, limit, half, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert half_precision("auto", torch.device("cpu")) == half
+
+
 @pytest.mark.parametrize("options", [{"epochs": 0}, {"batch_size": 0}, {"lr": 0}, {"lr": -1}, {"warm_up": 1}, {"warm_up": -0.1},
                                      {"grow_from": 0}, {"grow_from": 1.1}, {"grow_until": 1}, {"grow_until": -0.1}])
 def test_impossible_settings_are_refused(options):

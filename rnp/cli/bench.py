@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @click.command()
-@click.option("--only", multiple=True, help="a part: start, train, poison, rnp, defences, detectors, demo, noop, scaling; all without it")
+@click.option("--only", multiple=True, help="a part: start, train, waiting, poison, rnp, defences, detectors, demo, noop, scaling; all without it")
 @click.option("--repeats", type=int, default=3, show_default=True, help="of each measurement that takes less than a minute")
 @click.option("--run", "subject", type=click.Path(path_type=Path, exists=True),
               help="folder of a finished pipeline whose model and images to use; without it demo is trained")

@@ -213,11 +213,29 @@ def tiny(num_classes):
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, num_classes))
 
 
-@pytest.mark.parametrize(("arch", "classes"), [(f"{__name__}:tiny", 2), ("mobilenet_v2", 43), ("vgg19_bn", 10)])
+class Viewing(torch.nn.Module):
+    """Flattens with `view`, as most published networks for CIFAR do."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(3, 12, 3, 4), torch.nn.BatchNorm2d(12)
+        self.fc = torch.nn.Linear(192, num_classes)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).relu()
+        return self.fc(x.view(x.size(0), -1))
+
+
+def viewing(num_classes):
+    return Viewing(num_classes)
+
+
+@pytest.mark.parametrize(("arch", "classes"), [(f"{__name__}:tiny", 2), (f"{__name__}:viewing", 2), ("mobilenet_v2", 43),
+                                             ("vgg19_bn", 10)])
 def test_other_architectures_and_numbers_of_classes(arch, classes, tmp_path, toy_set, rng, monkeypatch):
     """Fresh weights: near chance, which is said; every step works all the same."""
     monkeypatch.setattr("rnp.models.build.TYPED", {})
-    size = 16 if arch.endswith("tiny") else 32
+    size = 16 if ":" in arch else 32
     subject = Subject(arch=arch, width=0 if ":" in arch else 2, mean="0.5,0.5,0.5", std="0.25,0.25,0.25", size=size)
     rnp.models.build.typed(arch)
     half = torch.full((3,), 0.5)
@@ -232,6 +250,8 @@ def test_other_architectures_and_numbers_of_classes(arch, classes, tmp_path, toy
     result = rnp.purify(tmp_path / "a.safetensors", tmp_path / "clean.csv", tmp_path / "out", subject=subject, unlearn=Unlearn(epochs=2),
                         recover=Recover(steps=2), search=NeuralCleanse(steps=2, batch_size=2))
     assert result["model"]["outputs"] == classes and len(result["classes"]) == classes
+    plain = result["model"]["memory layout"] != "channels last"
+    assert plain == arch.endswith("viewing"), result["model"]["memory layout"]
     assert (tmp_path / "out" / "purified.safetensors").exists() and result["prune"]["neurons"] > 10
     assert classes == 2 or any("no image of class" in warning for warning in result["warnings"])
 
