@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Iterator
 
 import torch
@@ -57,7 +58,7 @@ def settle(model: Classifier, images: Images) -> Classifier:
     error = failure(model.lay_out(), images)
     if error is None or failure(model.lay_out("it fails with channels last"), images) is not None:
         return model.lay_out()
-    return model.lay_out(f"with channels last it fails: {error}")
+    return model.lay_out(f"with channels last it fails: {textwrap.shorten(str(error), 90)}")
 
 
 def risky(net: nn.Module) -> str:
