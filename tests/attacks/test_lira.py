@@ -56,7 +56,7 @@ def test_a_fresh_model_learns_the_backdoor_in_eval_mode(toy_set, toy_model, trai
     clean, test = toy_set(160), toy_set(80, seed=1)
     attack = LIRA(poison_rate=0.25, target_label=1, eps=0.1, epochs=10, surrogate_lr=1e-2)
     poisoned = attack.poison(clean, rng=rng(), surrogate=trained)
-    recipe = Train(epochs=15, batch_size=8, lr=0.1, precision="fp32")
+    recipe = Train(epochs=25, batch_size=8, lr=0.1, precision="fp32")
     model = recipe(toy_model(seed=1, width=16), poisoned.apply(clean), rng=rng())
     triggered = backdoored_test_set(poisoned.trigger, test, 1)
     assert accuracy(model, test) >= 0.95
