@@ -38,7 +38,6 @@ from rnp.origin import origin
 COMMON, SHARED = ("prepare", "twin"), "shared"
 """The stages that run once for all attacks, and the folder in which they do."""
 KEPT = (PARAMS, "data/triggered/attack.json", "reports/**/*.json", "reports/**/*.csv", "logs/*")
-PAUSE = 0.2  # seconds between two looks at what runs
 
 
 def say(text: str) -> None:
@@ -71,8 +70,8 @@ class Task:
         return self.folder / "logs" / f"{self.stage}.log"
 
     def start(self, env: dict[str, str]) -> subprocess.Popen[bytes]:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
         own = {"DVC_STAGE": self.stage, MARK: str(self.folder)}
+        self.log.parent.mkdir(exist_ok=True)
         with self.log.open("wb") as log:
             return subprocess.Popen(
                 self.command, cwd=self.folder, env=os.environ | env | own, start_new_session=True,
@@ -90,7 +89,7 @@ def plan(work: Path, configurations: dict[str, dict], pipeline: dict) -> list[Ta
             write_text(file, yaml.safe_dump(params, sort_keys=False))
         elif read_params(file) != params:
             raise UserError(f"{file.parent} was made with other parameters; name another folder")
-    tasks: dict[Path, Task] = {}
+    tasks = []
     for name, params in configurations.items():
         found = stages(pipeline, params)
         place = {stage: work / (SHARED if stage in COMMON else name) for stage in found}
@@ -103,9 +102,8 @@ def plan(work: Path, configurations: dict[str, dict], pipeline: dict) -> list[Ta
                 for path in (f"reports/{stage}", *outs):
                     link(work / name / path, work / SHARED / path)
             elif stage in COMMON or name != SHARED:
-                tasks[ended(place[stage], stage)] = Task(
-                    folder=place[stage], stage=stage, command=command, needs=needs)
-    return list(tasks.values())
+                tasks.append(Task(folder=place[stage], stage=stage, command=command, needs=needs))
+    return tasks
 
 
 def touch(deps: Sequence[str], outs: Sequence[str]) -> bool:
@@ -129,25 +127,26 @@ def work_off(tasks: Sequence[Task], *, workers: int, seconds: float,
     begun, failed = time.monotonic(), set[Task]()
     running: dict[Task, tuple[subprocess.Popen[bytes], float]] = {}
     while True:
-        now, left = time.monotonic(), [task for task in tasks if not task.done]
+        now = time.monotonic()
         for task, (process, start) in list(running.items()):
             if process.poll() is None:
                 continue
             del running[task]
             if process.returncode == 0 and task.done:
-                say(f"{task} {now - start:.0f} s; {len(left)} left, {now - begun:.0f} s in all")
+                count = sum(not each.done for each in tasks)
+                say(f"{task} {now - start:.0f} s; {count} left, {now - begun:.0f} s in all")
             else:
                 failed.add(task)
-                lines = task.log.read_text(errors="replace").split("\n")
-                last = next((line for line in reversed(lines) if line.strip()), "no output")
-                say(f"{task} FAILED, exit code {process.returncode}: {last[:300]}")
+                lines = task.log.read_text(errors="replace").strip().split("\n")
+                say(f"{task} FAILED, exit code {process.returncode}: {lines[-1][:300]}")
+        left = [task for task in tasks if not task.done]
         ready = [task for task in left if task not in failed and task not in running
                  and all(each.is_file() for each in task.needs)]
         if now - begun >= seconds or not (ready or running):
             return left
         for task in ready[: workers - len(running)]:
             running[task] = (task.start(env), now)
-        time.sleep(PAUSE)
+        time.sleep(0.2)
 
 
 def run(options: argparse.Namespace) -> list[Task]:
@@ -161,12 +160,11 @@ def run(options: argparse.Namespace) -> list[Task]:
     env = {"PYTHONPATH": str(ROOT), "RNP_TRACKING": "off", "RNP_DATA": str(options.data.resolve()),
            "OMP_NUM_THREADS": str(threads)}
     pipeline = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    work = options.work.resolve()
+    work, seconds = options.work.resolve(), options.minutes * MINUTE
     with claimed(work), interruptible():
         tasks = plan(work, configurations, pipeline)
         say(f"{sum(not task.done for task in tasks)} of {len(tasks)} stages to run")
         try:
-            seconds = options.minutes * MINUTE
             return work_off(tasks, workers=options.workers, seconds=seconds, env=env)
         finally:
             end(work)
@@ -186,8 +184,8 @@ def collect(work: Path, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    names = ("pack", "unpack", "run", "collect")
-    adders = {name: commands.add_parser(name).add_argument for name in names}
+    adders = {name: commands.add_parser(name).add_argument
+              for name in ("pack", "unpack", "run", "collect")}
     adders["pack"]("folder", type=Path)
     adders["pack"]("--limit", type=int, default=50, metavar="MIB", help="size of a part, at most")
     adders["unpack"]("folders", type=Path, nargs="+")
