@@ -81,14 +81,16 @@ class Task:
 def plan(work: Path, configurations: dict[str, dict], pipeline: dict) -> list[Task]:
     """Make a folder for each of the `configurations`, of which one is `SHARED`; their tasks.
 
-    Raises: UserError when a folder was made with other parameters.
+    Raises: UserError when a folder was made with other parameters, the choice of defences aside.
     """
     for name, params in configurations.items():
         file = work / name / PARAMS
-        if not file.exists():
-            write_text(file, yaml.safe_dump(params, sort_keys=False))
-        elif read_params(file) != params:
+        before = read_params(file) if file.exists() else params
+        if besides_defences(before) != besides_defences(params):
             raise UserError(f"{file.parent} was made with other parameters; name another folder")
+        if before != params:
+            ended(file.parent, "evaluate").unlink(missing_ok=True)
+        write_text(file, yaml.safe_dump(params, sort_keys=False))
     tasks = []
     for name, params in configurations.items():
         found = stages(pipeline, params)
@@ -104,6 +106,10 @@ def plan(work: Path, configurations: dict[str, dict], pipeline: dict) -> list[Ta
             elif stage in COMMON or name != SHARED:
                 tasks.append(Task(folder=place[stage], stage=stage, command=command, needs=needs))
     return tasks
+
+
+def besides_defences(params: dict) -> dict:
+    return params | {"defences": {}, "evaluate": params["evaluate"] | {"defences": []}}
 
 
 def touch(deps: Sequence[str], outs: Sequence[str]) -> bool:

@@ -103,9 +103,9 @@ def test_sections_become_options():
 def planned(tmp_path):
     """`planned(*attacks)`: their tasks, below `tmp_path`."""
 
-    def make(*attacks, seed=1):
+    def make(*attacks, seed=1, defences=("ft",)):
         named = {"shared": "badnets", **dict(zip(attacks, attacks))}
-        return campaign.plan(tmp_path, {name: parameters("demo", seed=seed, attack=attack, defences=["ft"])
+        return campaign.plan(tmp_path, {name: parameters("demo", seed=seed, attack=attack, defences=defences)
                                         for name, attack in named.items()}, PIPELINE)
 
     return make
@@ -129,6 +129,17 @@ def test_a_folder_of_other_parameters_is_refused(planned):
     assert planned("badnets") == before
     with pytest.raises(UserError, match="shared was made with other parameters"):
         planned("blend", seed=2)
+
+
+def test_with_other_defences_the_models_are_measured_again(planned, tmp_path):
+    planned("badnets")
+    for stage in ("train", "evaluate"):
+        write_text(campaign.ended(tmp_path / "badnets", stage), "{}")
+    planned("badnets")
+    assert campaign.ended(tmp_path / "badnets", "evaluate").exists()
+    tasks = planned("badnets", defences=["ft", "bnp"])
+    assert {task.stage for task in tasks if task.done} == {"train"} and "defend@bnp" in {task.stage for task in tasks}
+    assert read_params(tmp_path / "badnets/params.yaml")["evaluate"]["defences"] == ["ft", "bnp"]
 
 
 def fake(folder, stage, needs=(), fails=False, seconds=0.0):
