@@ -186,7 +186,8 @@ def load_model(path: Path) -> tuple[Classifier, Architecture, tuple[str, ...]]:
     mean, std = state.get("mean", torch.zeros(3)).flatten(), state.get("std", torch.ones(3)).flatten()
     model = architecture.build(len(meta["classes"]), len(mean), mean, std, rng=torch.Generator())
     load_state(model, state, f"{path} ({architecture.arch}, width {architecture.width})")
-    model.lay_out(str(meta.get("plain_because", "")))
+    if isinstance(reason := meta.get("plain_because"), str):
+        model.lay_out(reason)
     return model.to(default_device()).eval(), architecture, tuple(meta["classes"])
 
 

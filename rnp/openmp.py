@@ -9,9 +9,9 @@ def wait_briefly() -> None:
     """Let a thread that waits for others sleep soon. To be called before PyTorch is loaded; results do not change.
 
     libgomp, which PyTorch's wheels bring, lets waiting threads spin for milliseconds. Where another process is busy they can take
-    the core from the very thread that they wait for: on some machines, and with 30,000 or 100,000 turns on all that were tried, a
-    small network then takes three times as long or does not get on at all. 2,000 turns were as fast alone as any larger number, and
-    beside a busy process within a tenth of no spinning, which alone takes half as long again.
+    the core from the very thread that they wait for. With 30,000 or 100,000 turns a small network then took three to five times as
+    long on one machine and hardly advanced on another, where libgomp's own number did no better. 2,000 turns are within a few
+    percent of it alone, and beside a busy process within a fifth of no spinning, which alone takes half as long again.
     `GOMP_SPINCOUNT` or `OMP_WAIT_POLICY`, if the user has set one, stays as it is.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():

@@ -108,9 +108,12 @@ def outputs(build: Callable[[int], Classifier], state: dict[str, Tensor], what: 
 
 
 def output_size(model: Classifier, side: int) -> int:
-    """The number of outputs for images of that side, with which the network is looked through: see `settle`."""
-    image = torch.zeros(1, len(model.mean.flatten()), side, side)
-    return predict(settle(model, image.to(model.mean.device)), image).shape[1]
+    """The number of outputs for images of that side; with two of them the network is looked at and laid out.
+
+    Raises: UserError as `settle` does.
+    """
+    images = torch.zeros(2, len(model.mean.flatten()), side, side)
+    return predict(settle(model, images.to(model.mean.device)), images).shape[1]
 
 
 class Found(NamedTuple):

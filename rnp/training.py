@@ -28,8 +28,9 @@ OnBatch = Callable[[Indices, Labels, Logits], None]
 """Hears of each step: positions of its images in the set, their labels, and the logits before the step."""
 Precision = Literal["fp32", "bf16", "auto"]
 WORTH_COMPILING = 10_000  # steps; only then does a GPU save more than compiling takes (results/cifar10/steps.csv)
-WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
-"""What ONEDNN_MAX_CPU_ISA may say that leaves no native product of bf16."""
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+FORGONE = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
+"""What a limit may say that leaves oneDNN no native product of bf16."""
 EVAL_BATCH = 500
 EVAL_VALUES = 2**23  # of images in one forward pass; the activations of its first layer are many times that
 
@@ -58,7 +59,7 @@ def half_precision(precision: Precision, device: torch.device) -> bool:
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() and os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() not in WITHOUT_BF16
+    return torch.cpu._is_avx512_bf16_supported() and not FORGONE & {os.environ.get(name, "").upper() for name in LIMITS}
 
 
 def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager:

@@ -59,6 +59,8 @@ def test_a_model_keeps_its_memory_layout(model, path):
     io.save_model(path, model.lay_out("of a reason"), ARCHITECTURE, CLASSES)
     loaded = io.load_model(path)[0]
     assert loaded.plain_because == "of a reason" and all(p.is_contiguous() for p in loaded.parameters())
+    io.save_tensors(path, model.state_dict(), io.load_tensors(path)[1] | {"plain_because": None})
+    assert io.load_model(path)[0].layout is torch.channels_last
 
 
 def test_an_empty_image_set(toy_set, path):

@@ -88,7 +88,7 @@ class Architecture:
     def build_for(self, data: ImageSet, *, rng: torch.Generator) -> Classifier:
         """A fresh network for images and classes like those of `data`, by whose statistics it normalizes."""
         model = self.build(len(data.classes), data.shape[0], *statistics(data), rng=rng)
-        return settle(model, to_floats(data.images[:1]))
+        return settle(model, to_floats(data.images[:2]))
 
     def _torchvision(self, classes: int, channels: int) -> nn.Module:
         from torchvision import models  # two seconds to import
