@@ -95,8 +95,8 @@ def unsafe(channels: int, kernel: Sequence[int], stride: Sequence[int], groups: 
     """Whether a convolution can write past its memory when channels come last: oneDNN's backward pass for AVX2 does.
 
     It does so where single pixels are read with a stride, from fewer channels than a kernel takes at a time (issue 6035 there). Of
-    2,976 shapes with channels last (kernels of 1 to 5 pixels, strides of 1 to 4, 1 to 24 channels, with groups and without) those
-    with 2 to 7 channels failed and no others; none failed in plain layout, and none with AVX512, whose kernels take 16 channels.
+    2,976 shapes with channels last (kernels of 1 to 5 pixels, strides of 1 to 4, 1 to 24 channels, with groups and without) only
+    such ones failed, with 2 to 7 channels; none did in plain layout, and none with AVX512, whose kernels take 16 channels.
     What may fail on one processor counts everywhere, so that results do not depend on it.
     """
     return groups == 1 and channels < BLOCK and max(kernel) == 1 < max(stride)
