@@ -26,7 +26,7 @@ import yaml
 
 from benchmarks.parcel import MIB, pack, unpack
 from benchmarks.pipeline import parameters, stages
-from benchmarks.process import MINUTE, ROOT
+from benchmarks.process import MINUTE, ROOT, ended
 from rnp.cli.check import read_params
 from rnp.cli.configurations import PARAMS
 from rnp.cli.sweep import claimed, interruptible
@@ -42,11 +42,6 @@ KEPT = (PARAMS, "data/triggered/attack.json", "reports/**/*.json", "reports/**/*
 
 def say(text: str) -> None:
     print(f"{datetime.datetime.now():%H:%M:%S} {text}", flush=True)
-
-
-def ended(folder: Path, stage: str) -> Path:
-    """What a stage writes last."""
-    return folder / "reports" / stage.replace("@", "/") / "run.json"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from benchmarks.process import Runs, median
+from rnp.openmp import SPINS
 
 FOUR = {"removal: RNP, with the ascent to the collapse": "rnp", "trigger: neural_cleanse": "triggers/neural_cleanse",
         "label: class_shares, from the same ascent": "labels/class_shares", "samples: confidence": "samples/confidence"}
@@ -143,7 +144,7 @@ def waiting(part: dict) -> list[str]:
     titles = {f"{way}, {where}": f"{title}, {where}" for where in ("alone", "beside a busy process")
               for way, title in (("ours", "as `rnp` has it"), ("untouched", "as libgomp has it"))}
     return ["A step of a small network (ResNet-10 of width 16, 32 images of 32 by 32 pixels, fp32), whose threads wait for one another"
-            " in every layer: `rnp` lets them spin for 2,000 turns and then sleep, libgomp by itself for longer. The busy process takes all"
+            f" in every layer: `rnp` lets them spin for {SPINS:,} turns and then sleep, libgomp by itself for longer. The busy process takes all"
             " of one core.", "",
             *table(["", "ms a step", "steps", "repeats"],
                    [[titles[name], *cells] for name, *cells in rows(part["runs"], {"milliseconds": number, "steps": number}, titles)])]

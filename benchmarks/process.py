@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from rnp.openmp import VARIABLES
+
 ROOT = Path(__file__).parent.parent
 MINUTE = 60.0
 Result = dict[str, object]
@@ -45,6 +47,11 @@ def call(*command: str | Path, folder: Path = ROOT, env: dict[str, str] | None =
     return done.stdout
 
 
+def ended(folder: Path, stage: str) -> Path:
+    """What a stage that runs in `folder` writes last."""
+    return folder / "reports" / stage.replace("@", "/") / "run.json"
+
+
 def measure(what: str, /, **arguments: object) -> Result:
     """The result of a function of `benchmarks.measure`."""
     return result(call(sys.executable, "-m", "benchmarks.measure", what, json.dumps(arguments)))
@@ -53,7 +60,7 @@ def measure(what: str, /, **arguments: object) -> Result:
 def measure_untouched(what: str, /, **arguments: object) -> Result:
     """As `measure`, but threads wait as libgomp has it by itself: PyTorch is loaded before anything of ours."""
     start = "import runpy, torch; runpy.run_module('benchmarks.measure', run_name='__main__')"
-    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    env = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     return result(call(sys.executable, "-c", start, what, json.dumps(arguments), env=env | {"PYTHONPATH": str(ROOT)}))
 
 

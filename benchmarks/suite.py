@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.page import headline, markdown
-from benchmarks.process import ROOT, Failed, Result, Runs, busy, call, measure, measure_untouched, repeat, say
+from benchmarks.process import ROOT, Failed, Result, Runs, busy, call, ended, measure, measure_untouched, repeat, say
 from benchmarks.scaling import draw, exponents
 from rnp.cli.check import read_params
 from rnp.cli.preset import render
@@ -110,7 +110,7 @@ class Workshop:
         seconds = time.monotonic() - start
         stages = [json.loads(line) for line in log.read_text().splitlines()]
         for stage in stages:
-            report = clone / "reports" / stage["stage"].replace("@", "/") / "run.json"
+            report = ended(clone, stage["stage"])
             stage["work"] = read_json(report)["seconds"] if report.exists() else None
         return clone, {"seconds": seconds, "setup_seconds": setup, "stages": stages}
 

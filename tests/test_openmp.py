@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rnp.openmp import SPINS
+from rnp.openmp import SPINS, VARIABLES
 
 ROOT = Path(__file__).parent.parent
 TORCH = """
@@ -20,7 +20,7 @@ os._exit(0)
 def heard(folder, *command, **user):
     """What PyTorch would find in the environment when it is loaded."""
     (folder / "torch.py").write_text(TORCH)
-    own = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    own = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     env = own | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"} | user
     done = subprocess.run([sys.executable, *command], env=env, cwd=folder, capture_output=True, text=True)
     return done.stdout.strip().splitlines()[-1]
@@ -38,4 +38,3 @@ def test_it_is_set_before_torch_is_loaded(command, tmp_path):
 @pytest.mark.parametrize("user, found", [({"GOMP_SPINCOUNT": "7"}, "7 None"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None ACTIVE")])
 def test_the_user_has_the_last_word(user, found, tmp_path):
     assert heard(tmp_path, "-m", "stages.twin", **user) == found
-

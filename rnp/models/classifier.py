@@ -36,8 +36,11 @@ class Classifier(nn.Module):
     def lay_out(self, plain_because: str = "") -> Classifier:
         """Weights and images in plain layout where there is a reason to, else with channels last."""
         self.plain_because = plain_because
-        self.layout = torch.contiguous_format if plain_because else torch.channels_last
         return self.to(memory_format=self.layout)
+
+    @property
+    def layout(self) -> torch.memory_format:
+        return torch.contiguous_format if self.plain_because else torch.channels_last
 
     def forward(self, images: Tensor) -> Tensor:
         images = images.contiguous(memory_format=self.layout)
@@ -57,12 +60,11 @@ def settle(model: Classifier, images: Images) -> Classifier:
     Raises: UserError when it runs in no layout, or when an unsafe convolution has channels last whatever we give it.
     """
     reason = failing(model, images)
-    if not reason:
-        return model
-    error = failing(model.lay_out(model.plain_because or reason), images)
-    if error:
+    if reason and not model.plain_because:
+        reason = failing(model.lay_out(reason), images)
+    if reason:
         size = " x ".join(map(str, images.shape[1:]))
-        raise UserError(f"{type(model.net).__name__} cannot be used with images of {size} (is that the size it takes?): {error}")
+        raise UserError(f"{type(model.net).__name__} cannot be used with images of {size} (is that the size it takes?): {reason}")
     return model
 
 
