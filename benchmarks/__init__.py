@@ -1,3 +1,3 @@
-"""Speed and memory of everything, and studies of results; `python -m benchmarks.NAME` starts one."""
+"""Speed and memory of everything; `python -m benchmarks.NAME` starts one."""
 
 import rnp  # before PyTorch: it says how threads wait

@@ -69,8 +69,14 @@ class Task:
         self.log.parent.mkdir(exist_ok=True)
         with self.log.open("wb") as log:
             return subprocess.Popen(
-                self.command, cwd=self.folder, env=os.environ | env | own, start_new_session=True,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+                self.command,
+                cwd=self.folder,
+                env=os.environ | env | own,
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
 
 def plan(work: Path, configurations: dict[str, dict], pipeline: dict) -> list[Task]:
@@ -119,8 +125,9 @@ def link(path: Path, target: Path) -> None:
         path.symlink_to(os.path.relpath(target, path.parent))
 
 
-def work_off(tasks: Sequence[Task], *, workers: int, seconds: float,
-             env: dict[str, str]) -> list[Task]:
+def work_off(
+    tasks: Sequence[Task], *, workers: int, seconds: float, env: dict[str, str]
+) -> list[Task]:
     """Run `workers` tasks at a time, in their order where possible; what is left after `seconds`.
 
     What has ended before does not run again. What runs when time is up goes on.
@@ -141,8 +148,13 @@ def work_off(tasks: Sequence[Task], *, workers: int, seconds: float,
                 lines = task.log.read_text(errors="replace").strip().split("\n")
                 say(f"{task} FAILED, exit code {process.returncode}: {lines[-1][:300]}")
         left = [task for task in tasks if not task.done]
-        ready = [task for task in left if task not in failed and task not in running
-                 and all(each.is_file() for each in task.needs)]
+        ready = [
+            task
+            for task in left
+            if task not in failed
+            and task not in running
+            and all(each.is_file() for each in task.needs)
+        ]
         if now - begun >= seconds or not (ready or running):
             return left
         for task in ready[: workers - len(running)]:
@@ -154,12 +166,24 @@ def run(options: argparse.Namespace) -> list[Task]:
     """The tasks that are left. Raises: UserError for parameters that no stage takes."""
     say(", ".join(origin().values()))
     attacks, defences = options.attacks.split(","), options.defences.split(",")
-    make = lambda attack: parameters(options.preset, seed=options.seed, attack=attack,
-                                     defences=defences, changes=options.changes)
+
+    def make(attack):
+        return parameters(
+            options.preset,
+            seed=options.seed,
+            attack=attack,
+            defences=defences,
+            changes=options.changes,
+        )
+
     configurations = {SHARED: make("badnets"), **{attack: make(attack) for attack in attacks}}
     threads = max(1, (os.cpu_count() or 1) // options.workers)
-    env = {"PYTHONPATH": str(ROOT), "RNP_TRACKING": "off", "RNP_DATA": str(options.data.resolve()),
-           "OMP_NUM_THREADS": str(threads)}
+    env = {
+        "PYTHONPATH": str(ROOT),
+        "RNP_TRACKING": "off",
+        "RNP_DATA": str(options.data.resolve()),
+        "OMP_NUM_THREADS": str(threads),
+    }
     pipeline = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     work, seconds = options.work.resolve(), options.minutes * MINUTE
     with claimed(work), interruptible():
@@ -185,8 +209,10 @@ def collect(work: Path, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    adders = {name: commands.add_parser(name).add_argument
-              for name in ("pack", "unpack", "run", "collect")}
+    adders = {
+        name: commands.add_parser(name).add_argument
+        for name in ("pack", "unpack", "run", "collect")
+    }
     adders["pack"]("folder", type=Path)
     adders["pack"]("--limit", type=int, default=50, metavar="MIB", help="size of a part, at most")
     adders["unpack"]("folders", type=Path, nargs="+")

@@ -1,14 +1,18 @@
-"""Large images: speed and memory from the files to a trained model: `python -m benchmarks.images [N] [SIDE]`.
+"""Large images: speed and memory from the files to a trained model: `python -m benchmarks.images
+[N] [SIDE]`.
 
-Makes N JPEGs of 224 to 500 pixels in ten classes (seeded; low-frequency noise, a disc in the colour of the class, fine noise),
-then prepares, poisons and trains on squares of SIDE pixels, each stage in a process of its own, and prints a table. `train` is
-the stage without its epochs: the poisoned set, a few steps, the triggered test set, and accuracies on some of its images.
-Files, some 500 kB an image of 224 pixels in all, go to --folder; those behind temporary maps where TMPDIR says.
+Makes N JPEGs of 224 to 500 pixels in ten classes (seeded; low-frequency noise, a disc in the
+colour of the class, fine noise), then prepares, poisons and trains on squares of SIDE pixels, each
+stage in a process of its own, and prints a table. `train` is the stage without its epochs: the
+poisoned set, a few steps, the triggered test set, and accuracies on some of its images. Files,
+some 500 kB an image of 224 pixels in all, go to --folder; those behind temporary maps where TMPDIR
+says.
 
-Memory is what a stage takes above what its process held before it, which for `train` is the model, one step and one forward
-pass of it on made-up images. *Anonymous* memory is what the process must be given. *Resident* memory adds pages of mapped
-files, among them all that were touched while there was room; the kernel takes those back when memory is short. Both come
-from /proc, so that this needs Linux.
+Memory is what a stage takes above what its process held before it, which for `train` is the model,
+one step and one forward pass of it on made-up images. *Anonymous* memory is what the process must
+be given. *Resident* memory adds pages of mapped files, among them all that were touched while
+there was room; the kernel takes those back when memory is short. Both come from /proc, so that
+this needs Linux.
 """
 
 from __future__ import annotations
@@ -35,15 +39,28 @@ EVALUATED = 256
 GATHERED = 20  # batches by which the input side is timed
 
 
-def measure(n: int = 20_000, side: int = 224, *, steps: int = 50, batch: int = 16, arch: str = "torchvision:resnet18",
-            folder: Path | None = None) -> dict[str, dict[str, float]]:
+def measure(
+    n: int = 20_000,
+    side: int = 224,
+    *,
+    steps: int = 50,
+    batch: int = 16,
+    arch: str = "torchvision:resnet18",
+    folder: Path | None = None,
+) -> dict[str, dict[str, float]]:
     """The numbers of each stage; files go to a temporary folder in `folder`, which is removed."""
     with tempfile.TemporaryDirectory(dir=folder) as work:
         work = Path(work)
         found = {"make": make(work / "images", n)}
         for workers in (1, cores()):
-            found[f"decode, {workers} worker{'s' * (workers > 1)}"] = alone(decode, work, side, workers)
-        for name, stage, options in (("prepare", prepare, ()), ("poison", poison, (arch,)), ("train", train, (arch, steps, batch))):
+            found[f"decode, {workers} worker{'s' * (workers > 1)}"] = alone(
+                decode, work, side, workers
+            )
+        for name, stage, options in (
+            ("prepare", prepare, ()),
+            ("poison", poison, (arch,)),
+            ("train", train, (arch, steps, batch)),
+        ):
             found[name] = alone(stage, work, side, *options)
     return found
 
@@ -52,10 +69,19 @@ def table(found: dict[str, dict[str, float]]) -> Iterator[str]:
     yield "| stage | seconds | images | images/s | before, MB | anonymous, MB | resident, MB |"
     yield "|---|---|---|---|---|---|---|"
     for name, row in found.items():
-        memory = (f"{row[key] / 1e6:.0f}" if key in row else "–" for key in ("before", "anonymous", "resident"))
-        yield f"| {name} | {row['seconds']:.1f} | {row['images']} | {row['images'] / row['seconds']:.0f} | {' | '.join(memory)} |"
+        memory = (
+            f"{row[key] / 1e6:.0f}" if key in row else "–"
+            for key in ("before", "anonymous", "resident")
+        )
+        yield (
+            f"| {name} | {row['seconds']:.1f} | {row['images']} |"
+            f" {row['images'] / row['seconds']:.0f} | {' | '.join(memory)} |"
+        )
     inputs, step = (found["train"][f"{key}_images_per_second"] for key in ("input", "step"))
-    yield f"\nIn training the input side alone (gather, to floats, augment) gives {inputs:.0f} images/s, a whole step {step:.1f}."
+    yield (
+        f"\nIn training the input side alone (gather, to floats, augment) gives {inputs:.0f}"
+        f" images/s, a whole step {step:.1f}."
+    )
 
 
 def cores() -> int:
@@ -81,9 +107,13 @@ def paint(folder: Path, i: int) -> int:
     """Write image `i`; the size of the file."""
     draw, label = random.Random(i), i % CLASSES
     width, height = draw.randint(224, 500), draw.randint(224, 500)
-    picture = Image.frombytes("RGB", (8, 8), draw.randbytes(192)).resize((width, height), Image.Resampling.BICUBIC)
+    picture = Image.frombytes("RGB", (8, 8), draw.randbytes(192)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
     left, top, side = draw.randrange(width // 2), draw.randrange(height // 2), draw.randint(60, 160)
-    ImageDraw.Draw(picture).ellipse((left, top, left + side, top + side), fill=f"hsl({360 * label // CLASSES}, 90%, 50%)")
+    ImageDraw.Draw(picture).ellipse(
+        (left, top, left + side, top + side), fill=f"hsl({360 * label // CLASSES}, 90%, 50%)"
+    )
     path = folder / f"class{label}" / f"{i:07}.jpg"
     Image.blend(picture, grain().crop((0, 0, width, height)), 0.25).save(path, quality=85)
     return path.stat().st_size
@@ -123,7 +153,13 @@ class Watch:
 
     def row(self, images: int) -> dict[str, float]:
         anonymous, everything = (peak - before for peak, before in zip(self.peaks, self.before))
-        return {"seconds": self.seconds, "images": images, "before": self.before[0], "anonymous": anonymous, "resident": everything}
+        return {
+            "seconds": self.seconds,
+            "images": images,
+            "before": self.before[0],
+            "anonymous": anonymous,
+            "resident": everything,
+        }
 
 
 def decode(work: Path, side: int, workers: int) -> dict[str, float]:
@@ -149,9 +185,25 @@ def prepare(work: Path, side: int) -> dict[str, float]:
     n = sum(1 for _ in (work / "images").glob("*/*.jpg"))
     held = str(min(500, n // 10))
     with Watch() as watch:
-        prepare.main(["--set", "imagefolder", "--imagefolder.path", str(work / "images"), "--imagefolder.size", str(side),
-                      "--defence_train", held, "--defence_val", held, "--out", str(work / "data"), "--report", str(work / "report")],
-                     standalone_mode=False)
+        prepare.main(
+            [
+                "--set",
+                "imagefolder",
+                "--imagefolder.path",
+                str(work / "images"),
+                "--imagefolder.size",
+                str(side),
+                "--defence_train",
+                held,
+                "--defence_val",
+                held,
+                "--out",
+                str(work / "data"),
+                "--report",
+                str(work / "report"),
+            ],
+            standalone_mode=False,
+        )
     return watch.row(n)
 
 
@@ -165,12 +217,28 @@ def poison(work: Path, side: int, arch: str) -> dict[str, float]:
 
     keep_freed_pages()
     pool, architecture = load_images(work / "data/pool"), Architecture(arch=arch)
-    twin = architecture.build(CLASSES, 3, torch.full((3,), 0.5), torch.full((3,), 0.25), rng=torch.Generator())
+    twin = architecture.build(
+        CLASSES, 3, torch.full((3,), 0.5), torch.full((3,), 0.25), rng=torch.Generator()
+    )
     save_model(work / "twin.safetensors", twin, architecture, pool.classes)
     with Watch() as watch:
-        poison.main(["--attack", "badnets", "--badnets.size", str(max(1, side // 16)), "--pool", str(work / "data/pool"),
-                     "--twin", str(work / "twin.safetensors"), "--out", str(work / "poisoned"), "--report", str(work / "report")],
-                    standalone_mode=False)
+        poison.main(
+            [
+                "--attack",
+                "badnets",
+                "--badnets.size",
+                str(max(1, side // 16)),
+                "--pool",
+                str(work / "data/pool"),
+                "--twin",
+                str(work / "twin.safetensors"),
+                "--out",
+                str(work / "poisoned"),
+                "--report",
+                str(work / "report"),
+            ],
+            standalone_mode=False,
+        )
     return watch.row(len(pool))
 
 
@@ -190,19 +258,34 @@ def train(work: Path, side: int, arch: str, steps: int, batch: int) -> dict[str,
     rng = torch.Generator().manual_seed(0)
     made_up = torch.randint(0, 256, (EVAL_BATCH, 3, side, side), dtype=torch.uint8, generator=rng)
     made_up = made_up[: max(batch, len(eval_batches(made_up)[0]))]
-    made_up = ImageSet(made_up, torch.arange(len(made_up)) % CLASSES, tuple(map(str, range(CLASSES))))
+    made_up = ImageSet(
+        made_up, torch.arange(len(made_up)) % CLASSES, tuple(map(str, range(CLASSES)))
+    )
     model = Architecture(arch=arch).build_for(made_up, rng=rng).to(default_device())
     optimiser = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
 
     def run(data: ImageSet, number: int) -> None:
-        fit(model.train(), data, objective=cross_entropy(model), optimiser=optimiser, epochs=number, max_steps=number,
-            batch_size=batch, rng=rng, augment=Augment(), precision="auto")
+        fit(
+            model.train(),
+            data,
+            objective=cross_entropy(model),
+            optimiser=optimiser,
+            epochs=number,
+            max_steps=number,
+            batch_size=batch,
+            rng=rng,
+            augment=Augment(),
+            precision="auto",
+        )
 
     run(made_up, 1)
     predict(model, made_up.images, precision="auto")
     del made_up
     with Watch() as watch:
-        clean, (changes, options) = load_images(work / "data/pool"), load_poisoned(work / "poisoned")
+        clean, (changes, options) = (
+            load_images(work / "data/pool"),
+            load_poisoned(work / "poisoned"),
+        )
         data = changes.apply(clean)
         mean, std = statistics(data)
         model.mean.copy_(mean.view_as(model.mean)), model.std.copy_(std.view_as(model.std))
@@ -212,18 +295,28 @@ def train(work: Path, side: int, arch: str, steps: int, batch: int) -> dict[str,
         tests = load_images(work / "data/test")
         attacked = backdoored_test_set(changes.trigger, tests, options["target_label"])
         some = torch.arange(min(EVALUATED, len(attacked)))
-        scores = score(model, tests.subset(some), attacked.subset(some), options["target_label"], precision="auto")
+        scores = score(
+            model,
+            tests.subset(some),
+            attacked.subset(some),
+            options["target_label"],
+            precision="auto",
+        )
     start, augment = time.perf_counter(), Augment()
     for positions in torch.randint(len(data), (GATHERED, batch), generator=rng):
         augment(to_floats(data.images.index_select(0, positions)), rng=rng)
     return watch.row(steps * batch) | {
-        "input_images_per_second": GATHERED * batch / (time.perf_counter() - start), "step_images_per_second": steps * batch / trained,
-        "clean_accuracy": scores.clean_accuracy.value, "attack_success_rate": scores.attack_success_rate.value,
+        "input_images_per_second": GATHERED * batch / (time.perf_counter() - start),
+        "step_images_per_second": steps * batch / trained,
+        "clean_accuracy": scores.clean_accuracy.value,
+        "attack_success_rate": scores.attack_success_rate.value,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("n", type=int, nargs="?", default=20_000)
     parser.add_argument("side", type=int, nargs="?", default=224)
     parser.add_argument("--steps", type=int, default=50, help="of training")

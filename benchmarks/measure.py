@@ -1,6 +1,8 @@
-"""What one process measures: `python -m benchmarks.measure NAME '{"argument": ...}'` prints its numbers as JSON, last of all.
+"""What one process measures: `python -m benchmarks.measure NAME '{"argument": ...}'` prints its
+numbers as JSON, last of all.
 
-Loading is not timed; `peak` is the most memory of the whole process and `loaded` what it had before the work, in bytes.
+Loading is not timed; `peak` is the most memory of the whole process and `loaded` what it had
+before the work, in bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +38,15 @@ from rnp.data.shapes import Shapes
 from rnp.detection.base import Evidence
 from rnp.errors import UserError
 from rnp.io import (
-    load_defence_set, load_images, load_mask, load_model, read_json, read_trajectory, save_defence_set, save_mask, save_model,
+    load_defence_set,
+    load_images,
+    load_mask,
+    load_model,
+    read_json,
+    read_trajectory,
+    save_defence_set,
+    save_mask,
+    save_model,
 )
 from rnp.memory import keep_freed_pages
 from rnp.metrics import score
@@ -57,7 +67,9 @@ LEVEL = "0.2"
 
 
 class Clock:
-    """Seconds by name: `with clock("name"): work`; what has the same name is added up. `cpu` are those of all threads."""
+    """Seconds by name: `with clock("name"): work`; what has the same name is added up. `cpu` are
+    those of all threads.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -82,14 +94,21 @@ def timed(work: Callable[[], object]) -> tuple[object, Numbers]:
     """What `work` returns; its seconds and memory."""
     loaded, start, cpu = peak(), now(), time.process_time()
     made = work()
-    found: Numbers = {"seconds": now() - start, "cpu_seconds": time.process_time() - cpu, "loaded": loaded, "peak": peak()}
+    found: Numbers = {
+        "seconds": now() - start,
+        "cpu_seconds": time.process_time() - cpu,
+        "loaded": loaded,
+        "peak": peak(),
+    }
     if torch.cuda.is_available():
         found["peak_gpu"] = torch.cuda.max_memory_allocated()
     return made, found
 
 
 class Work:
-    """Multiply-adds of convolutions and linear layers in all forward passes while the block lasts, whoever runs them."""
+    """Multiply-adds of convolutions and linear layers in all forward passes while the block lasts,
+    whoever runs them.
+    """
 
     def __enter__(self) -> Work:
         self.total = 0
@@ -111,7 +130,8 @@ def cost(model: nn.Module, data: ImageSet) -> int:
     return work.total
 
 
-# ---- train ------------------------------------------------------------------------------------------------------------------
+# ---- train
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def pictures(n: int) -> ImageSet:
@@ -124,21 +144,33 @@ def pictures(n: int) -> ImageSet:
 
 def noise(n: int) -> ImageSet:
     """Random images of CIFAR-10's size."""
-    images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     return ImageSet(images, torch.arange(n) % 10, tuple("0123456789"))
 
 
 class Pictures(Dataset):
-    """As torchvision hands out CIFAR-10: a PIL image through the usual transforms, one at a time."""
+    """As torchvision hands out CIFAR-10: a PIL image through the usual transforms, one at a
+    time.
+    """
 
     def __init__(self, data: ImageSet) -> None:
         from torchvision import transforms
 
-        self.arrays, self.labels = data.images.permute(0, 2, 3, 1).contiguous().numpy(), data.labels.tolist()
+        self.arrays, self.labels = (
+            data.images.permute(0, 2, 3, 1).contiguous().numpy(),
+            data.labels.tolist(),
+        )
         mean, std = statistics(data)
-        self.transform = transforms.Compose([
-            transforms.RandomCrop(data.shape[1], padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-            transforms.Normalize(mean.tolist(), std.tolist())])
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(data.shape[1], padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(mean.tolist(), std.tolist()),
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -155,7 +187,9 @@ def train_plain(width: int, batch: int, steps: int, warm_up: int, workers: int) 
     net = Architecture(width=width).build_for(data, rng=torch.Generator().manual_seed(0)).net
     net = net.to(device, memory_format=torch.contiguous_format).train()
     optimiser = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    loader = DataLoader(Pictures(data), batch_size=batch, shuffle=True, num_workers=workers, drop_last=True)
+    loader = DataLoader(
+        Pictures(data), batch_size=batch, shuffle=True, num_workers=workers, drop_last=True
+    )
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
 
     def train(n: int) -> float:
@@ -175,30 +209,50 @@ def train_plain(width: int, batch: int, steps: int, warm_up: int, workers: int) 
 
 
 def train_ours(width: int, batch: int, steps: int, warm_up: int, precision: str) -> Numbers:
-    """`Train` for as many steps, after a shorter run; on a GPU the recording is part of the seconds, and the rate of all
-    epochs but the first is given too.
+    """`Train` for as many steps, after a shorter run; on a GPU the recording is part of the
+    seconds, and the rate of all epochs but the first is given too.
     """
     keep_freed_pages()
     data, rng = pictures(min(50_000, steps * batch)), torch.Generator().manual_seed(0)
     model = Architecture(width=width).build_for(data, rng=rng).to(default_device())
     per_epoch, ends = steps_per_epoch(len(data), batch), []
-    recipe = Train(epochs=max(1, round(steps / per_epoch)), batch_size=batch, lr=0.1, weight_decay=0.001, precision=precision)
+    recipe = Train(
+        epochs=max(1, round(steps / per_epoch)),
+        batch_size=batch,
+        lr=0.1,
+        weight_decay=0.001,
+        precision=precision,
+    )
     replace(recipe, epochs=1)(model, data.subset(torch.arange(warm_up * batch)), rng=rng)
-    _, found = timed(lambda: recipe(model, data, rng=rng, on_epoch=lambda epoch: ends.append(now())))
+    _, found = timed(
+        lambda: recipe(model, data, rng=rng, on_epoch=lambda epoch: ends.append(now()))
+    )
     found["images_per_second"] = len(data) * recipe.epochs / found["seconds"]
     if default_device().type == "cuda":
-        rest = (recipe.epochs - 1) * len(data) / (ends[-1] - ends[0]) if recipe.epochs > 1 else found["images_per_second"]
-        found |= {"steady_images_per_second": rest, "flops": 6 * cost(model, data) * rest, "peak_flops": product_peak()}
+        rest = (
+            (recipe.epochs - 1) * len(data) / (ends[-1] - ends[0])
+            if recipe.epochs > 1
+            else found["images_per_second"]
+        )
+        found |= {
+            "steady_images_per_second": rest,
+            "flops": 6 * cost(model, data) * rest,
+            "peak_flops": product_peak(),
+        }
     return found
 
 
 def training_steps(steps: int, limit: float) -> Numbers:
-    """Steps of a small network in fp32, whose threads wait for one another often: that of the preset demo, 32 images each. At most
-    `steps` of them, and none after `limit` seconds.
+    """Steps of a small network in fp32, whose threads wait for one another often: that of the
+    preset demo, 32 images each. At most `steps` of them, and none after `limit` seconds.
     """
     keep_freed_pages()
     data = noise(32)
-    model = Architecture(arch="resnet10", width=16).build_for(data, rng=torch.Generator().manual_seed(0)).train()
+    model = (
+        Architecture(arch="resnet10", width=16)
+        .build_for(data, rng=torch.Generator().manual_seed(0))
+        .train()
+    )
     optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
     images, labels, done = data.floats(), data.labels, 0
 
@@ -214,12 +268,19 @@ def training_steps(steps: int, limit: float) -> Numbers:
         step()
         done += 1
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "steps": done, "milliseconds": 1000 * seconds / done, "threads": torch.get_num_threads()}
+    return {
+        "seconds": seconds,
+        "steps": done,
+        "milliseconds": 1000 * seconds / done,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def product_peak(side: int = 8192, times: int = 20) -> float:
     """Floating-point operations a second of a large bf16 matrix product."""
-    a, b = (torch.randn(side, side, device=default_device(), dtype=torch.bfloat16) for _ in range(2))
+    a, b = (
+        torch.randn(side, side, device=default_device(), dtype=torch.bfloat16) for _ in range(2)
+    )
     for _ in range(3):
         a @ b
     start = now()
@@ -228,7 +289,8 @@ def product_peak(side: int = 8192, times: int = 20) -> float:
     return 2 * side**3 * times / (now() - start)
 
 
-# ---- the defence, on the folder of a run ------------------------------------------------------------------------------------
+# ---- the defence, on the folder of a run
+# ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -243,13 +305,21 @@ class Subject:
     @classmethod
     def load(cls, folder: str) -> Subject:
         path = Path(folder)
-        return cls(path, read_params(path / "params.yaml"), load_model(path / "models/backdoored.safetensors")[0],
-                   load_defence_set(path / "data/defence"))
+        return cls(
+            path,
+            read_params(path / "params.yaml"),
+            load_model(path / "models/backdoored.safetensors")[0],
+            load_defence_set(path / "data/defence"),
+        )
 
     def method(self, kind: type, section: str, prefix: str = "", **changes: object) -> object:
-        """`kind` with the settings of the run, and with its own defaults where the run says nothing."""
+        """`kind` with the settings of the run, and with its own defaults where the run says
+        nothing.
+        """
         values = dict(leaves(self.params.get(section, {})))
-        return from_section(kind, values | {f"{prefix}{name}": value for name, value in changes.items()}, prefix)
+        return from_section(
+            kind, values | {f"{prefix}{name}": value for name, value in changes.items()}, prefix
+        )
 
     def rng(self, stage: str) -> torch.Generator:
         return generator(self.params["seed"], stage)
@@ -257,29 +327,45 @@ class Subject:
     def tests(self) -> tuple[ImageSet, ImageSet, int | None]:
         """Test images, triggered ones, and the target of the attack."""
         attack = read_json(self.folder / "data/triggered/attack.json")
-        return load_images(self.folder / "data/test"), load_images(self.folder / "data/triggered/test"), attack["target_label"]
+        return (
+            load_images(self.folder / "data/test"),
+            load_images(self.folder / "data/triggered/test"),
+            attack["target_label"],
+        )
 
     def unlearned(self) -> tuple[nn.Module, list[Epoch]]:
-        """The model that sample detectors ask, and the way to the collapse; made anew where the run did not get there."""
+        """The model that sample detectors ask, and the way to the collapse; made anew where the
+        run did not get there.
+        """
         made = self.folder / "models/unlearned"
         if made.exists():
             level = made / f"accuracy_{LEVEL}.safetensors"
             model = load_model(level if level.exists() else made / "accuracy_end.safetensors")[0]
             return model, read_trajectory(made / "trajectory.csv")
-        result = self.method(Unlearn, "unlearn", to_collapse=True)(self.model, self.defence.train, rng=self.rng("unlearn"))
+        result = self.method(Unlearn, "unlearn", to_collapse=True)(
+            self.model, self.defence.train, rng=self.rng("unlearn")
+        )
         result.model.load_state_dict(result.checkpoints.get(LEVEL, result.checkpoints["end"]))
         return result.model, result.trajectory
 
 
 def rnp_ours(folder: str, to_collapse: bool) -> Numbers:
-    """Unlearn, recover and prune as the stages do, then one evaluation; every one is counted in `seconds`."""
+    """Unlearn, recover and prune as the stages do, then one evaluation; every one is counted in
+    `seconds`.
+    """
     keep_freed_pages()
     subject, clock = Subject.load(folder), Clock()
     test, attacked, target = subject.tests()
-    clean, precision = subject.defence.train, subject.params.get("evaluate", {}).get("precision", "auto")
+    clean, precision = (
+        subject.defence.train,
+        subject.params.get("evaluate", {}).get("precision", "auto"),
+    )
     each = cost(subject.model, clean)
-    methods = (subject.method(Unlearn, "unlearn", to_collapse=to_collapse), subject.method(Recover, "recover"),
-               subject.method(Prune, "prune"))
+    methods = (
+        subject.method(Unlearn, "unlearn", to_collapse=to_collapse),
+        subject.method(Recover, "recover"),
+        subject.method(Prune, "prune"),
+    )
 
     def defend() -> tuple:
         with clock("unlearn"):
@@ -289,28 +375,45 @@ def rnp_ours(folder: str, to_collapse: bool) -> Numbers:
         with clock("prune"):
             pruned = methods[2](subject.model, recovered.mask, subject.defence.both)
         with clock("evaluate"):
-            return unlearned, pruned, score(pruned.model, test, attacked, target, precision=precision)
+            return (
+                unlearned,
+                pruned,
+                score(pruned.model, test, attacked, target, precision=precision),
+            )
 
     with Work() as work:
         (unlearned, pruned, scores), found = timed(defend)
     before = score(subject.model, test, attacked, target, precision=precision)
     return found | {
-        "phases": clock.seconds, "unlearn_steps": unlearned.trajectory[-1].step, "recover_steps": methods[1].steps,
-        "stopped": unlearned.reached, "image_passes": work.total / each, "evaluations": 1, "pruned": pruned.chosen.pruned,
-        "evaluation_seconds": clock.seconds["evaluate"], "precision": [*(method.precision for method in methods), precision],
-        "n_defence": len(clean), "n_clean": len(test), "n_triggered": len(attacked),
-        **{f"{name}_before": value for name, value in before.flat().items()}, **scores.flat(),
+        "phases": clock.seconds,
+        "unlearn_steps": unlearned.trajectory[-1].step,
+        "recover_steps": methods[1].steps,
+        "stopped": unlearned.reached,
+        "image_passes": work.total / each,
+        "evaluations": 1,
+        "pruned": pruned.chosen.pruned,
+        "evaluation_seconds": clock.seconds["evaluate"],
+        "precision": [*(method.precision for method in methods), precision],
+        "n_defence": len(clean),
+        "n_clean": len(test),
+        "n_triggered": len(attacked),
+        **{f"{name}_before": value for name, value in before.flat().items()},
+        **scores.flat(),
     }
 
 
 class Shifted(Dataset):
-    """The defence set as the published loader hands it out: cropped and flipped one image at a time."""
+    """The defence set as the published loader hands it out: cropped and flipped one image at a
+    time.
+    """
 
     def __init__(self, data: ImageSet, device: torch.device) -> None:
         from torchvision import transforms
 
         self.images, self.labels = data.floats().to(device), data.labels.to(device)
-        self.transform = transforms.Compose([transforms.RandomCrop(data.shape[1:], padding=4), transforms.RandomHorizontalFlip()])
+        self.transform = transforms.Compose(
+            [transforms.RandomCrop(data.shape[1:], padding=4), transforms.RandomHorizontalFlip()]
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -320,12 +423,13 @@ class Shifted(Dataset):
 
 
 def rnp_published(folder: str, unlearn_steps: int, recover_steps: int, quick: bool) -> Numbers:
-    """The published procedure, which tests on all test images after every epoch and at every threshold.
+    """The published procedure, which tests on all test images after every epoch and at every
+    threshold.
 
-    `seconds` are those of as many optimiser steps as ours takes, in whole epochs. The ascent goes on beyond them, or to them,
-    for the sake of its own stop: the masks are learned from where the published rule stops, and `own_seconds` count to there.
-    `quick` measures one epoch of each kind and one evaluation, each after one that does not count, and multiplies; it reaches no
-    model.
+    `seconds` are those of as many optimiser steps as ours takes, in whole epochs. The ascent goes
+    on beyond them, or to them, for the sake of its own stop: the masks are learned from where the
+    published rule stops, and `own_seconds` count to there. `quick` measures one epoch of each kind
+    and one evaluation, each after one that does not count, and multiplies; it reaches no model.
     """
     torch.manual_seed(98)
     subject = Subject.load(folder)
@@ -334,10 +438,15 @@ def rnp_published(folder: str, unlearn_steps: int, recover_steps: int, quick: bo
     test, attacked, target = subject.tests()
     goals = targets(attacked.labels, target, len(attacked.classes))
     train = DataLoader(Shifted(clean, device), batch_size=128, shuffle=True)
-    tests = [DataLoader(TensorDataset(data.floats().to(device), labels.to(device)), batch_size=128)
-             for data, labels in ((test, test.labels), (attacked, goals))]
+    tests = [
+        DataLoader(TensorDataset(data.floats().to(device), labels.to(device)), batch_size=128)
+        for data, labels in ((test, test.labels), (attacked, goals))
+    ]
     per_epoch = len(train)
-    epochs, recover_epochs = math.ceil(unlearn_steps / per_epoch), math.ceil(recover_steps / per_epoch)
+    epochs, recover_epochs = (
+        math.ceil(unlearn_steps / per_epoch),
+        math.ceil(recover_steps / per_epoch),
+    )
 
     def evaluate(model: nn.Module) -> tuple[float, float]:
         return tuple(published.evaluate(model, loader)[1] for loader in tests)
@@ -345,11 +454,19 @@ def rnp_published(folder: str, unlearn_steps: int, recover_steps: int, quick: bo
     def passes(unlearning: int) -> int:
         """Images of one run with so many epochs of unlearning."""
         evaluations = unlearning + recover_epochs + len(published.THRESHOLDS)
-        return (unlearning + recover_epochs) * len(clean) + evaluations * (len(test) + len(attacked))
+        return (unlearning + recover_epochs) * len(clean) + evaluations * (
+            len(test) + len(attacked)
+        )
 
-    common = {"unlearn_steps": epochs * per_epoch, "recover_steps": recover_epochs * per_epoch, "recover_epochs": recover_epochs,
-              "image_passes": passes(epochs), "evaluations": epochs + recover_epochs + len(published.THRESHOLDS),
-              "n_clean": len(test), "n_triggered": len(attacked)}
+    common = {
+        "unlearn_steps": epochs * per_epoch,
+        "recover_steps": recover_epochs * per_epoch,
+        "recover_epochs": recover_epochs,
+        "image_passes": passes(epochs),
+        "evaluations": epochs + recover_epochs + len(published.THRESHOLDS),
+        "n_clean": len(test),
+        "n_triggered": len(attacked),
+    }
     if quick:
         return common | extrapolated(victim, lambda: train, evaluate, epochs, recover_epochs)
 
@@ -363,7 +480,7 @@ def rnp_published(folder: str, unlearn_steps: int, recover_steps: int, quick: bo
         testing.append(now() - start)
         return found
 
-    while len(ways) < epochs or not stopped and len(ways) < 21:
+    while len(ways) < epochs or (not stopped and len(ways) < 21):
         start = now()
         model, running = next(loop)
         assess(model)
@@ -381,19 +498,40 @@ def rnp_published(folder: str, unlearn_steps: int, recover_steps: int, quick: bo
         published.write_masks(path, masks)
         for threshold, pruned, model in published.sweep(victim, path):
             ca, asr = assess(model)
-            points.append({"threshold": threshold, "pruned": pruned, "clean_accuracy": ca, "attack_success_rate": asr})
+            points.append(
+                {
+                    "threshold": threshold,
+                    "pruned": pruned,
+                    "clean_accuracy": ca,
+                    "attack_success_rate": asr,
+                }
+            )
     rest = sum(clock.seconds.values())
     return common | {
-        "seconds": sum(ways[:epochs]) + rest, "own_seconds": sum(ways[:own]) + rest, "own_unlearn_steps": own * per_epoch,
-        "stopped": stopped, "phases": {"unlearn": sum(ways[:epochs]), **clock.seconds}, "extrapolated": False, "sweep": points,
-        "evaluation_seconds": sum(testing[:epochs] + testing[len(ways):]),
-        "clean_accuracy_before": before[0], "attack_success_rate_before": before[1], **oracle(points, before[0]),
-        "cpu_seconds": time.process_time() - cpu, "loaded": loaded, "peak": peak(),
+        "seconds": sum(ways[:epochs]) + rest,
+        "own_seconds": sum(ways[:own]) + rest,
+        "own_unlearn_steps": own * per_epoch,
+        "stopped": stopped,
+        "phases": {"unlearn": sum(ways[:epochs]), **clock.seconds},
+        "extrapolated": False,
+        "sweep": points,
+        "evaluation_seconds": sum(testing[:epochs] + testing[len(ways) :]),
+        "clean_accuracy_before": before[0],
+        "attack_success_rate_before": before[1],
+        **oracle(points, before[0]),
+        "cpu_seconds": time.process_time() - cpu,
+        "loaded": loaded,
+        "peak": peak(),
     }
 
 
-def extrapolated(victim: nn.Module, batches: published.Batches, evaluate: Callable[[nn.Module], object], epochs: int,
-                 recover_epochs: int) -> Numbers:
+def extrapolated(
+    victim: nn.Module,
+    batches: published.Batches,
+    evaluate: Callable[[nn.Module], object],
+    epochs: int,
+    recover_epochs: int,
+) -> Numbers:
     """What the published run would take, from one epoch of each kind and one evaluation."""
     clock = Clock()
     model, _ = next(published.ascent(victim, batches))  # what comes first is slower
@@ -407,12 +545,20 @@ def extrapolated(victim: nn.Module, batches: published.Batches, evaluate: Callab
         evaluate(victim)
     one = clock.seconds
     evaluations = (epochs + recover_epochs + len(published.THRESHOLDS)) * one["evaluate"]
-    return {"seconds": epochs * one["unlearn"] + recover_epochs * one["recover"] + evaluations, "evaluation_seconds": evaluations,
-            "extrapolated": True, "measured": one, "measured_cpu": clock.cpu, "peak": peak()}
+    return {
+        "seconds": epochs * one["unlearn"] + recover_epochs * one["recover"] + evaluations,
+        "evaluation_seconds": evaluations,
+        "extrapolated": True,
+        "measured": one,
+        "measured_cpu": clock.cpu,
+        "peak": peak(),
+    }
 
 
 def oracle(points: list[Numbers], before: float) -> Numbers:
-    """The point that a reader would choose who sees the test set: the lowest ASR at a fall of CA by at most `LARGEST_DROP`."""
+    """The point that a reader would choose who sees the test set: the lowest ASR at a fall of CA
+    by at most `LARGEST_DROP`.
+    """
     allowed = [point for point in points if before - point["clean_accuracy"] <= LARGEST_DROP]
     return min(allowed or points[:1], key=lambda point: point["attack_success_rate"])
 
@@ -426,10 +572,14 @@ def defence(folder: str, name: str) -> Numbers:
 
 
 def defence_rnp(folder: str) -> Numbers:
-    """Our three steps without a test image, as the other defences are measured; with the ascent to the collapse, as in the pipeline."""
+    """Our three steps without a test image, as the other defences are measured; with the ascent to
+    the collapse, as in the pipeline.
+    """
     keep_freed_pages()
     subject = Subject.load(folder)
-    unlearn, recover, prune = (subject.method(kind, kind.__name__.lower()) for kind in (Unlearn, Recover, Prune))
+    unlearn, recover, prune = (
+        subject.method(kind, kind.__name__.lower()) for kind in (Unlearn, Recover, Prune)
+    )
 
     def defend() -> None:
         unlearned = unlearn(subject.model, subject.defence.train, rng=subject.rng("unlearn"))
@@ -440,23 +590,36 @@ def defence_rnp(folder: str) -> Numbers:
 
 
 def detector(folder: str, family: str, name: str, images: int) -> Numbers:
-    """One detector; what those of the label judge by is made before, by unlearning and by `neural_cleanse`."""
+    """One detector; what those of the label judge by is made before, by unlearning and by
+    `neural_cleanse`.
+    """
     keep_freed_pages()
     subject = Subject.load(folder)
     method = subject.method(load(family, name), "detect", f"{name}.")
     model, clean, rng = subject.model, subject.defence.train, subject.rng(f"{family}/{name}")
     if family == "triggers":
-        work = lambda: method.recover(model, clean, rng=rng)
+
+        def work():
+            return method.recover(model, clean, rng=rng)
     elif family == "samples":
         test, attacked, _ = subject.tests()
         shown = torch.cat([part.images[:images] for part in (test, attacked)])
         weak = subject.unlearned()[0] if method.asks_unlearned else None
-        work = lambda: method.score(model, shown, clean, rng=rng, unlearned=weak)
+
+        def work():
+            return method.score(model, shown, clean, rng=rng, unlearned=weak)
     else:
-        search = subject.method(load("triggers", "neural_cleanse"), "detect", "neural_cleanse.", steps=1)
+        search = subject.method(
+            load("triggers", "neural_cleanse"), "detect", "neural_cleanse.", steps=1
+        )
         found = search.recover(model, clean, rng=rng) if method.asks_triggers else []
-        evidence = Evidence(model, found, *(subject.unlearned() if method.asks_unlearned else (model, [])))
-        work = lambda: method.judge(evidence, clean, rng=rng)
+        evidence = Evidence(
+            model, found, *(subject.unlearned() if method.asks_unlearned else (model, []))
+        )
+
+        def work():
+            return method.judge(evidence, clean, rng=rng)
+
     return timed(work)[1]
 
 
@@ -465,7 +628,8 @@ def poison(name: str) -> Numbers:
     return poisoning.measure(name)
 
 
-# ---- how cost grows ---------------------------------------------------------------------------------------------------------
+# ---- how cost grows
+# ---------------------------------------------------------------------------------------------------------
 
 
 def demo(kind: type, **changes: object) -> object:
@@ -475,7 +639,9 @@ def demo(kind: type, **changes: object) -> object:
 
 
 def scale_subject(folder: str, width: int, side: int) -> Numbers:
-    """Write a backdoored ResNet-18, trained for four passes over 6,000 generated shapes, and 2,000 clean images of the defender."""
+    """Write a backdoored ResNet-18, trained for four passes over 6,000 generated shapes, and 2,000
+    clean images of the defender.
+    """
     keep_freed_pages()
     rng, path = torch.Generator().manual_seed(0), Path(folder)
     train, test = Shapes(train=8000, test=1000, size=side).load(path, rng=rng)
@@ -496,7 +662,9 @@ def scale_unlearn(folder: str, images: int) -> Numbers:
     path, clean = Path(folder), few(folder, images).train
     model, architecture, classes = load_model(path / "model.safetensors")
     unlearn = demo(Unlearn, to_collapse=False)
-    unlearn = demo(Unlearn, to_collapse=False, epochs=math.ceil(40 / math.ceil(images / unlearn.batch_size)))
+    unlearn = demo(
+        Unlearn, to_collapse=False, epochs=math.ceil(40 / math.ceil(images / unlearn.batch_size))
+    )
     made, found = timed(lambda: unlearn(model, clean, rng=generator(0, "unlearn")))
     save_model(path / "unlearned.safetensors", made.model, architecture, classes)
     steps = made.trajectory[-1].step
@@ -517,7 +685,10 @@ def scale_prune(folder: str, images: int, max_fraction: float) -> Numbers:
     path, clean = Path(folder), few(folder, images).both
     model, mask = load_model(path / "model.safetensors")[0], load_mask(path / "mask.safetensors")
     made, found = timed(lambda: demo(Prune, max_fraction=max_fraction)(model, mask, clean))
-    return found | {"tried": int(max_fraction * sum(map(len, mask.values()))), "pruned": made.chosen.pruned}
+    return found | {
+        "tried": int(max_fraction * sum(map(len, mask.values()))),
+        "pruned": made.chosen.pruned,
+    }
 
 
 def few(folder: str, images: int) -> DefenceSet:
@@ -526,9 +697,24 @@ def few(folder: str, images: int) -> DefenceSet:
     return DefenceSet(*(part.subset(torch.arange(images)) for part in (both.train, both.val)))
 
 
-MEASURES = {work.__name__: work for work in (
-    train_plain, train_ours, training_steps, rnp_ours, rnp_published, defence, defence_rnp, detector, poison, scale_subject, scale_unlearn,
-    scale_recover, scale_prune)}
+MEASURES = {
+    work.__name__: work
+    for work in (
+        train_plain,
+        train_ours,
+        training_steps,
+        rnp_ours,
+        rnp_published,
+        defence,
+        defence_rnp,
+        detector,
+        poison,
+        scale_subject,
+        scale_unlearn,
+        scale_recover,
+        scale_prune,
+    )
+}
 
 
 if __name__ == "__main__":

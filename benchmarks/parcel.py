@@ -46,7 +46,7 @@ def shrink(name: str, content: bytes) -> dict[str, bytes]:
     pixels = pickle.loads(content, encoding="latin1").get("data", np.empty((0, 3072), np.uint8))
     raw = pixels.tobytes()
     start = content.index(raw)
-    rest = content[:start] + content[start + len(raw):]
+    rest = content[:start] + content[start + len(raw) :]
     found = {f"{name}/{start}.xz": lzma.compress(rest)}
     images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     for first in range(0, len(images), STRIP):

@@ -25,8 +25,9 @@ def put(params: dict, name: str, value: object) -> None:
     params[leaf] = value
 
 
-def parameters(preset: str, *, seed: int, attack: str, defences: Sequence[str],
-               changes: Iterable[str] = ()) -> dict:
+def parameters(
+    preset: str, *, seed: int, attack: str, defences: Sequence[str], changes: Iterable[str] = ()
+) -> dict:
     """Those of `preset` with `defences` alone; the ones that it lacks have their defaults.
 
     Raises: UserError for a name or a value that no stage takes.

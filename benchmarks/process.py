@@ -27,11 +27,22 @@ class Failed(Exception):
 
 
 def peak() -> int:
-    """Bytes of memory that this process has had at most: `ru_maxrss` would count what the process had that started it."""
+    """Bytes of memory that this process has had at most: `ru_maxrss` would count what the process
+    had that started it.
+    """
     status = Path("/proc/self/status")
     if status.exists():
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return (
+            next(
+                int(line.split()[1])
+                for line in status.read_text().splitlines()
+                if line.startswith("VmHWM")
+            )
+            * 1024
+        )
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def call(*command: str | Path, folder: Path = ROOT, env: dict[str, str] | None = None) -> str:
@@ -40,7 +51,9 @@ def call(*command: str | Path, folder: Path = ROOT, env: dict[str, str] | None =
     Raises: Failed with the last line that it wrote.
     """
     env = {**os.environ, "PYTHONPATH": str(ROOT)} if env is None else env
-    done = subprocess.run([str(word) for word in command], cwd=folder, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(word) for word in command], cwd=folder, env=env, capture_output=True, text=True
+    )
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no output"]
         raise Failed(f"exit code {done.returncode}: {lines[-1][:300]}")
@@ -58,10 +71,21 @@ def measure(what: str, /, **arguments: object) -> Result:
 
 
 def measure_untouched(what: str, /, **arguments: object) -> Result:
-    """As `measure`, but threads wait as libgomp has it by itself: PyTorch is loaded before anything of ours."""
+    """As `measure`, but threads wait as libgomp has it by itself: PyTorch is loaded before
+    anything of ours.
+    """
     start = "import runpy, torch; runpy.run_module('benchmarks.measure', run_name='__main__')"
     env = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    return result(call(sys.executable, "-c", start, what, json.dumps(arguments), env=env | {"PYTHONPATH": str(ROOT)}))
+    return result(
+        call(
+            sys.executable,
+            "-c",
+            start,
+            what,
+            json.dumps(arguments),
+            env=env | {"PYTHONPATH": str(ROOT)},
+        )
+    )
 
 
 def result(said: str) -> Result:
@@ -104,7 +128,11 @@ def say(text: str) -> None:
 
 
 def median(runs: Runs, name: str, key: str) -> float | None:
-    """The median of one number over the repeats of a measurement; None when it failed or was not made."""
+    """The median of one number over the repeats of a measurement; None when it failed or was not
+    made.
+    """
     done = runs.get(name) or []
-    values = [] if isinstance(done, dict) else [each[key] for each in done if each.get(key) is not None]
+    values = (
+        [] if isinstance(done, dict) else [each[key] for each in done if each.get(key) is not None]
+    )
     return statistics.median(values) if values else None

@@ -1,8 +1,10 @@
-"""The published RNP procedure, restated plainly: the benchmark runs against it, and the parity tests hold ours to it.
+"""The published RNP procedure, restated plainly: the benchmark runs against it, and the parity
+tests hold ours to it.
 
-Source: the authors' release of December 2023 (main.py, mask_batchnorm.py), restated from a description of it; no line is theirs.
-Differs: the weights ask for no gradient while the masks learn, which favours it; its clipping, which acts on empty gradients, is
-left out.
+Source: the authors' release of December 2023 (main.py, mask_batchnorm.py), restated from a
+description of it; no line is theirs.
+Differs: the weights ask for no gradient while the masks learn, which favours it; its clipping,
+which acts on empty gradients, is left out.
 """
 
 from __future__ import annotations
@@ -24,8 +26,12 @@ STOP = 0.2
 THRESHOLDS = tuple(i / 20 for i in range(19))
 
 
-def ascent(model: nn.Module, batches: Batches, *, lr: float = 0.01, epochs: int = 21) -> Iterator[tuple[nn.Module, float]]:
-    """After each epoch the model, a copy that goes on changing, and its running accuracy; whoever listens stops at `STOP`."""
+def ascent(
+    model: nn.Module, batches: Batches, *, lr: float = 0.01, epochs: int = 21
+) -> Iterator[tuple[nn.Module, float]]:
+    """After each epoch the model, a copy that goes on changing, and its running accuracy; whoever
+    listens stops at `STOP`.
+    """
     model = copy.deepcopy(model)
     optimiser = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimiser, milestones=[10, 20], gamma=0.1)
@@ -54,15 +60,32 @@ class MaskedBatchNorm(nn.Module):
         n = self.norm
         if self.training:
             n.num_batches_tracked += 1
-        return F.batch_norm(x, n.running_mean, n.running_var, n.weight * self.mask, n.bias, self.training, n.momentum, n.eps)
+        return F.batch_norm(
+            x,
+            n.running_mean,
+            n.running_var,
+            n.weight * self.mask,
+            n.bias,
+            self.training,
+            n.momentum,
+            n.eps,
+        )
 
 
-def recovery(unlearned: nn.Module, batches: Batches, *, epochs: int = 20,
-             after_step: Callable[[NeuronMask], None] = lambda masks: None) -> Iterator[tuple[nn.Module, NeuronMask]]:
-    """After each epoch the masked model and its masks, which go on changing: SGD .2 with momentum .9 on .2 times the loss,
-    masks clamped to [0, 1] after each step."""
+def recovery(
+    unlearned: nn.Module,
+    batches: Batches,
+    *,
+    epochs: int = 20,
+    after_step: Callable[[NeuronMask], None] = lambda masks: None,
+) -> Iterator[tuple[nn.Module, NeuronMask]]:
+    """After each epoch the masked model and its masks, which go on changing: SGD .2 with momentum
+    .9 on .2 times the loss, masks clamped to [0, 1] after each step.
+    """
     model = copy.deepcopy(unlearned).requires_grad_(False)
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    norms = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)
+    }
     masks = {}
     for name, norm in norms.items():
         parent, _, leaf = name.rpartition(".")
@@ -84,12 +107,18 @@ def recovery(unlearned: nn.Module, batches: Batches, *, epochs: int = 20,
 
 def write_masks(path: Path, masks: NeuronMask) -> None:
     """A line of text per neuron, the lowest mask first, with four decimals."""
-    rows = [(float(value), name, index) for name, mask in masks.items() for index, value in enumerate(mask)]
+    rows = [
+        (float(value), name, index)
+        for name, mask in masks.items()
+        for index, value in enumerate(mask)
+    ]
     path.write_text("".join(f"{name} {index} {value:.4f}\n" for value, name, index in sorted(rows)))
 
 
 def sweep(model: nn.Module, masks: Path) -> Iterator[tuple[float, int, nn.Module]]:
-    """For each threshold the number of pruned neurons and the model, a copy that goes on changing."""
+    """For each threshold the number of pruned neurons and the model, a copy that goes on
+    changing.
+    """
     model = copy.deepcopy(model)
     rows = [line.split() for line in masks.read_text().splitlines()]
     pruned = 0

@@ -11,22 +11,33 @@ import numpy as np
 from benchmarks.process import Runs, median
 from rnp.plots import BLUE, GREEN, GREY, RED, SMALL, canvas, name_axes, name_lines, save
 
-AXES = {"images": "clean images (each half)", "width": "channels of the first stage", "tried": "neurons tried",
-        "side": "side of the images, pixels"}
-PHASES = {"unlearn": ("seconds_per_step", "unlearn, a step", BLUE), "recover": ("seconds", "recover", GREEN),
-          "prune": ("seconds", "prune", RED)}
+AXES = {
+    "images": "clean images (each half)",
+    "width": "channels of the first stage",
+    "tried": "neurons tried",
+    "side": "side of the images, pixels",
+}
+PHASES = {
+    "unlearn": ("seconds_per_step", "unlearn, a step", BLUE),
+    "recover": ("seconds", "recover", GREEN),
+    "prune": ("seconds", "prune", RED),
+}
 Points = dict[str, dict[str, list[tuple[float, float]]]]
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:
-    """b of the power law y = a x^b, by least squares in logarithms; NaN for fewer than two different x."""
+    """b of the power law y = a x^b, by least squares in logarithms; NaN for fewer than two
+    different x.
+    """
     if len(set(x)) < 2:
         return math.nan
     return round(float(np.polyfit(np.log(x), np.log(y), 1)[0]), 4) + 0.0  # no -0
 
 
 def points(runs: Runs) -> Points:
-    """By axis and phase what grows and the median seconds; the number of neurons tried concerns pruning alone."""
+    """By axis and phase what grows and the median seconds; the number of neurons tried concerns
+    pruning alone.
+    """
     found: Points = {}
     for name in runs:
         axis, value, *phase = name.split("/")
@@ -35,18 +46,28 @@ def points(runs: Runs) -> Points:
         x = median(runs, name, "tried") if axis == "max_fraction" else float(value)
         seconds = median(runs, name, PHASES[phase[0]][0])
         if seconds is not None:
-            found.setdefault("tried" if axis == "max_fraction" else axis, {}).setdefault(phase[0], []).append((x, seconds))
+            found.setdefault("tried" if axis == "max_fraction" else axis, {}).setdefault(
+                phase[0], []
+            ).append((x, seconds))
     return found
 
 
 def exponents(runs: Runs) -> dict[str, dict[str, float | None]]:
     """None where there are too few points."""
-    fits = {axis: {phase: exponent(*zip(*some)) for phase, some in phases.items()} for axis, phases in points(runs).items()}
-    return {axis: {phase: fit if math.isfinite(fit) else None for phase, fit in phases.items()} for axis, phases in fits.items()}
+    fits = {
+        axis: {phase: exponent(*zip(*some)) for phase, some in phases.items()}
+        for axis, phases in points(runs).items()
+    }
+    return {
+        axis: {phase: fit if math.isfinite(fit) else None for phase, fit in phases.items()}
+        for axis, phases in fits.items()
+    }
 
 
 def draw(path: Path, part: dict) -> None:
-    """Seconds against each thing that grows, both on logarithmic scales; the exponent stands at the end of each line."""
+    """Seconds against each thing that grows, both on logarithmic scales; the exponent stands at
+    the end of each line.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     figure, axes = canvas(5.4, 2, 2)
@@ -58,7 +79,13 @@ def draw(path: Path, part: dict) -> None:
             x, y = zip(*sorted(some))
             ax.plot(x, y, color=colour, marker="o", markersize=3.5, linewidth=1.8)
             fit = part["exponents"][axis][phase]
-            ends.append((y[-1], f"{name}\n{'' if fit is None else f'exponent {round(fit, 2) + 0.0:.2f}'}", colour))
+            ends.append(
+                (
+                    y[-1],
+                    f"{name}\n{'' if fit is None else f'exponent {round(fit, 2) + 0.0:.2f}'}",
+                    colour,
+                )
+            )
             at |= set(x)
         ax.set(xscale="log", yscale="log")
         ax.margins(y=0.15)

@@ -1,9 +1,11 @@
-"""What a change of the training comes to: `python -m benchmarks.schedules TABLE -S train.epochs=16 -S train.batch_size=128`.
+"""What a change of the training comes to: `python -m benchmarks.schedules TABLE -S train.epochs=16
+-S train.batch_size=128`.
 
-Trains one model with a BadNets backdoor by the settings of a preset and those changes, and adds a row to the table: CA, ASR, and the
-processor seconds of the training, which are the same on one core and on four but for waiting. Run one at a time for each core with
-`OMP_NUM_THREADS=1`. The target label is the seed, modulo the classes. `--summary` prints the rows as a Markdown table, those with the
-highest CA first, means over seeds.
+Trains one model with a BadNets backdoor by the settings of a preset and those changes, and adds a
+row to the table: CA, ASR, and the processor seconds of the training, which are the same on one
+core and on four but for waiting. Run one at a time for each core with `OMP_NUM_THREADS=1`. The
+target label is the seed, modulo the classes. `--summary` prints the rows as a Markdown table,
+those with the highest CA first, means over seeds.
 """
 
 from __future__ import annotations
@@ -27,12 +29,25 @@ from rnp.io import put_rows, read_rows
 from rnp.memory import keep_freed_pages
 from rnp.origin import origin
 
-COLUMNS = ("preset", "changes", "seed", "clean_accuracy", "attack_success_rate", "core_seconds", "n_clean", "device", "version", "torch")
+COLUMNS = (
+    "preset",
+    "changes",
+    "seed",
+    "clean_accuracy",
+    "attack_success_rate",
+    "core_seconds",
+    "n_clean",
+    "device",
+    "version",
+    "torch",
+)
 KEY = ("preset", "changes", "seed")
 
 
 def changed(preset: str, changes: Sequence[str], seed: int) -> dict:
-    """The parameters of `preset` with `changes`, which are those of `rnp sweep -S` but for one point. Raises: UserError."""
+    """The parameters of `preset` with `changes`, which are those of `rnp sweep -S` but for one
+    point. Raises: UserError.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, PARAMS)
         file.write_text(render(preset))
@@ -46,19 +61,43 @@ def changed(preset: str, changes: Sequence[str], seed: int) -> dict:
 
 def summary(rows: Sequence[dict[str, str]]) -> list[str]:
     """A line of a Markdown table for each set of changes."""
-    of = {changes: [row for row in rows if row["changes"] == changes] for changes in dict.fromkeys(row["changes"] for row in rows)}
-    mean = lambda changes, name: statistics.mean(float(row[name]) for row in of[changes])
-    body = [[changes or "none", str(len(of[changes])), f"{mean(changes, 'clean_accuracy'):.3f}", f"{mean(changes, 'attack_success_rate'):.3f}",
-             f"{mean(changes, 'core_seconds') / 60:.0f}"] for changes in sorted(of, key=lambda changes: -mean(changes, "clean_accuracy"))]
+    of = {
+        changes: [row for row in rows if row["changes"] == changes]
+        for changes in dict.fromkeys(row["changes"] for row in rows)
+    }
+
+    def mean(changes, name):
+        return statistics.mean(float(row[name]) for row in of[changes])
+
+    body = [
+        [
+            changes or "none",
+            str(len(of[changes])),
+            f"{mean(changes, 'clean_accuracy'):.3f}",
+            f"{mean(changes, 'attack_success_rate'):.3f}",
+            f"{mean(changes, 'core_seconds') / 60:.0f}",
+        ]
+        for changes in sorted(of, key=lambda changes: -mean(changes, "clean_accuracy"))
+    ]
     return table(["changes", "seeds", "CA", "ASR", "core minutes"], body)[:-1]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("table", type=Path, help="CSV file that takes the row")
     parser.add_argument("--preset", default="cifar10-fast")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-S", "--set", action="append", default=[], dest="changes", metavar="NAME=VALUE", help="a parameter of the preset")
+    parser.add_argument(
+        "-S",
+        "--set",
+        action="append",
+        default=[],
+        dest="changes",
+        metavar="NAME=VALUE",
+        help="a parameter of the preset",
+    )
     parser.add_argument("--summary", action="store_true", help="print the table and train nothing")
     arguments = parser.parse_args()
     if arguments.summary:
@@ -70,7 +109,16 @@ def main() -> None:
         parser.error(str(error))
     keep_freed_pages()
     found = trained(params, "badnets")
-    row = written(found.facts | origin() | {"preset": arguments.preset, "changes": " ".join(arguments.changes), "seed": arguments.seed}, COLUMNS)
+    row = written(
+        found.facts
+        | origin()
+        | {
+            "preset": arguments.preset,
+            "changes": " ".join(arguments.changes),
+            "seed": arguments.seed,
+        },
+        COLUMNS,
+    )
     put_rows(arguments.table, [row], COLUMNS, KEY)
     print(*(f"{name} {value}" for name, value in row.items()), sep=", ")
 

@@ -1,8 +1,10 @@
-"""How well each rule chooses what to prune: its effectiveness against that of an oracle, for one finished run.
+"""How well each rule chooses what to prune: its effectiveness against that of an oracle, for one
+finished run.
 
-Run it in the folder of a finished `dvc repro evaluate`; rows are added to the table. Every rule sees the defence set alone and
-works on the same masks. The oracle goes down the ranking and takes the point with the highest DER on test images; `skip` leaves
-neurons out of that ranking and may do better. `--summary` prints means over the runs whose gate passed, with 95 % t-intervals.
+Run it in the folder of a finished `dvc repro evaluate`; rows are added to the table. Every rule
+sees the defence set alone and works on the same masks. The oracle goes down the ranking and takes
+the point with the highest DER on test images; `skip` leaves neurons out of that ranking and may do
+better. `--summary` prints means over the runs whose gate passed, with 95 % t-intervals.
 """
 
 from __future__ import annotations
@@ -15,16 +17,41 @@ from rnp.cli.check import read_params
 from rnp.cli.evaluate import head, safe_window
 from rnp.cli.rows import written
 from rnp.cli.table import interval, mean
-from rnp.io import load_defence_set, load_images, load_mask, load_model, put_rows, read_json, read_rows
+from rnp.io import (
+    load_defence_set,
+    load_images,
+    load_mask,
+    load_model,
+    put_rows,
+    read_json,
+    read_rows,
+)
 from rnp.masks import ranking
 from rnp.metrics import defence_effectiveness, judge, score
 from rnp.origin import origin
 from rnp.prune import Prune, cut_by_cut, grid, sorted_values, sweep
 
 RULES = ("val_drop", "divergence", "knee", "outlier", "number", "threshold")
-COLUMNS = ("preset", "attack", "seed", "gate", "rule", "clean_accuracy_before", "attack_success_rate_before", "clean_accuracy",
-           "attack_success_rate", "der", "regret", "safe_window", "neurons_pruned", "neurons", "n_clean", "n_triggered", "device",
-           "torch")
+COLUMNS = (
+    "preset",
+    "attack",
+    "seed",
+    "gate",
+    "rule",
+    "clean_accuracy_before",
+    "attack_success_rate_before",
+    "clean_accuracy",
+    "attack_success_rate",
+    "der",
+    "regret",
+    "safe_window",
+    "neurons_pruned",
+    "neurons",
+    "n_clean",
+    "n_triggered",
+    "device",
+    "torch",
+)
 KEY = ("preset", "attack", "seed", "rule")
 
 
@@ -32,9 +59,17 @@ def rows(folder: Path, images: int) -> list[dict[str, object]]:
     params = read_params(folder / "params.yaml")
     victim, _, _ = load_model(folder / "models/backdoored.safetensors")
     repaired, _, _ = load_model(folder / "models/pruned/model.safetensors")
-    mask, clean = load_mask(folder / "models/recovered/mask.safetensors"), load_defence_set(folder / "data/defence").both
-    tests, attacked = (head(load_images(folder / "data" / part), images) for part in ("test", "triggered/test"))
-    attack, done = (read_json(folder / name) for name in ("data/triggered/attack.json", "reports/evaluate/metrics.json"))
+    mask, clean = (
+        load_mask(folder / "models/recovered/mask.safetensors"),
+        load_defence_set(folder / "data/defence").both,
+    )
+    tests, attacked = (
+        head(load_images(folder / "data" / part), images) for part in ("test", "triggered/test")
+    )
+    attack, done = (
+        read_json(folder / name)
+        for name in ("data/triggered/attack.json", "reports/evaluate/metrics.json")
+    )
 
     rules = {rule: Prune(**params["prune"] | {"rule": rule}) for rule in RULES}
     order = ranking(mask)
@@ -44,24 +79,60 @@ def rows(folder: Path, images: int) -> list[dict[str, object]]:
     counts = grid(min(len(order), max(most.values())), tuple(named.values()))
     points = sweep(victim, order, values, counts, clean, precision="auto")
     each = cut_by_cut(victim, order, counts, tests.images, attacked.images, precision="auto")
-    scores = {n: judge(*logits, tests, attacked, attack["target_label"]) for n, logits in zip(counts, each)}
+    scores = {
+        n: judge(*logits, tests, attacked, attack["target_label"])
+        for n, logits in zip(counts, each)
+    }
     before = scores[0]
     effect = {n: defence_effectiveness(before, after) for n, after in scores.items()}
     best = max(effect, key=effect.__getitem__)
 
     chosen = {"oracle": best} | {
-        name: rule.choose([point for point in points if point.pruned <= most[name]], named[name]).pruned for name, rule in rules.items()}
-    width = safe_window([{"threshold": float(values[n - 1]) if n else 0.0, **after.flat()} for n, after in scores.items()])
+        name: (
+            rule.choose(
+                [point for point in points if point.pruned <= most[name]], named[name]
+            ).pruned
+        )
+        for name, rule in rules.items()
+    }
+    width = safe_window(
+        [
+            {"threshold": float(values[n - 1]) if n else 0.0, **after.flat()}
+            for n, after in scores.items()
+        ]
+    )
     found = {rule: (scores[n], n, width) for rule, n in chosen.items()}
-    found[params["prune"]["rule"]] = (score(repaired, tests, attacked, attack["target_label"], precision="auto"),
-                                      done["neurons_pruned"], done["safe_window"])
-    common = {"preset": params["preset"], "attack": params["poison"]["attack"], "seed": params["seed"],
-              "gate": attack["gate"], "neurons": len(order), "n_clean": len(tests), "n_triggered": len(attacked),
-              "clean_accuracy_before": before.clean_accuracy.value,
-              "attack_success_rate_before": before.attack_success_rate.value} | origin()
-    return [written(common | {"rule": rule, **after.flat(), "der": (der := defence_effectiveness(before, after)),
-                              "regret": effect[best] - der, "neurons_pruned": count, "safe_window": window}, COLUMNS)
-            for rule, (after, count, window) in found.items()]
+    found[params["prune"]["rule"]] = (
+        score(repaired, tests, attacked, attack["target_label"], precision="auto"),
+        done["neurons_pruned"],
+        done["safe_window"],
+    )
+    common = {
+        "preset": params["preset"],
+        "attack": params["poison"]["attack"],
+        "seed": params["seed"],
+        "gate": attack["gate"],
+        "neurons": len(order),
+        "n_clean": len(tests),
+        "n_triggered": len(attacked),
+        "clean_accuracy_before": before.clean_accuracy.value,
+        "attack_success_rate_before": before.attack_success_rate.value,
+    } | origin()
+    return [
+        written(
+            common
+            | {
+                "rule": rule,
+                **after.flat(),
+                "der": (der := defence_effectiveness(before, after)),
+                "regret": effect[best] - der,
+                "neurons_pruned": count,
+                "safe_window": window,
+            },
+            COLUMNS,
+        )
+        for rule, (after, count, window) in found.items()
+    ]
 
 
 def summary(table: Sequence[dict[str, str]]) -> Iterator[str]:
@@ -69,20 +140,46 @@ def summary(table: Sequence[dict[str, str]]) -> Iterator[str]:
     yield "| rule | runs | CA drop | ASR | DER | regret | worst regret | safe window | pruned |"
     yield "|---" * 9 + "|"
     passed = [row for row in table if row["gate"] == "true"]
-    of = lambda rule, name: [float(row[name]) for row in passed if row["rule"] == rule]
+
+    def of(rule, name):
+        return [float(row[name]) for row in passed if row["rule"] == rule]
+
     for rule in sorted({row["rule"] for row in passed}, key=lambda rule: mean(of(rule, "regret"))):
-        before, after, asr, der, window, pruned = (mean(of(rule, name)) for name in (
-            "clean_accuracy_before", "clean_accuracy", "attack_success_rate", "der", "safe_window", "neurons_pruned"))
+        before, after, asr, der, window, pruned = (
+            mean(of(rule, name))
+            for name in (
+                "clean_accuracy_before",
+                "clean_accuracy",
+                "attack_success_rate",
+                "der",
+                "safe_window",
+                "neurons_pruned",
+            )
+        )
         regret = of(rule, "regret")
-        yield (f"| {rule} | {len(regret)} | {before - after:.3f} | {asr:.3f} | {der:.3f} | {mean(regret):.3f} ± {interval(regret) or 0:.3f}"
-               f" | {max(regret):.3f} | {window:.2f} | {pruned:.0f} |")
+        yield (
+            f"| {rule} | {len(regret)} | {before - after:.3f} | {asr:.3f} | {der:.3f} |"
+            f" {mean(regret):.3f} ± {interval(regret) or 0:.3f} | {max(regret):.3f} | {window:.2f}"
+            f" | {pruned:.0f} |"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", type=Path, help="CSV file that takes the rows, in place of older ones of the same run")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "table",
+        type=Path,
+        help="CSV file that takes the rows, in place of older ones of the same run",
+    )
     parser.add_argument("--folder", type=Path, default=Path())
-    parser.add_argument("--images", type=int, default=1000, help="test images, and as many triggered ones, that rules are judged on")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=1000,
+        help="test images, and as many triggered ones, that rules are judged on",
+    )
     parser.add_argument("--summary", action="store_true", help="print the means over runs")
     arguments = parser.parse_args()
     if arguments.summary:
@@ -91,8 +188,10 @@ def main() -> None:
     new = rows(arguments.folder, arguments.images)
     put_rows(arguments.table, new, COLUMNS, KEY)
     for row in new:
-        print(f"{row['rule']:10} CA {row['clean_accuracy']}  ASR {row['attack_success_rate']}  DER {row['der']}  regret {row['regret']}"
-              f"  {row['neurons_pruned']} neurons")
+        print(
+            f"{row['rule']:10} CA {row['clean_accuracy']}  ASR {row['attack_success_rate']}  DER"
+            f" {row['der']}  regret {row['regret']}  {row['neurons_pruned']} neurons"
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """How a GPU takes training steps: as they are, recorded as a CUDA graph, compiled and recorded.
 
-`python -m benchmarks.steps TABLE` adds a row per way and batch size: images a second over 200 steps, and what the first ten took,
-compiling and recording included. ResNet-18 at its published width, random images of CIFAR-10's size, augmented; it needs a GPU.
-`--summary` prints the table.
+`python -m benchmarks.steps TABLE` adds a row per way and batch size: images a second over 200
+steps, and what the first ten took, compiling and recording included. ResNet-18 at its published
+width, random images of CIFAR-10's size, augmented; it needs a GPU. `--summary` prints the table.
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ from rnp.models.build import Architecture
 from rnp.origin import origin
 from rnp.types import ImageSet
 
-COLUMNS = ("way", "batch", "images_per_second", "teraflops", "peak_teraflops", "seconds_ten", "device", "torch")
+COLUMNS = (
+    "way",
+    "batch",
+    "images_per_second",
+    "teraflops",
+    "peak_teraflops",
+    "seconds_ten",
+    "device",
+    "torch",
+)
 KEY = ("way", "batch", "device", "torch")
 WAYS = ("plain", "recorded", "compiled")
 STEPS, FIRST = 200, 10
@@ -31,7 +40,9 @@ STEPS, FIRST = 200, 10
 
 def measure(way: str, batch: int, data: ImageSet) -> dict[str, object]:
     model = Architecture().build_for(data, rng=torch.Generator().manual_seed(0)).cuda().train()
-    optimiser = training.graphable(torch.optim.SGD, model, lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimiser = training.graphable(
+        torch.optim.SGD, model, lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
     training.WORTH_COMPILING = 0 if way == "compiled" else 10**9
     ends: list[float] = []
 
@@ -41,24 +52,55 @@ def measure(way: str, batch: int, data: ImageSet) -> dict[str, object]:
         ends.append(time.perf_counter())
 
     start = time.perf_counter()
-    training.fit(model, data, objective=training.cross_entropy(model), optimiser=optimiser, epochs=STEPS, max_steps=FIRST + STEPS,
-                 batch_size=batch, rng=torch.Generator().manual_seed(0), augment=Augment(), precision="auto", on_batch=hear,
-                 graphed=way != "plain")
+    training.fit(
+        model,
+        data,
+        objective=training.cross_entropy(model),
+        optimiser=optimiser,
+        epochs=STEPS,
+        max_steps=FIRST + STEPS,
+        batch_size=batch,
+        rng=torch.Generator().manual_seed(0),
+        augment=Augment(),
+        precision="auto",
+        on_batch=hear,
+        graphed=way != "plain",
+    )
     rate = STEPS * batch / (ends[-1] - ends[FIRST - 1])
-    return {"way": way, "batch": batch, "images_per_second": rate, "teraflops": 6 * cost(model, data) * rate / 1e12,
-            "seconds_ten": ends[FIRST - 1] - start}
+    return {
+        "way": way,
+        "batch": batch,
+        "images_per_second": rate,
+        "teraflops": 6 * cost(model, data) * rate / 1e12,
+        "seconds_ten": ends[FIRST - 1] - start,
+    }
 
 
 def summary(rows: list[dict[str, str]]) -> list[str]:
-    """Three multiply-adds a weight and place in forward and backward pass, two operations each; no other work counts."""
-    columns = {"images a second": "images_per_second", "TFLOP/s": "teraflops", "seconds of the first ten steps": "seconds_ten"}
-    body = [[row["way"], row["batch"], *(number(float(row[name])) for name in columns.values()),
-             f"{float(row['teraflops']) / float(row['peak_teraflops']):.0%}"] for row in rows]
+    """Three multiply-adds a weight and place in forward and backward pass, two operations each; no
+    other work counts.
+    """
+    columns = {
+        "images a second": "images_per_second",
+        "TFLOP/s": "teraflops",
+        "seconds of the first ten steps": "seconds_ten",
+    }
+    body = [
+        [
+            row["way"],
+            row["batch"],
+            *(number(float(row[name])) for name in columns.values()),
+            f"{float(row['teraflops']) / float(row['peak_teraflops']):.0%}",
+        ]
+        for row in rows
+    ]
     return table(["way", "batch", *columns, "of the card's bf16 product peak"], body)[:-1]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("table", type=Path)
     parser.add_argument("--batches", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--summary", action="store_true", help="print the table and run nothing")
@@ -71,9 +113,16 @@ def main() -> None:
     data, peak, where = noise(50_000), product_peak() / 1e12, origin()
     for batch in options.batches:
         for way in WAYS:
-            row = measure(way, batch, data) | {"peak_teraflops": peak, "device": where["device"], "torch": where["torch"]}
+            row = measure(way, batch, data) | {
+                "peak_teraflops": peak,
+                "device": where["device"],
+                "torch": where["torch"],
+            }
             put_rows(options.table, [written(row, COLUMNS)], COLUMNS, KEY)
-            print(f"{way}, batches of {batch}: {row['images_per_second']:,.0f} images a second", flush=True)
+            print(
+                f"{way}, batches of {batch}: {row['images_per_second']:,.0f} images a second",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

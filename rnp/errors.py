@@ -2,7 +2,9 @@
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line that names the value and the way out; exit code 2."""
+    """A mistake that the user can mend: one line that names the value and the way out; exit code
+    2.
+    """
 
 
 class NonFinite(Exception):

@@ -16,7 +16,9 @@ def head(model: nn.Module) -> nn.Linear:
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not layers:
-        raise UserError(f"{type(model).__name__} has no linear layer, whose input would be its features")
+        raise UserError(
+            f"{type(model).__name__} has no linear layer, whose input would be its features"
+        )
     return layers[-1]
 
 

@@ -1,4 +1,6 @@
-"""Whole training steps as CUDA graphs: a GPU repeats a recorded sequence of kernels and does not wait for Python between them."""
+"""Whole training steps as CUDA graphs: a GPU repeats a recorded sequence of kernels and does not
+wait for Python between them.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,18 @@ from rnp.types import Images, Labels, Logits
 
 Step = Callable[[Images, Labels], tuple[Tensor, Logits, Tensor]]
 """One update of the weights: loss, logits before it, and the norm of the gradient."""
-WARM_UP = 3  # steps that run as they are first: they choose kernels and make the optimiser's buffers
+WARM_UP = (
+    3  # steps that run as they are first: they choose kernels and make the optimiser's buffers
+)
 
 
 class Replayed:
-    """A step for batches of `shape`, recorded when it has run a few times; batches of other shapes go to `plain`.
+    """A step for batches of `shape`, recorded when it has run a few times; batches of other shapes
+    go to `plain`.
 
-    What cannot be compiled or recorded runs as it is, after a warning. What a step reads and writes must stay where it is: weights,
-    buffers and the state of the optimiser do, a learning rate does as a tensor. Kernels are chosen by timing them, so that two runs
-    round differently.
+    What cannot be compiled or recorded runs as it is, after a warning. What a step reads and
+    writes must stay where it is: weights, buffers and the state of the optimiser do, a learning
+    rate does as a tensor. Kernels are chosen by timing them, so that two runs round differently.
     """
 
     def __init__(self, compiled: Step, plain: Step, shape: tuple[int, ...]) -> None:
@@ -36,7 +41,9 @@ class Replayed:
                 return self._aside(images, labels)
             if self.graph is None:
                 self._record(images, labels)
-        except Exception as error:  # whatever a compiler or a recorder stumbles over, the step itself may work
+        except (
+            Exception
+        ) as error:  # whatever a compiler or a recorder stumbles over, the step itself may work
             return self._give_way(error)(images, labels)
         self.images.copy_(images)
         self.labels.copy_(labels)
@@ -45,7 +52,9 @@ class Replayed:
 
     def _give_way(self, error: Exception) -> Step:
         """To recording alone where compiling failed, to steps as they are where recording did."""
-        warnings.warn(f"training is slower than it could be: {type(error).__name__}: {error}", stacklevel=2)
+        warnings.warn(
+            f"training is slower than it could be: {type(error).__name__}: {error}", stacklevel=2
+        )
         if self.compiled is self.plain:
             self.shape = ()
         self.compiled, self.seen = self.plain, 0

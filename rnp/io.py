@@ -1,4 +1,6 @@
-"""Files: every one appears whole or not at all, weights travel as safetensors, and nothing here reads or writes a pickle."""
+"""Files: every one appears whole or not at all, weights travel as safetensors, and nothing here
+reads or writes a pickle.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,16 @@ from rnp.models.parallel import leads
 from rnp.training import default_device
 from rnp.types import DefenceSet, Epoch, ImageSet, NeuronMask, Trigger
 
-META = "rnp"  # the one metadata key: safetensors writes several in random order, and files must repeat byte for byte
+# the one metadata key: safetensors writes several in random order, and files must repeat byte for
+# byte
+META = "rnp"
 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file or folder to; it takes the place of `path` when the block ends well."""
+    """A path beside `path` to write a file or folder to; it takes the place of `path` when the
+    block ends well.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -75,7 +81,9 @@ def sha256(path: Path) -> str:
 
 
 class History:
-    """A CSV that grows by one row per epoch or step, flushed at once; `listeners` hear every row of this process."""
+    """A CSV that grows by one row per epoch or step, flushed at once; `listeners` hear every row
+    of this process.
+    """
 
     listeners: list[Callable[[dict[str, float]], None]] = []
 
@@ -116,7 +124,9 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def put_rows(path: Path, rows: list[dict[str, object]], columns: Sequence[str], key: Sequence[str]) -> None:
+def put_rows(
+    path: Path, rows: list[dict[str, object]], columns: Sequence[str], key: Sequence[str]
+) -> None:
     """Add rows to a table of results, sorted by `key`, in place of older ones with the same key.
 
     Raises: UserError when the table there has other columns.
@@ -124,17 +134,25 @@ def put_rows(path: Path, rows: list[dict[str, object]], columns: Sequence[str], 
     old = read_rows(path) if path.exists() else []
     if old and list(old[0]) != list(columns):
         raise UserError(f"{path} has other columns than rows of this version; write to a new file")
-    identity = lambda row: [str(row[name]) for name in key]
+
+    def identity(row):
+        return [str(row[name]) for name in key]
+
     taken = [identity(row) for row in rows]
-    write_rows(path, sorted([*rows, *(row for row in old if identity(row) not in taken)], key=identity))
+    write_rows(
+        path, sorted([*rows, *(row for row in old if identity(row) not in taken)], key=identity)
+    )
 
 
 def read_trajectory(path: Path) -> list[Epoch]:
     """The rows of a history, as `Epoch.row` wrote them."""
     rows = []
     for row in read_rows(path):
-        own = {f.name: (int if f.name in ("epoch", "step") else float)(row.pop(f.name))
-               for f in dataclasses.fields(Epoch) if f.name != "extra"}
+        own = {
+            f.name: (int if f.name in ("epoch", "step") else float)(row.pop(f.name))
+            for f in dataclasses.fields(Epoch)
+            if f.name != "extra"
+        }
         rows.append(Epoch(**own, extra={key: float(value) for key, value in row.items()}))
     return rows
 
@@ -158,32 +176,47 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
             meta = json.loads((file.metadata() or {}).get(META, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is no readable safetensors file ({error}); make it anew") from error
+        raise UserError(
+            f"{path} is no readable safetensors file ({error}); make it anew"
+        ) from error
     if not isinstance(meta, dict):
         raise UserError(f"{path} was not written by rnp: it does not say what it holds")
     return tensors, meta
 
 
-def save_model(path: Path, model: Classifier, architecture: Architecture, classes: tuple[str, ...]) -> None:
+def save_model(
+    path: Path, model: Classifier, architecture: Architecture, classes: tuple[str, ...]
+) -> None:
     layout = {"plain_because": model.plain_because} if model.plain_because else {}
-    save_tensors(path, model.state_dict(), {"kind": "model", "classes": classes, **dataclasses.asdict(architecture), **layout})
+    save_tensors(
+        path,
+        model.state_dict(),
+        {"kind": "model", "classes": classes, **dataclasses.asdict(architecture), **layout},
+    )
 
 
 def load_model(path: Path) -> tuple[Classifier, Architecture, tuple[str, ...]]:
     """The model in eval mode on the default device, its architecture and class names.
 
-    Raises: UserError when the file holds no model, or weights that do not fit the architecture that it names.
+    Raises: UserError when the file holds no model, or weights that do not fit the architecture
+    that it names.
     """
     state, meta = load_tensors(path)
     if meta.get("kind") != "model":
         raise UserError(f"{path} holds {meta.get('kind')!r}, not a model")
-    if not all(isinstance(meta.get(key), kind) for key, kind in (("arch", str), ("width", int), ("classes", list))):
+    if not all(
+        isinstance(meta.get(key), kind)
+        for key, kind in (("arch", str), ("width", int), ("classes", list))
+    ):
         raise UserError(f"{path} does not say of which architecture and classes it is")
     try:
         architecture = Architecture(arch=meta["arch"], width=meta["width"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    mean, std = state.get("mean", torch.zeros(3)).flatten(), state.get("std", torch.ones(3)).flatten()
+    mean, std = (
+        state.get("mean", torch.zeros(3)).flatten(),
+        state.get("std", torch.ones(3)).flatten(),
+    )
     model = architecture.build(len(meta["classes"]), len(mean), mean, std, rng=torch.Generator())
     load_state(model, state, f"{path} ({architecture.arch}, width {architecture.width})")
     if isinstance(reason := meta.get("plain_because"), str):
@@ -200,10 +233,14 @@ def load_state(model: torch.nn.Module, state: dict[str, Tensor], what: str) -> N
     for name in sorted(own.keys() | state.keys()):
         if name not in state or name not in own:
             where = "lacks" if name in own else "has an unexpected"
-            raise UserError(f"{what} {where} tensor {name!r}: the checkpoint is of another architecture")
+            raise UserError(
+                f"{what} {where} tensor {name!r}: the checkpoint is of another architecture"
+            )
         if own[name].shape != state[name].shape:
-            raise UserError(f"{what}: tensor {name!r} is {list(state[name].shape)}, the architecture needs"
-                            f" {list(own[name].shape)}")
+            raise UserError(
+                f"{what}: tensor {name!r} is {list(state[name].shape)}, the architecture needs"
+                f" {list(own[name].shape)}"
+            )
     model.load_state_dict(state)
 
 
@@ -216,7 +253,8 @@ def save_images(path: Path, data: ImageSet) -> None:
 
 
 def load_images(path: Path) -> ImageSet:
-    """An image set behind a memory map: pages are read when they are used, and changes stay in memory.
+    """An image set behind a memory map: pages are read when they are used, and changes stay in
+    memory.
 
     Raises: UserError when files are missing or damaged.
     """
@@ -225,11 +263,16 @@ def load_images(path: Path) -> ImageSet:
     if len(images) != len(labels):
         raise UserError(f"{path} holds {len(images)} images but {len(labels)} labels; make it anew")
     if (images.dtype, images.dim(), labels.dtype, labels.dim()) != (torch.uint8, 4, torch.int64, 1):
-        raise UserError(f"{path} holds {images.dtype} {list(images.shape)} with {labels.dtype} labels, not"
-                        " uint8 [n, c, h, w] with int64; make it anew")
+        raise UserError(
+            f"{path} holds {images.dtype} {list(images.shape)} with {labels.dtype} labels, not"
+            " uint8 [n, c, h, w] with int64; make it anew"
+        )
     classes = tuple(meta.get("classes", ()))
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
-        raise UserError(f"{path} has labels from {labels.min()} to {labels.max()}, but {len(classes)} classes; make it anew")
+        raise UserError(
+            f"{path} has labels from {labels.min()} to {labels.max()}, but {len(classes)} classes;"
+            " make it anew"
+        )
     return ImageSet(images, labels, classes)
 
 
@@ -239,7 +282,9 @@ def save_array(path: Path, values: Tensor) -> None:
 
 def load_array(path: Path) -> Tensor:
     try:
-        return torch.from_numpy(np.lib.format.open_memmap(path, mode="c"))  # reads no pickle and no zip, as np.load would
+        return torch.from_numpy(
+            np.lib.format.open_memmap(path, mode="c")
+        )  # reads no pickle and no zip, as np.load would
     except FileNotFoundError:
         raise missing(path) from None
     except (ValueError, TypeError) as error:
@@ -258,7 +303,11 @@ def load_defence_set(path: Path) -> DefenceSet:
 
 def save_trigger(path: Path, trigger: Trigger) -> None:
     kind = type(trigger)
-    save_tensors(path, dict(trigger.named_buffers()), {"kind": "trigger", "module": kind.__module__, "class": kind.__name__})
+    save_tensors(
+        path,
+        dict(trigger.named_buffers()),
+        {"kind": "trigger", "module": kind.__module__, "class": kind.__name__},
+    )
 
 
 def load_trigger(path: Path) -> Trigger:
@@ -277,7 +326,9 @@ def load_trigger(path: Path) -> Trigger:
 
 
 def save_poisoned(path: Path, poisoned: Poisoned, attack: dict) -> None:
-    """`attack` holds the name and the fields of the attack, which the training stage needs again."""
+    """`attack` holds the name and the fields of the attack, which the training stage needs
+    again.
+    """
     with whole(path) as draft:
         draft.mkdir()
         for name in ("positions", "images", "labels", "covers"):
@@ -287,8 +338,13 @@ def save_poisoned(path: Path, poisoned: Poisoned, attack: dict) -> None:
 
 
 def load_poisoned(path: Path) -> tuple[Poisoned, dict]:
-    parts = [load_array(path / f"{name}.npy") for name in ("positions", "images", "labels", "covers")]
-    attack = {name: tuple(value) if isinstance(value, list) else value for name, value in read_json(path / "attack.json").items()}
+    parts = [
+        load_array(path / f"{name}.npy") for name in ("positions", "images", "labels", "covers")
+    ]
+    attack = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in read_json(path / "attack.json").items()
+    }
     return Poisoned(*parts, load_trigger(path / "trigger.safetensors")), attack
 
 
@@ -308,15 +364,27 @@ def load_mask(path: Path) -> NeuronMask:
 
 
 def mask_rows(mask: NeuronMask, model: torch.nn.Module) -> list[dict]:
-    """One row per neuron, for people: layer, index, mask, and the scale (of a kernel the norm) and bias of its channel."""
+    """One row per neuron, for people: layer, index, mask, and the scale (of a kernel the norm) and
+    bias of its channel.
+    """
     rows = []
     for layer, values in mask.items():
         module = model.get_submodule(layer)
-        scales = module.weight.detach() if module.weight.dim() == 1 else module.weight.detach().flatten(1).norm(dim=1)
+        scales = (
+            module.weight.detach()
+            if module.weight.dim() == 1
+            else module.weight.detach().flatten(1).norm(dim=1)
+        )
         biases = getattr(module, "bias", None)
         biases = torch.zeros_like(scales) if biases is None else biases
         rows += [
-            {"layer": layer, "index": i, "mask": f"{m:.6f}", "scale": f"{s:.6g}", "bias": f"{b:.6g}"}
+            {
+                "layer": layer,
+                "index": i,
+                "mask": f"{m:.6f}",
+                "scale": f"{s:.6g}",
+                "bias": f"{b:.6g}",
+            }
             for i, (m, s, b) in enumerate(zip(values.tolist(), scales.tolist(), biases.tolist()))
         ]
     return rows

@@ -1,4 +1,6 @@
-"""Neuron masks on the channels of normalisation layers, by functional call: no architecture is rewritten."""
+"""Neuron masks on the channels of normalisation layers, by functional call: no architecture is
+rewritten.
+"""
 
 from __future__ import annotations
 
@@ -18,31 +20,55 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def maskable(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers whose channels are the neurons, by name: every normalisation with one scale per channel (BatchNorm,
-    InstanceNorm, GroupNorm, LayerNorm, RMSNorm), whatever it normalises; in a network without any, the convolutions, whose
-    scale is their kernel. A layer that runs several times in a forward pass is one layer: its neurons are masked in each run.
+    """The layers whose channels are the neurons, by name: every normalisation with one scale per
+    channel (BatchNorm, InstanceNorm, GroupNorm, LayerNorm, RMSNorm), whatever it normalises; in a
+    network without any, the convolutions, whose scale is their kernel. A layer that runs several
+    times in a forward pass is one layer: its neurons are masked in each run.
 
     Raises: UserError when there is neither, or when the scale of a layer is not its own.
     """
     modules = dict(model.named_modules())
-    norms = {name: module for name, module in modules.items() if isinstance(module, NORMS)
-             and getattr(module, "weight", None) is not None and module.weight.dim() == 1}
-    layers = norms or {name: module for name, module in modules.items() if isinstance(module, nn.Conv2d)}
+    norms = {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, NORMS)
+        and getattr(module, "weight", None) is not None
+        and module.weight.dim() == 1
+    }
+    layers = norms or {
+        name: module for name, module in modules.items() if isinstance(module, nn.Conv2d)
+    }
     if not layers:
-        raise UserError(f"{type(model).__name__} has neither a normalisation with a scale per channel nor a convolution, and"
-                        " neurons are masked there; choose another architecture")
+        raise UserError(
+            f"{type(model).__name__} has neither a normalisation with a scale per channel nor a"
+            " convolution, and neurons are masked there; choose another architecture"
+        )
     owners: dict[int, list[str]] = {}
     for name, module in modules.items():
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), []).append(name)
     for name, layer in layers.items():
         kind = type(layer)
-        if "weight" not in layer._parameters or (isinstance(layer, nn.Conv2d) and kind.forward is not nn.Conv2d.forward):
-            raise UserError(f"layer {name} ({kind.__name__}) makes its weight anew in each forward pass, so that no channel can be"
-                            " cut out of it; remove the parametrisation, or choose another architecture")
-        shared = [other for part in (layer.weight, bias(layer)) if part is not None for other in owners[id(part)] if other != name]
+        if "weight" not in layer._parameters or (
+            isinstance(layer, nn.Conv2d) and kind.forward is not nn.Conv2d.forward
+        ):
+            raise UserError(
+                f"layer {name} ({kind.__name__}) makes its weight anew in each forward pass, so"
+                " that no channel can be cut out of it; remove the parametrisation, or choose"
+                " another architecture"
+            )
+        shared = [
+            other
+            for part in (layer.weight, bias(layer))
+            if part is not None
+            for other in owners[id(part)]
+            if other != name
+        ]
         if shared:
-            raise UserError(f"layers {name} and {shared[0]} share a weight, so that no channel belongs to one of them; give each its own")
+            raise UserError(
+                f"layers {name} and {shared[0]} share a weight, so that no channel belongs to one"
+                " of them; give each its own"
+            )
     return layers
 
 
@@ -59,8 +85,10 @@ def batch_norms(model: nn.Module, method: str) -> dict[str, nn.Module]:
     layers = maskable(model)
     for name, layer in layers.items():
         if getattr(layer, "running_var", None) is None:
-            raise UserError(f"{method} reads BatchNorm's running statistics, which layer {name} ({type(layer).__name__}) lacks;"
-                            " choose another defence")
+            raise UserError(
+                f"{method} reads BatchNorm's running statistics, which layer {name}"
+                f" ({type(layer).__name__}) lacks; choose another defence"
+            )
     return layers
 
 
@@ -71,16 +99,23 @@ def spread(value: Tensor, weight: Tensor) -> Tensor:
 
 def ones(model: nn.Module) -> NeuronMask:
     """A mask that changes nothing."""
-    return {name: torch.ones(len(layer.weight), device=layer.weight.device) for name, layer in maskable(model).items()}
+    return {
+        name: torch.ones(len(layer.weight), device=layer.weight.device)
+        for name, layer in maskable(model).items()
+    }
 
 
 def masked(model: nn.Module, images: Images, mask: NeuronMask) -> Logits:
-    """The forward pass of `model` with each channel's scale multiplied by its mask; gradients reach the mask.
+    """The forward pass of `model` with each channel's scale multiplied by its mask; gradients
+    reach the mask.
 
     In train mode the running statistics of `model` move, as they would in its own forward pass.
     """
     weights = {name: model.get_submodule(name).weight.detach() for name in mask}
-    scales = {f"{name}.weight": weights[name] * spread(value, weights[name]) for name, value in mask.items()}
+    scales = {
+        f"{name}.weight": weights[name] * spread(value, weights[name])
+        for name, value in mask.items()
+    }
     return functional_call(model, scales, (images,))
 
 
@@ -105,7 +140,8 @@ def ranking(mask: NeuronMask) -> list[Neuron]:
 def prune(model: nn.Module, neurons: Iterable[Neuron], *, zero_bias: bool = False) -> nn.Module:
     """A copy of `model` whose named channels have scale 0; the bias stays unless `zero_bias`.
 
-    Source: Wu and Wang, NeurIPS 2021 (ANP), whose convention RNP follows: the channel then puts out its bias.
+    Source: Wu and Wang, NeurIPS 2021 (ANP), whose convention RNP follows: the channel then puts
+    out its bias.
     """
     pruned = copy.deepcopy(model)
     for neuron in neurons:
@@ -124,7 +160,9 @@ def cut(model: nn.Module, neuron: Neuron, *, zero_bias: bool = False) -> None:
 
 
 def freeze_statistics(model: nn.Module, frozen: bool) -> nn.Module:
-    """Train mode, with BatchNorm in eval mode when `frozen`: its statistics then stay, its weights still train."""
+    """Train mode, with BatchNorm in eval mode when `frozen`: its statistics then stay, its weights
+    still train.
+    """
     model.train()
     if frozen:
         for module in model.modules():

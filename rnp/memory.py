@@ -1,4 +1,6 @@
-"""Keep freed memory in the process: convolutions on the CPU otherwise spend up to half their time on page faults."""
+"""Keep freed memory in the process: convolutions on the CPU otherwise spend up to half their time
+on page faults.
+"""
 
 import ctypes
 import sys
@@ -7,7 +9,9 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def keep_freed_pages() -> None:
-    """Tell glibc not to give large blocks back after each use; does nothing elsewhere. Results do not change."""
+    """Tell glibc not to give large blocks back after each use; does nothing elsewhere. Results do
+    not change.
+    """
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

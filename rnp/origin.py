@@ -17,10 +17,17 @@ def machine() -> str:
     if default_device().type == "cuda":
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    model = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
     return f"{model}, {torch.get_num_threads()} threads of {os.cpu_count()}"
 
 
 def origin() -> dict[str, str]:
     """The columns `device`, `version` and `torch` of what this process makes."""
-    return {"device": machine(), "version": importlib.metadata.version("rnp"), "torch": torch.__version__}
+    return {
+        "device": machine(),
+        "version": importlib.metadata.version("rnp"),
+        "torch": torch.__version__,
+    }

@@ -1,4 +1,6 @@
-"""Figures: plain data in, one PNG out, the same bytes each time; matplotlib is imported when the first one is drawn."""
+"""Figures: plain data in, one PNG out, the same bytes each time; matplotlib is imported when the
+first one is drawn.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,21 @@ from rnp.io import read_rows, whole
 from rnp.prune import Point
 from rnp.types import Epoch, Images, NeuronMask
 
-COLOURS = BLUE, RED, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#E69F00", "#56B4E9"
+COLOURS = BLUE, RED, GREEN, PURPLE, ORANGE, SKY = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#AA4499",
+    "#E69F00",
+    "#56B4E9",
+)
 """Told apart by colour-blind eyes (after Okabe and Ito, 2008)."""
 INK, GREY = "#222222", "#767676"
-MEASURES = {"clean_accuracy": ("CA", BLUE), "attack_success_rate": ("ASR", RED), "robust_accuracy": ("RA", GREEN)}
+MEASURES = {
+    "clean_accuracy": ("CA", BLUE),
+    "attack_success_rate": ("ASR", RED),
+    "robust_accuracy": ("RA", GREEN),
+}
 WIDTH, DPI = 6.4, 200  # inches; 10 pt then are 15 pixels at a width of 700
 SMALL = 9
 Ends = list[tuple[float, str, str]]
@@ -28,7 +41,9 @@ Ends = list[tuple[float, str, str]]
 
 
 def canvas(height: float, rows: int = 1, columns: int = 1, **grid: Any) -> tuple[Any, np.ndarray]:
-    """A figure of the common width and its axes [rows, columns]; no pyplot, hence no state that outlives the call."""
+    """A figure of the common width and its axes [rows, columns]; no pyplot, hence no state that
+    outlives the call.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor="white")
@@ -44,12 +59,16 @@ def canvas(height: float, rows: int = 1, columns: int = 1, **grid: Any) -> tuple
 
 def save(figure: Any, path: Path) -> None:
     with whole(path) as draft, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # class names may be in any script
+        warnings.filterwarnings(
+            "ignore", "Glyph .* missing", UserWarning
+        )  # class names may be in any script
         figure.savefig(draft, format="png", metadata={"Software": None})
 
 
 def name_axes(ax: Any, title: str, x: str = "", *, rows_above: int = 0) -> None:
-    """The title stands where a rotated y label would be hard to read; `rows_above` leaves room for marks."""
+    """The title stands where a rotated y label would be hard to read; `rows_above` leaves room for
+    marks.
+    """
     ax.set_title(title, loc="left", fontsize=10, color=INK, pad=6 + 13 * rows_above)
     ax.set_xlabel(x, fontsize=10, color=INK)
 
@@ -61,7 +80,9 @@ def plain(name: object, width: int = 22) -> str:
 
 
 def name_lines(ax: Any, ends: Ends, gap: float = 0.08) -> None:
-    """Write each name at the right end of its line, moved apart to at least `gap` of the height of the axes."""
+    """Write each name at the right end of its line, moved apart to at least `gap` of the height of
+    the axes.
+    """
     ends = sorted(end for end in ends if np.isfinite(end[0]))
     to_axes = ax.transData + ax.transAxes.inverted()
     heights = [to_axes.transform((ax.get_xlim()[1], y))[1] for y, _, _ in ends]
@@ -72,16 +93,35 @@ def name_lines(ax: Any, ends: Ends, gap: float = 0.08) -> None:
         heights[i] = min(heights[i], ceiling)
         ceiling = heights[i] - gap
     for height, (_, name, colour) in zip(heights, ends):
-        ax.text(1.02, height, name, color=colour, fontsize=SMALL, va="center", transform=ax.transAxes, parse_math=False)
+        ax.text(
+            1.02,
+            height,
+            name,
+            color=colour,
+            fontsize=SMALL,
+            va="center",
+            transform=ax.transAxes,
+            parse_math=False,
+        )
 
 
-def mark(ax: Any, x: int | float, text: str, colour: str, *, row: int = 0, style: str = "--") -> None:
+def mark(
+    ax: Any, x: int | float, text: str, colour: str, *, row: int = 0, style: str = "--"
+) -> None:
     """A vertical line, named above the axes, where no curve can run through the words."""
     ax.axvline(x, color=colour, linestyle=style, linewidth=1.3)
     low, high = ax.get_xlim()
     side = "left" if x < (low + high) / 2 else "right"
-    ax.annotate(text, (x, 1), (0, 4 + 13 * row), xycoords=ax.get_xaxis_transform(), textcoords="offset points",
-                color=colour, fontsize=SMALL, ha=side)
+    ax.annotate(
+        text,
+        (x, 1),
+        (0, 4 + 13 * row),
+        xycoords=ax.get_xaxis_transform(),
+        textcoords="offset points",
+        color=colour,
+        fontsize=SMALL,
+        ha=side,
+    )
 
 
 def whole_numbers(ax: Any) -> None:
@@ -117,14 +157,30 @@ def image_grid(path: Path, rows: Sequence[tuple[str, Float[Tensor, "_ c h w"]]])
             blank(ax)
         for ax, image in zip(line, images):
             show(ax, image)
-        line[0].set_ylabel(textwrap.fill(title, 12), rotation=0, ha="right", va="center", labelpad=8, fontsize=10,
-                           color=INK, parse_math=False)
+        line[0].set_ylabel(
+            textwrap.fill(title, 12),
+            rotation=0,
+            ha="right",
+            va="center",
+            labelpad=8,
+            fontsize=10,
+            color=INK,
+            parse_math=False,
+        )
     save(figure, path)
 
 
-def trigger_grid(path: Path, clean: Images, triggered: Images, stored: Images | None = None) -> None:
-    """What the trigger does; `stored` is what the poisoned training set holds for the same images."""
-    rows = [("clean", clean), ("triggered", triggered), ("difference ×\u00a05", 5 * (triggered - clean).abs())]
+def trigger_grid(
+    path: Path, clean: Images, triggered: Images, stored: Images | None = None
+) -> None:
+    """What the trigger does; `stored` is what the poisoned training set holds for the same
+    images.
+    """
+    rows = [
+        ("clean", clean),
+        ("triggered", triggered),
+        ("difference ×\u00a05", 5 * (triggered - clean).abs()),
+    ]
     image_grid(path, rows if stored is None else [*rows, ("in the training set", stored)])
 
 
@@ -143,7 +199,13 @@ def training_curves(path: Path, histories: dict[str, Path | Sequence[Epoch]]) ->
         ends = []
         for i, (name, table) in enumerate((n, t) for n, t in tables.items() if t):
             colour = COLOURS[i % len(COLOURS)]
-            ax.plot(table["epoch"], table[key], color=colour, marker="o" if len(table[key]) < 20 else "", markersize=3.5)
+            ax.plot(
+                table["epoch"],
+                table[key],
+                color=colour,
+                marker="o" if len(table[key]) < 20 else "",
+                markersize=3.5,
+            )
             ends.append((table[key][-1], plain(name, 14), colour))
         if key == "accuracy":
             ax.set_ylim(min(0.0, *ax.get_ylim()), 1.02)
@@ -153,21 +215,35 @@ def training_curves(path: Path, histories: dict[str, Path | Sequence[Epoch]]) ->
     save(figure, path)
 
 
-def unlearning_curve(path: Path, trajectory: Sequence[Epoch], classes: Sequence[str], stop_step: int,
-                     target_label: int | None = None) -> None:
-    """Accuracy and the class shares of the predictions against steps; the class that wins at the end is named.
+def unlearning_curve(
+    path: Path,
+    trajectory: Sequence[Epoch],
+    classes: Sequence[str],
+    stop_step: int,
+    target_label: int | None = None,
+) -> None:
+    """Accuracy and the class shares of the predictions against steps; the class that wins at the
+    end is named.
 
     `target_label` is the attacker's, for a page that may know it; the defender has none.
     """
     steps = np.array([row.step for row in trajectory])
-    shares = np.array([[row.extra[f"share/{c}"] for c in range(len(classes))] for row in trajectory])  # [steps, k]
+    shares = np.array(
+        [[row.extra[f"share/{c}"] for c in range(len(classes))] for row in trajectory]
+    )  # [steps, k]
     top = int(shares[-1].argmax())
     figure, axes = canvas(4.6, 2, 1, sharex=True, height_ratios=(1, 1.2))
     upper, lower = axes[:, 0]
     upper.plot(steps, [row.accuracy for row in trajectory], color=BLUE, linewidth=1.8)
     lower.plot(steps, shares, color="#bdbdbd", linewidth=0.9)
     lower.plot(steps, shares[:, top], color=ORANGE, linewidth=2.2)
-    ends = [(shares[-1, top], f"{plain(classes[top])}{' (target)' if top == target_label else ''}", "#9a6700")]
+    ends = [
+        (
+            shares[-1, top],
+            f"{plain(classes[top])}{' (target)' if top == target_label else ''}",
+            "#9a6700",
+        )
+    ]
     if target_label not in (None, top):
         lower.plot(steps, shares[:, target_label], color=RED, linewidth=1.8, linestyle="--")
         ends.append((shares[-1, target_label], f"{plain(classes[target_label])} (target)", RED))
@@ -177,7 +253,9 @@ def unlearning_curve(path: Path, trajectory: Sequence[Epoch], classes: Sequence[
     mark(upper, stop_step, f"unlearned model: step {stop_step}", INK)
     lower.axvline(stop_step, color=INK, linestyle="--", linewidth=1.3)
     name_axes(upper, "Accuracy on the defence set", rows_above=1)
-    name_axes(lower, "Share of predictions per class, among images of other classes", "step of the ascent")
+    name_axes(
+        lower, "Share of predictions per class, among images of other classes", "step of the ascent"
+    )
     name_lines(lower, ends)
     save(figure, path)
 
@@ -190,7 +268,9 @@ def mask_histogram(path: Path, mask: NeuronMask, fraction: float = 0.05) -> None
     values = torch.cat(list(mask.values())).detach().float().cpu().numpy()
     bound = float(np.quantile(values, fraction, method="lower"))
     low, high = min(0.0, float(values.min())), max(1.0, float(values.max()))
-    figure, axes = canvas(2.3 + 0.2 * len(mask), 2, 1, sharex=True, height_ratios=(1.2, max(0.2 * len(mask), 0.8)))
+    figure, axes = canvas(
+        2.3 + 0.2 * len(mask), 2, 1, sharex=True, height_ratios=(1.2, max(0.2 * len(mask), 0.8))
+    )
     upper, lower = axes[:, 0]
     upper.hist(values, bins=50, range=(low, high), log=True, color=BLUE)
     upper.set_ylim(bottom=0.7)  # a bar of one neuron shows
@@ -201,24 +281,49 @@ def mask_histogram(path: Path, mask: NeuronMask, fraction: float = 0.05) -> None
     for y, layer in enumerate(mask.values()):
         layer = layer.detach().float().cpu().numpy()
         few = layer <= bound
-        lower.plot(layer[~few], np.full((~few).sum(), y), "|", color=BLUE, markersize=7, markeredgewidth=0.7)
-        lower.plot(layer[few], np.full(few.sum(), y), "|", color=RED, markersize=7, markeredgewidth=0.9)
-        lower.text(1.01, y, f"{few.sum()} / {len(layer)}", va="center", fontsize=8, color=RED if few.any() else GREY,
-                   transform=lower.get_yaxis_transform())
-    lower.set_yticks(range(len(mask)), [plain(name, 26) for name in mask], fontsize=8, parse_math=False)
+        lower.plot(
+            layer[~few],
+            np.full((~few).sum(), y),
+            "|",
+            color=BLUE,
+            markersize=7,
+            markeredgewidth=0.7,
+        )
+        lower.plot(
+            layer[few], np.full(few.sum(), y), "|", color=RED, markersize=7, markeredgewidth=0.9
+        )
+        lower.text(
+            1.01,
+            y,
+            f"{few.sum()} / {len(layer)}",
+            va="center",
+            fontsize=8,
+            color=RED if few.any() else GREY,
+            transform=lower.get_yaxis_transform(),
+        )
+    lower.set_yticks(
+        range(len(mask)), [plain(name, 26) for name in mask], fontsize=8, parse_math=False
+    )
     lower.set_ylim(len(mask) - 0.4, -0.6)
     name_axes(lower, "Neurons by layer, in network order", "mask")
     lower.set_title(f"lowest {fraction:.0%}", loc="right", fontsize=SMALL, color=RED)
     save(figure, path)
 
 
-def pruning_curve(path: Path, points: Sequence[dict], *, chosen: int, oracle: int | None = None, n: int) -> None:
-    """CA and ASR on test images, `n` of them triggered, against pruned neurons; `defence_accuracy` if the points have it."""
+def pruning_curve(
+    path: Path, points: Sequence[dict], *, chosen: int, oracle: int | None = None, n: int
+) -> None:
+    """CA and ASR on test images, `n` of them triggered, against pruned neurons; `defence_accuracy`
+    if the points have it.
+    """
     figure, axes = canvas(3.7)
     ax, ends = axes[0, 0], []
     pruned = [float(point["pruned"]) for point in points]
-    lines = [("clean_accuracy", *MEASURES["clean_accuracy"], "-"), ("defence_accuracy", "accuracy on\ndefence set", SKY, "-."),
-             ("attack_success_rate", *MEASURES["attack_success_rate"], "-")]
+    lines = [
+        ("clean_accuracy", *MEASURES["clean_accuracy"], "-"),
+        ("defence_accuracy", "accuracy on\ndefence set", SKY, "-."),
+        ("attack_success_rate", *MEASURES["attack_success_rate"], "-"),
+    ]
     for key, name, colour, style in lines:
         if key in points[0]:
             heights = [float(point[key]) for point in points]
@@ -229,18 +334,26 @@ def pruning_curve(path: Path, points: Sequence[dict], *, chosen: int, oracle: in
     whole_numbers(ax)
     mark(ax, chosen, f"chosen on the defence set: {chosen}", INK)
     if oracle is not None:
-        mark(ax, oracle, f"oracle (unattainable for a defender): {oracle}", PURPLE, row=1, style=":")
-    name_axes(ax, f"CA and ASR on test images ({n:,} of them triggered)", "pruned neurons", rows_above=2)
+        mark(
+            ax, oracle, f"oracle (unattainable for a defender): {oracle}", PURPLE, row=1, style=":"
+        )
+    name_axes(
+        ax, f"CA and ASR on test images ({n:,} of them triggered)", "pruned neurons", rows_above=2
+    )
     name_lines(ax, ends)
     save(figure, path)
 
 
 def sweep_curve(path: Path, points: Sequence[Point], chosen: Point) -> None:
-    """What the defender sees: accuracy on the defence set and the paired drop against pruned neurons."""
+    """What the defender sees: accuracy on the defence set and the paired drop against pruned
+    neurons.
+    """
     figure, axes = canvas(4.2, 2, 1, sharex=True)
     pruned = [point.pruned for point in points]
-    panels = (("accuracy", "Accuracy on the defence set", BLUE),
-              ("lost", "Paired drop: turned wrong − turned right, as a share", GREEN))
+    panels = (
+        ("accuracy", "Accuracy on the defence set", BLUE),
+        ("lost", "Paired drop: turned wrong − turned right, as a share", GREEN),
+    )
     for ax, (key, title, colour) in zip(axes[:, 0], panels):
         ax.plot(pruned, [getattr(point, key) for point in points], color=colour, linewidth=2)
         ax.plot(chosen.pruned, getattr(chosen, key), "o", color=INK, markersize=6)
@@ -248,20 +361,32 @@ def sweep_curve(path: Path, points: Sequence[Point], chosen: Point) -> None:
         name_axes(ax, title, rows_above=ax is axes[0, 0])
     upper, lower = axes[:, 0]
     whole_numbers(lower)
-    mark(upper, chosen.pruned, f"chosen: {chosen.pruned} neurons, accuracy {chosen.accuracy:.3f}", INK)
+    mark(
+        upper,
+        chosen.pruned,
+        f"chosen: {chosen.pruned} neurons, accuracy {chosen.accuracy:.3f}",
+        INK,
+    )
     lower.axvline(chosen.pruned, color=INK, linestyle="--", linewidth=1.3)
     lower.axhline(0, color=GREY, linewidth=0.8)
     lower.set_xlabel("pruned neurons", fontsize=10, color=INK)
     save(figure, path)
 
 
-def recovered_triggers(path: Path, truth: tuple[Float[Tensor, "c h w"], Float[Tensor, "h w"]] | None,
-                       recovered: Sequence[tuple[str, Float[Tensor, "c h w"], Float[Tensor, "h w"]]]) -> None:
-    """Pattern under its mask, and the mask, of the true trigger (None when it is no patch) and of each recovered one."""
+def recovered_triggers(
+    path: Path,
+    truth: tuple[Float[Tensor, "c h w"], Float[Tensor, "h w"]] | None,
+    recovered: Sequence[tuple[str, Float[Tensor, "c h w"], Float[Tensor, "h w"]]],
+) -> None:
+    """Pattern under its mask, and the mask, of the true trigger (None when it is no patch) and of
+    each recovered one.
+    """
     items = [*([("true trigger", *truth)] if truth else []), *recovered]
     columns = min(max(len(items), 3), 5)
     blocks = -(-len(items) // columns)
-    figure, axes = canvas(2 * blocks * (WIDTH / columns + 0.05) * 0.95 + 0.3 * blocks, 2 * blocks, columns)
+    figure, axes = canvas(
+        2 * blocks * (WIDTH / columns + 0.05) * 0.95 + 0.3 * blocks, 2 * blocks, columns
+    )
     for ax in axes.flat:
         blank(ax)
     for i, (title, pattern, mask) in enumerate(items):
@@ -269,36 +394,74 @@ def recovered_triggers(path: Path, truth: tuple[Float[Tensor, "c h w"], Float[Te
         upper, lower = axes[2 * row, column], axes[2 * row + 1, column]
         show(upper, pattern * mask)
         show(lower, mask[None], cmap="viridis")
-        upper.set_title(textwrap.fill(plain(title, 44), 90 // columns), fontsize=SMALL, color=INK, parse_math=False)
+        upper.set_title(
+            textwrap.fill(plain(title, 44), 90 // columns),
+            fontsize=SMALL,
+            color=INK,
+            parse_math=False,
+        )
         if column == 0:
             for ax, what in ((upper, "pattern × mask"), (lower, "mask, 0 to 1")):
                 ax.set_ylabel(what, fontsize=SMALL, color=INK)
     save(figure, path)
 
 
-def roc(path: Path, curves: dict[str, tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray, float]],
-        positives: str = "triggered images", negatives: str = "clean images") -> None:
-    """True against false positive rate of each detector, the best first: name -> (fpr, tpr, AUROC)."""
+def roc(
+    path: Path,
+    curves: dict[str, tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray, float]],
+    positives: str = "triggered images",
+    negatives: str = "clean images",
+) -> None:
+    """True against false positive rate of each detector, the best first: name -> (fpr, tpr,
+    AUROC).
+    """
     figure, axes = canvas(4.0)
     ax = axes[0, 0]
     ax.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=":")
-    for i, (name, (fpr, tpr, auroc)) in enumerate(sorted(curves.items(), key=lambda item: -item[1][2])):
-        style = ("-", "--", "-.")[(i + i // len(COLOURS)) % 3]  # another one when the colours begin again
-        ax.plot(fpr, tpr, color=COLOURS[i % len(COLOURS)], linestyle=style, linewidth=1.8,
-                label=f"{auroc:.3f}  {plain(name)}".replace("$", r"\$"))
+    for i, (name, (fpr, tpr, auroc)) in enumerate(
+        sorted(curves.items(), key=lambda item: -item[1][2])
+    ):
+        style = ("-", "--", "-.")[
+            (i + i // len(COLOURS)) % 3
+        ]  # another one when the colours begin again
+        ax.plot(
+            fpr,
+            tpr,
+            color=COLOURS[i % len(COLOURS)],
+            linestyle=style,
+            linewidth=1.8,
+            label=f"{auroc:.3f}  {plain(name)}".replace("$", r"\$"),
+        )
     ax.set(xlim=(-0.01, 1), ylim=(0, 1.02), aspect="equal")
     mark(ax, 0.05, "5 % false alarms", GREY)
-    name_axes(ax, f"True positive rate ({positives} found)", f"false positive rate ({negatives} flagged)", rows_above=1)
-    legend = ax.legend(title="AUROC", loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=SMALL, handlelength=3)
+    name_axes(
+        ax,
+        f"True positive rate ({positives} found)",
+        f"false positive rate ({negatives} flagged)",
+        rows_above=1,
+    )
+    legend = ax.legend(
+        title="AUROC",
+        loc="upper left",
+        bbox_to_anchor=(1.02, 1),
+        frameon=False,
+        fontsize=SMALL,
+        handlelength=3,
+    )
     legend._legend_box.align = "left"
     save(figure, path)
 
 
 def before_after(path: Path, rows: Sequence[dict]) -> None:
-    """CA, ASR and RA of each model as bars: {"model": name, "clean_accuracy": ..., ...}, drawn in the given order."""
+    """CA, ASR and RA of each model as bars: {"model": name, "clean_accuracy": ..., ...}, drawn in
+    the given order.
+    """
     figure, axes = canvas(0.8 + 0.28 * len(rows), 1, len(MEASURES), sharey=True)
     heights = np.arange(len(rows))
-    names = [f"{plain(row['model'])}{' (unattainable)' if row['model'] == 'oracle' else ''}" for row in rows]
+    names = [
+        f"{plain(row['model'])}{' (unattainable)' if row['model'] == 'oracle' else ''}"
+        for row in rows
+    ]
     for ax, (key, (title, colour)) in zip(axes[0], MEASURES.items()):
         values = [float(row[key]) for row in rows]
         ax.barh(heights, np.nan_to_num(values), height=0.62, color=colour)

@@ -1,4 +1,6 @@
-"""Prune: take the most suspicious neurons out of the original model, as many as the defence set allows."""
+"""Prune: take the most suspicious neurons out of the original model, as many as the defence set
+allows.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Point:
     accuracy: float
     loss: float
     lost: float
-    """Images that turn wrong minus images that turn right, as a share of all: the paired drop in accuracy."""
+    """Images that turn wrong minus images that turn right, as a share of all: the paired drop in
+    accuracy.
+    """
     changed: float
     """Images whose predicted class is another than the unpruned model's, as a share of all."""
 
@@ -56,27 +60,44 @@ class Pruned:
 class Prune:
     """Rank by mask, sweep on the defender's own images, choose a point, cut there.
 
-    Source: Li et al., ICML 2023, Algorithm 1 (the cut). The choice of the point is ours: the published code makes none.
-    Differs: the default rule, `skip`, goes down the ranking and leaves every neuron standing that clean images need.
-    Such neurons get low masks too, above all in small networks, and one of them near the top ends every rule that prunes
-    all neurons up to a point. Need is judged by cross-entropy: accuracy on a few hundred images is too coarse, and
-    choosing neurons by it fits those images.
+    Source: Li et al., ICML 2023, Algorithm 1 (the cut). The choice of the point is ours: the
+    published code makes none.
+    Differs: the default rule, `skip`, goes down the ranking and leaves every neuron standing that
+    clean images need. Such neurons get low masks too, above all in small networks, and one of them
+    near the top ends every rule that prunes all neurons up to a point. Need is judged by
+    cross-entropy: accuracy on a few hundred images is too coarse, and choosing neurons by it fits
+    those images.
     """
 
-    rule: Annotated[Literal["skip", "val_drop", "divergence", "knee", "outlier", "number", "threshold"],
-                    "skip leaves out neurons that clean images need; the others prune all up to a point"] = "skip"
-    epsilon: Annotated[float, "skip, val_drop: accuracy that may be lost, divergence: predictions that may change;"
-                              " a share of the images"] = 0.02
-    tolerance: Annotated[float, "skip: cross-entropy on the defence set, in nats, that the loss of one neuron may cost"] = 0.001
+    rule: Annotated[
+        Literal["skip", "val_drop", "divergence", "knee", "outlier", "number", "threshold"],
+        "skip leaves out neurons that clean images need; the others prune all up to a point",
+    ] = "skip"
+    epsilon: Annotated[
+        float,
+        "skip, val_drop: accuracy that may be lost, divergence: predictions that may change;"
+        " a share of the images",
+    ] = 0.02
+    tolerance: Annotated[
+        float,
+        "skip: cross-entropy on the defence set, in nats, that the loss of one neuron may cost",
+    ] = 0.001
     number: Annotated[int, "number: neurons to prune"] = 30
     threshold: Annotated[float, "threshold: prune neurons whose mask is at most this"] = 0.3
-    max_fraction: Annotated[float, "share of all neurons, the most suspicious ones, that may be pruned at all"] = 0.1
-    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = "fp32"
+    max_fraction: Annotated[
+        float, "share of all neurons, the most suspicious ones, that may be pruned at all"
+    ] = 0.1
+    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = (
+        "fp32"
+    )
     zero_bias: Annotated[bool, "clear the bias of a pruned channel too; the paper does not"] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.epsilon < 1:
-            raise UserError(f"prune.epsilon must be in [0, 1), got {self.epsilon:g}; it is a fraction, not percent")
+            raise UserError(
+                f"prune.epsilon must be in [0, 1), got {self.epsilon:g}; it is a fraction, not"
+                " percent"
+            )
         if not 0 < self.max_fraction <= 1:
             raise UserError(f"prune.max_fraction must be in (0, 1], got {self.max_fraction:g}")
         if self.tolerance < 0:
@@ -87,24 +108,44 @@ class Prune:
     def __call__(self, model: nn.Module, mask: NeuronMask, clean: ImageSet) -> Pruned:
         """`clean` is all that the defender holds; nothing is random, `model` is left unchanged.
 
-        The images that the masks were optimised on count too: the model that is pruned was trained on none of them, and the
-        more images judge it, the less the choice fits them.
+        The images that the masks were optimised on count too: the model that is pruned was trained
+        on none of them, and the more images judge it, the less the choice fits them.
         """
         order = ranking(mask)
         if self.rule == "skip":
-            order, points = harmless(model, order[: self.most(mask)], mask, clean, self.epsilon, self.tolerance, zero_bias=self.zero_bias,
-                                     precision=self.precision)
+            order, points = harmless(
+                model,
+                order[: self.most(mask)],
+                mask,
+                clean,
+                self.epsilon,
+                self.tolerance,
+                zero_bias=self.zero_bias,
+                precision=self.precision,
+            )
             chosen = points[-1]
         else:
             values = sorted_values(order, mask)
             named = self.named(values)
             counts = grid(min(len(order), self.most(mask, named)), (named,))
-            points = sweep(model, order, values, counts, clean, zero_bias=self.zero_bias, precision=self.precision)
+            points = sweep(
+                model,
+                order,
+                values,
+                counts,
+                clean,
+                zero_bias=self.zero_bias,
+                precision=self.precision,
+            )
             chosen = self.choose(points, named)
-        return Pruned(prune(model, order[: chosen.pruned], zero_bias=self.zero_bias), order, points, chosen)
+        return Pruned(
+            prune(model, order[: chosen.pruned], zero_bias=self.zero_bias), order, points, chosen
+        )
 
     def most(self, mask: NeuronMask, named: int = 0) -> int:
-        """How many neurons may go, where the rule asks for `named`: number and threshold are not bound by the largest share."""
+        """How many neurons may go, where the rule asks for `named`: number and threshold are not
+        bound by the largest share.
+        """
         share = max(1, int(self.max_fraction * sum(map(len, mask.values()))))
         return max(share, named) if self.rule in ("number", "threshold") else share
 
@@ -129,12 +170,22 @@ class Prune:
 
 
 @torch.no_grad()
-def harmless(model: nn.Module, order: list[Neuron], mask: NeuronMask, data: ImageSet, epsilon: float, tolerance: float, *,
-             zero_bias: bool = False, precision: Precision = "fp32") -> tuple[list[Neuron], list[Point]]:
-    """The neurons of `order` that clean images do not need, taken in this order, and the point that each one leads to.
+def harmless(
+    model: nn.Module,
+    order: list[Neuron],
+    mask: NeuronMask,
+    data: ImageSet,
+    epsilon: float,
+    tolerance: float,
+    *,
+    zero_bias: bool = False,
+    precision: Precision = "fp32",
+) -> tuple[list[Neuron], list[Point]]:
+    """The neurons of `order` that clean images do not need, taken in this order, and the point
+    that each one leads to.
 
-    A neuron stays in the model when its loss would raise the cross-entropy on `data` by more than `tolerance`, or bring
-    the paired drop in accuracy of all that went above `epsilon`.
+    A neuron stays in the model when its loss would raise the cross-entropy on `data` by more than
+    `tolerance`, or bring the paired drop in accuracy of all that went above `epsilon`.
     """
     trial, gone = copy.deepcopy(model), []
     replay, measure = Replay(trial, data.images, precision), Meter(data.labels)
@@ -142,7 +193,9 @@ def harmless(model: nn.Module, order: list[Neuron], mask: NeuronMask, data: Imag
     replay.keep()
     for neuron in order:
         layer, index = trial.get_submodule(neuron[0]), neuron[1]
-        before = [(part, part[index].clone()) for part in (layer.weight, bias(layer)) if part is not None]
+        before = [
+            (part, part[index].clone()) for part in (layer.weight, bias(layer)) if part is not None
+        ]
         cut(trial, neuron, zero_bias=zero_bias)
         point = measure(replay.logits(neuron[0]), len(gone) + 1, float(mask[neuron[0]][index]))
         if point.loss - points[-1].loss <= tolerance and point.lost <= epsilon + 1e-9:
@@ -165,8 +218,14 @@ class Meter:
         said = logits.argmax(1)
         self.before = said if self.before is None else self.before
         right, was_right = ((each == self.labels).float() for each in (said, self.before))
-        return Point(pruned=pruned, threshold=threshold, accuracy=right.mean().item(), lost=(was_right - right).mean().item(),
-                     loss=F.cross_entropy(logits, self.labels).item(), changed=(said != self.before).float().mean().item())
+        return Point(
+            pruned=pruned,
+            threshold=threshold,
+            accuracy=right.mean().item(),
+            lost=(was_right - right).mean().item(),
+            loss=F.cross_entropy(logits, self.labels).item(),
+            changed=(said != self.before).float().mean().item(),
+        )
 
 
 def grid(most: int, extra: tuple[int, ...] = ()) -> list[int]:
@@ -183,20 +242,43 @@ def sorted_values(order: list[Neuron], mask: NeuronMask) -> np.ndarray:
 
 
 @torch.no_grad()
-def sweep(model: nn.Module, order: list[Neuron], values: np.ndarray, counts: list[int], data: ImageSet, *,
-          zero_bias: bool = False, precision: Precision = "fp32") -> list[Point]:
-    """Accuracy on `data` of `model` without the first n neurons of `order`, for each n in `counts`, which ascend."""
+def sweep(
+    model: nn.Module,
+    order: list[Neuron],
+    values: np.ndarray,
+    counts: list[int],
+    data: ImageSet,
+    *,
+    zero_bias: bool = False,
+    precision: Precision = "fp32",
+) -> list[Point]:
+    """Accuracy on `data` of `model` without the first n neurons of `order`, for each n in
+    `counts`, which ascend.
+    """
     measure = Meter(data.labels)
-    return [measure(logits, n, float(values[n - 1]) if n else 0.0)
-            for n, (logits,) in zip(counts, cut_by_cut(model, order, counts, data.images, zero_bias=zero_bias, precision=precision))]
+    return [
+        measure(logits, n, float(values[n - 1]) if n else 0.0)
+        for n, (logits,) in zip(
+            counts,
+            cut_by_cut(model, order, counts, data.images, zero_bias=zero_bias, precision=precision),
+        )
+    ]
 
 
 @torch.no_grad()
-def cut_by_cut(model: nn.Module, order: list[Neuron], counts: list[int], *sets: UInt8[Tensor, "_ c h w"], zero_bias: bool = False,
-               precision: Precision = "fp32") -> Iterator[tuple[Logits, ...]]:
-    """Logits of each set of images by `model` without the first n neurons of `order`, for each n in `counts`, which ascend.
+def cut_by_cut(
+    model: nn.Module,
+    order: list[Neuron],
+    counts: list[int],
+    *sets: UInt8[Tensor, "_ c h w"],
+    zero_bias: bool = False,
+    precision: Precision = "fp32",
+) -> Iterator[tuple[Logits, ...]]:
+    """Logits of each set of images by `model` without the first n neurons of `order`, for each n
+    in `counts`, which ascend.
 
-    A forward pass starts behind the last layer that stayed the same, so that a sweep costs a fraction of as many passes.
+    A forward pass starts behind the last layer that stayed the same, so that a sweep costs a
+    fraction of as many passes.
     """
     trial, done = copy.deepcopy(model), 0
     replays = [Replay(trial, images, precision) for images in sets]
@@ -210,8 +292,12 @@ def cut_by_cut(model: nn.Module, order: list[Neuron], counts: list[int], *sets: 
         done = n
 
 
-def last_within(points: list[Point], epsilon: float, cost: Literal["lost", "changed"] = "lost") -> Point:
-    """The last point before more than `epsilon` of the accuracy is lost, or of the predictions changed, for the first time."""
+def last_within(
+    points: list[Point], epsilon: float, cost: Literal["lost", "changed"] = "lost"
+) -> Point:
+    """The last point before more than `epsilon` of the accuracy is lost, or of the predictions
+    changed, for the first time.
+    """
     chosen = points[0]
     for point in points:
         if getattr(point, cost) > epsilon + 1e-9:
@@ -221,7 +307,9 @@ def last_within(points: list[Point], epsilon: float, cost: Literal["lost", "chan
 
 
 def knee(points: list[Point]) -> Point:
-    """Where the curve of loss against pruned neurons bends most: farthest below the line between its ends."""
+    """Where the curve of loss against pruned neurons bends most: farthest below the line between
+    its ends.
+    """
     x = np.array([p.pruned for p in points], dtype=float)
     y = np.array([p.loss for p in points])
     span = max(x[-1] - x[0], 1.0)
@@ -230,7 +318,9 @@ def knee(points: list[Point]) -> Point:
 
 
 def outlier_bound(values: np.ndarray, k: float = 3.5, floor: float = 0.01) -> float:
-    """Masks below the median by `k` robust deviations; the floor serves because most masks are 1 and the MAD is 0."""
+    """Masks below the median by `k` robust deviations; the floor serves because most masks are 1
+    and the MAD is 0.
+    """
     median = np.median(values)
     mad = 1.4826 * np.median(np.abs(values - median))
     return float(median - k * max(mad, floor))

@@ -1,4 +1,6 @@
-"""Recover: minimise the error of the unlearned model again, with one mask per channel as the only free parameters."""
+"""Recover: minimise the error of the unlearned model again, with one mask per channel as the only
+free parameters.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from rnp.types import Epoch, ImageSet, NeuronMask, OnEpoch, ignore
 
 @dataclass(frozen=True)
 class Recovered:
-    """`mask` ranks the neurons; `final` is the mask after the last step and `model` the unlearned network under it."""
+    """`mask` ranks the neurons; `final` is the mask after the last step and `model` the unlearned
+    network under it.
+    """
 
     mask: NeuronMask
     final: NeuronMask
@@ -31,9 +35,11 @@ class Recovered:
 class Recover:
     """Gradient descent on the masks, clipped to [0, 1] after every step.
 
-    Source: Li et al., ICML 2023, section 3 and Algorithm 1. `alpha` there only scales the loss, hence the step.
-    Differs: length is given in steps, since the mask values depend on their number, and epochs change with the size of
-    the defence set; neurons are ranked by the mask averaged over the steps, since final masks tie at 0 and 1.
+    Source: Li et al., ICML 2023, section 3 and Algorithm 1. `alpha` there only scales the loss,
+    hence the step.
+    Differs: length is given in steps, since the mask values depend on their number, and epochs
+    change with the size of the defence set; neurons are ranked by the mask averaged over the
+    steps, since final masks tie at 0 and 1.
     """
 
     lr: Annotated[float, "learning rate of the masks"] = 0.2
@@ -41,9 +47,16 @@ class Recover:
     momentum: Annotated[float, "SGD momentum"] = 0.9
     steps: Annotated[int, "optimiser steps; mask values depend on their number"] = 80
     batch_size: Annotated[int, "images per step"] = 128
-    bn_mode: Annotated[Literal["train", "frozen"], "BatchNorm on batch statistics, or on its running ones, unchanged"] = "train"
-    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = "fp32"
-    rank_by: Annotated[Literal["average", "final"], "the mask averaged over the steps, or after the last"] = "average"
+    bn_mode: Annotated[
+        Literal["train", "frozen"],
+        "BatchNorm on batch statistics, or on its running ones, unchanged",
+    ] = "train"
+    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = (
+        "fp32"
+    )
+    rank_by: Annotated[
+        Literal["average", "final"], "the mask averaged over the steps, or after the last"
+    ] = "average"
     augment: Augment = Augment()
 
     def __post_init__(self) -> None:
@@ -51,12 +64,22 @@ class Recover:
             if not getattr(self, name) > 0:
                 raise UserError(f"recover.{name} must be above 0, got {getattr(self, name):g}")
 
-    def __call__(self, unlearned: nn.Module, clean: ImageSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> Recovered:
-        """Drawn at random: the order and the augmentation of the images. `unlearned` is left unchanged.
+    def __call__(
+        self,
+        unlearned: nn.Module,
+        clean: ImageSet,
+        *,
+        rng: torch.Generator,
+        on_epoch: OnEpoch = ignore,
+    ) -> Recovered:
+        """Drawn at random: the order and the augmentation of the images. `unlearned` is left
+        unchanged.
 
         Raises: NonFinite when the loss is; UserError when the model has no neurons to mask.
         """
-        model = freeze_statistics(copy.deepcopy(unlearned).requires_grad_(False), self.bn_mode == "frozen")
+        model = freeze_statistics(
+            copy.deepcopy(unlearned).requires_grad_(False), self.bn_mode == "frozen"
+        )
         mask = {name: value.requires_grad_() for name, value in ones(model).items()}
         total = {name: torch.zeros_like(value) for name, value in mask.items()}
 
@@ -70,13 +93,26 @@ class Recover:
                 value.clamp_(0, 1)
                 total[name] += value
 
-        history = fit(model, clean, objective=objective, rng=rng, epochs=self.steps, max_steps=self.steps,
-                      optimiser=torch.optim.SGD(mask.values(), lr=self.lr, momentum=self.momentum),
-                      batch_size=self.batch_size, augment=self.augment, precision=self.precision, after_step=clip, on_epoch=on_epoch)
+        history = fit(
+            model,
+            clean,
+            objective=objective,
+            rng=rng,
+            epochs=self.steps,
+            max_steps=self.steps,
+            optimiser=torch.optim.SGD(mask.values(), lr=self.lr, momentum=self.momentum),
+            batch_size=self.batch_size,
+            augment=self.augment,
+            precision=self.precision,
+            after_step=clip,
+            on_epoch=on_epoch,
+        )
         final = {name: value.detach().cpu() for name, value in mask.items()}
         average = {name: (value / self.steps).cpu() for name, value in total.items()}
         with torch.no_grad():
             for name, value in mask.items():
                 weight = model.get_submodule(name).weight
                 weight.mul_(spread(value, weight))
-        return Recovered(average if self.rank_by == "average" else final, final, model.eval(), history)
+        return Recovered(
+            average if self.rank_by == "average" else final, final, model.eval(), history
+        )

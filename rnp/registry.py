@@ -1,4 +1,6 @@
-"""A method by its file name: `rnp/attacks/wanet.py` is the attack `wanet`. Listing the names imports no method."""
+"""A method by its file name: `rnp/attacks/wanet.py` is the attack `wanet`. Listing the names
+imports no method.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ FAMILIES = {
 
 
 class Method:
-    """The root of everything that a file name selects: frozen dataclasses whose fields are hyperparameters."""
+    """The root of everything that a file name selects: frozen dataclasses whose fields are
+    hyperparameters.
+    """
 
     @property
     def name(self) -> str:
@@ -40,8 +44,13 @@ def load(family: str, name: str) -> type[Method]:
     if name not in names(family):
         raise UserError(f"unknown {family} {name!r}{suggest(name, names(family))}")
     module = importlib.import_module(f"rnp.{FAMILIES[family].replace('/', '.')}.{name}")
-    own = [value for value in vars(module).values()
-           if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__]
+    own = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Method)
+        and value.__module__ == module.__name__
+    ]
     (method,) = own  # one file, one method
     return method
 

@@ -1,4 +1,6 @@
-"""Forward passes of a network that changes one layer at a time: each starts behind the last part that stayed the same."""
+"""Forward passes of a network that changes one layer at a time: each starts behind the last part
+that stayed the same.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,18 @@ from rnp.training import Precision, autocast, device_of, eval_batches
 from rnp.types import Bytes, Logits, to_floats
 
 BUDGET = 3 * 2**28  # bytes of activations that are kept
-LEAVE_ALONE = (nn.Conv2d, nn.Linear, *NORMS)  # they never change their input in place; activations may
+LEAVE_ALONE = (
+    nn.Conv2d,
+    nn.Linear,
+    *NORMS,
+)  # they never change their input in place; activations may
 
 
 class Replay:
     """Logits of the same images again and again, in eval mode.
 
-    Activations are kept where a single tensor connects what comes before with what comes after. A network that PyTorch
-    cannot trace runs as a whole each time.
+    Activations are kept where a single tensor connects what comes before with what comes after. A
+    network that PyTorch cannot trace runs as a whole each time.
     """
 
     def __init__(self, model: nn.Module, images: Bytes, precision: Precision) -> None:
@@ -47,8 +53,13 @@ class Replay:
 
     @torch.no_grad()
     def logits(self, *layers: str) -> Logits:
-        """Logits on the CPU; `layers` are all that has changed since the last `keep`, everything when there are none."""
-        self.changed = next((i for i, node in enumerate(self.nodes) if any(reads(node, layer) for layer in layers)), 0)
+        """Logits on the CPU; `layers` are all that has changed since the last `keep`, everything
+        when there are none.
+        """
+        self.changed = next(
+            (i for i, node in enumerate(self.nodes) if any(reads(node, layer) for layer in layers)),
+            0,
+        )
         return torch.cat([self._run(i) for i in range(len(self.parts))])
 
     def keep(self) -> None:
@@ -66,7 +77,9 @@ class Replay:
             valid = [node for node in self.kept[i] if self.place[node] < self.changed]
             if valid:
                 start = max(valid, key=self.place.__getitem__)
-                done = {node: None for node in self.nodes[: self.place[start]] if node.op != "get_attr"}
+                done = {
+                    node: None for node in self.nodes[: self.place[start]] if node.op != "get_attr"
+                }
                 logits = run.run(None, initial_env=done | {start: self.kept[i][start]})
             else:
                 logits = run.run(self._input(i))
@@ -78,7 +91,9 @@ class Replay:
 
     @torch.no_grad()
     def _affordable(self, n: int) -> list[fx.Node]:
-        """The places to keep, from the last ones on, as many as the budget allows for `n` images."""
+        """The places to keep, from the last ones on, as many as the budget allows for `n`
+        images.
+        """
         if self.graph is None:
             return []
         run = Recorder(self.graph, connecting(self.nodes))
@@ -94,7 +109,9 @@ class Replay:
 
 
 def reads(node: fx.Node, layer: str) -> bool:
-    """Whether the node takes the weights of `layer`: it runs it, or a module that holds it, or fetches a weight by name."""
+    """Whether the node takes the weights of `layer`: it runs it, or a module that holds it, or
+    fetches a weight by name.
+    """
     if node.op == "call_module":
         return f"{layer}.".startswith(f"{node.target}.")
     return node.op == "get_attr" and node.target.startswith(f"{layer}.")
@@ -131,5 +148,7 @@ def connecting(nodes: list[fx.Node]) -> list[fx.Node]:
 def leaves_alone(node: fx.Node) -> bool:
     if node.op == "call_module":
         module = node.graph.owning_module.get_submodule(node.target)
-        return isinstance(module, LEAVE_ALONE) or (isinstance(module, nn.Identity) and all(map(leaves_alone, node.users)))
+        return isinstance(module, LEAVE_ALONE) or (
+            isinstance(module, nn.Identity) and all(map(leaves_alone, node.users))
+        )
     return node.target in (operator.add, F.avg_pool2d)

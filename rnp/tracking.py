@@ -1,4 +1,6 @@
-"""MLflow: one run per stage, one row per configuration. Nothing in here may stop or fail a stage."""
+"""MLflow: one run per stage, one row per configuration. Nothing in here may stop or fail a
+stage.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def root() -> Path:
 
 
 def store_uri() -> str | None:
-    """Where MLflow keeps the runs, None when tracking is off. The path of an sqlite file counts from `root`."""
+    """Where MLflow keeps the runs, None when tracking is off. The path of an sqlite file counts
+    from `root`.
+    """
     if os.environ.get("RNP_TRACKING", "").lower() in ("off", "false", "no", "0"):
         return None
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
@@ -63,7 +67,9 @@ def database(uri: str) -> Path | None:
 
 @contextlib.contextmanager
 def locked(uri: str) -> Iterator[None]:
-    """One process at a time beside the same sqlite file: two that migrate a fresh one together crash."""
+    """One process at a time beside the same sqlite file: two that migrate a fresh one together
+    crash.
+    """
     file = database(uri)
     if file is None:
         yield
@@ -77,7 +83,9 @@ def locked(uri: str) -> Iterator[None]:
 
 
 class Store:
-    """An MLflow experiment that fails open: the first failure is told once, from then on nothing is done."""
+    """An MLflow experiment that fails open: the first failure is told once, from then on nothing
+    is done.
+    """
 
     def __init__(self, remedy: str = "the next `dvc repro` makes up for it") -> None:
         self.uri, self.remedy = store_uri(), remedy
@@ -93,7 +101,9 @@ class Store:
         try:
             return work(*arguments)
         except Exception as error:  # whatever it is, the training goes on
-            tell(f"MLflow at {self.uri} failed, going on without it; {self.remedy} ({brief(error)})")
+            tell(
+                f"MLflow at {self.uri} failed, going on without it; {self.remedy} ({brief(error)})"
+            )
             self.uri = None
             return None
 
@@ -106,10 +116,15 @@ class Store:
         place = (file.parent / "mlruns").as_uri() if file else None
         with locked(self.uri):
             self.client = client = MlflowClient(self.uri)
-            found = client.get_experiment_by_name(name) or client.get_experiment(client.create_experiment(name, place))
+            found = client.get_experiment_by_name(name) or client.get_experiment(
+                client.create_experiment(name, place)
+            )
         self.experiment, place = found.experiment_id, urlparse(found.artifact_location)
         if file and place.scheme == "file" and not Path(url2pathname(place.path)).parent.is_dir():
-            raise FileNotFoundError(f"its files were in {place.path}, which is gone; after moving the project delete {file}")
+            raise FileNotFoundError(
+                f"its files were in {place.path}, which is gone; after moving the project delete"
+                f" {file}"
+            )
 
     def search(self, condition: str) -> list:
         found, token = [], None
@@ -120,8 +135,12 @@ class Store:
                 return found
 
     def _reap(self) -> None:
-        """End the runs whose process died without a word: a stage run was killed, an unfinished row is none."""
-        for run in self.search(f"attributes.status = 'RUNNING' and tags.`rnp.host` = '{socket.gethostname()}'"):
+        """End the runs whose process died without a word: a stage run was killed, an unfinished
+        row is none.
+        """
+        for run in self.search(
+            f"attributes.status = 'RUNNING' and tags.`rnp.host` = '{socket.gethostname()}'"
+        ):
             if alive(int(run.data.tags["rnp.pid"])):
                 continue
             if run.data.tags["rnp.kind"] == "pipeline":
@@ -129,11 +148,15 @@ class Store:
             else:
                 self.client.set_terminated(run.info.run_id, "KILLED")
 
-    def create(self, name: str, tags: dict[str, str], params: dict[str, object], seconds: float = 0) -> str:
+    def create(
+        self, name: str, tags: dict[str, str], params: dict[str, object], seconds: float = 0
+    ) -> str:
         """The id of a new run that started `seconds` ago."""
         from mlflow.entities import Param
 
-        run_id = self.client.create_run(self.experiment, now() - int(seconds * 1000), tags, name).info.run_id
+        run_id = self.client.create_run(
+            self.experiment, now() - int(seconds * 1000), tags, name
+        ).info.run_id
         entries = [Param(clean(key), str(value)) for key, value in params.items()]
         for some in chunks(entries, 100):  # as many as a server takes
             self.client.log_batch(run_id, params=some)
@@ -145,7 +168,13 @@ class Store:
 
     def log_report(self, run_id: str, report: Path, seconds: float) -> None:
         """End values and figures of a stage from its report folder."""
-        self.log(run_id, [*points(flat(load(report / "metrics.json")), prefix="final/"), *points({"seconds": seconds})])
+        self.log(
+            run_id,
+            [
+                *points(flat(load(report / "metrics.json")), prefix="final/"),
+                *points({"seconds": seconds}),
+            ],
+        )
         self.log_figures(run_id, report)
 
     def log_figures(self, run_id: str, report: Path, folder: str = "plots") -> None:
@@ -159,9 +188,11 @@ class Store:
 
 
 class StageRun:
-    """The run of one stage, opened once the stage has lasted a while; `id` is None before, and where MLflow fails.
+    """The run of one stage, opened once the stage has lasted a while; `id` is None before, and
+    where MLflow fails.
 
-    Importing MLflow takes seconds, which short stages do not pay: `publish` makes their runs from the files they leave.
+    Importing MLflow takes seconds, which short stages do not pay: `publish` makes their runs from
+    the files they leave.
     """
 
     def __init__(self, stage: str, params: dict[str, object], attack: str) -> None:
@@ -197,7 +228,10 @@ class StageRun:
         self.sent = time.monotonic()
 
     def _log(self, rows: list[tuple[dict[str, float], int]]) -> None:
-        self.store.log(self.id, [point for row, when in rows for point in points(row, int(row["step"]), when=when)])
+        self.store.log(
+            self.id,
+            [point for row, when in rows for point in points(row, int(row["step"]), when=when)],
+        )
 
     def results(self, report: Path, seconds: float) -> None:
         """Log what the stage left in its report folder."""
@@ -220,7 +254,9 @@ class Killed(SystemExit):
 
 @contextlib.contextmanager
 def stage_run(stage: str, params: dict[str, object], attack: str) -> Iterator[StageRun]:
-    """A run that ends as FINISHED, FAILED (exception, exit code) or KILLED (signal), as the block does."""
+    """A run that ends as FINISHED, FAILED (exception, exit code) or KILLED (signal), as the block
+    does.
+    """
 
     def die(number: int, _: object) -> None:
         raise Killed(128 + number)
@@ -243,7 +279,9 @@ def stage_run(stage: str, params: dict[str, object], attack: str) -> Iterator[St
         raise
     finally:
         for each in handlers:
-            signal.signal(each, signal.SIG_IGN)  # a second Ctrl-C would leave the run open; closing takes seconds at most
+            signal.signal(
+                each, signal.SIG_IGN
+            )  # a second Ctrl-C would leave the run open; closing takes seconds at most
         if run is not None:
             run.close(status, error)
         for each, handler in handlers.items():
@@ -251,10 +289,20 @@ def stage_run(stage: str, params: dict[str, object], attack: str) -> Iterator[St
 
 
 def finished_rows() -> list[tuple[dict[str, str], dict[str, float], str]]:
-    """Parameters, metrics and time (UTC) of the finished configurations; empty, after a warning, where MLflow fails."""
+    """Parameters, metrics and time (UTC) of the finished configurations; empty, after a warning,
+    where MLflow fails.
+    """
     store = Store()
-    found = store.attempt(store.search, "tags.`rnp.kind` = 'pipeline' and attributes.status = 'FINISHED'") or []
-    when = lambda run: f"{datetime.datetime.fromtimestamp(run.info.start_time / 1000, datetime.UTC):%Y-%m-%d %H:%M:%S}"
+    found = (
+        store.attempt(
+            store.search, "tags.`rnp.kind` = 'pipeline' and attributes.status = 'FINISHED'"
+        )
+        or []
+    )
+
+    def when(run):
+        return f"{datetime.datetime.fromtimestamp(run.info.start_time / 1000, datetime.UTC):%Y-%m-%d %H:%M:%S}"
+
     return [(run.data.params, run.data.metrics, when(run)) for run in found]
 
 
@@ -264,35 +312,59 @@ def setup() -> None:
 
 
 def tags(kind: str, stage: str, key: str) -> dict[str, str]:
-    """What a run says about its origin; the client, unlike MLflow's global functions, adds nothing by itself."""
+    """What a run says about its origin; the client, unlike MLflow's global functions, adds nothing
+    by itself.
+    """
     commit, version = git_commit(), None
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         version = importlib.metadata.version("rnp")
     found = {
-        "rnp.kind": kind, "rnp.stage": stage, "rnp.key": key, "rnp.version": version, "rnp.git": commit,
-        "rnp.host": socket.gethostname(), "rnp.pid": str(os.getpid()), "dvc.stage": os.environ.get("DVC_STAGE"),
-        "dvc.exp_name": os.environ.get("DVC_EXP_NAME"), "dvc.baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV"),
-        "mlflow.user": os.environ.get("USER") or f"uid {os.getuid()}", "mlflow.source.name": f"stages.{stage.partition('/')[0]}",
-        "mlflow.source.type": "LOCAL", "mlflow.source.git.commit": commit.removesuffix("-dirty"),
+        "rnp.kind": kind,
+        "rnp.stage": stage,
+        "rnp.key": key,
+        "rnp.version": version,
+        "rnp.git": commit,
+        "rnp.host": socket.gethostname(),
+        "rnp.pid": str(os.getpid()),
+        "dvc.stage": os.environ.get("DVC_STAGE"),
+        "dvc.exp_name": os.environ.get("DVC_EXP_NAME"),
+        "dvc.baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV"),
+        "mlflow.user": os.environ.get("USER") or f"uid {os.getuid()}",
+        "mlflow.source.name": f"stages.{stage.partition('/')[0]}",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": commit.removesuffix("-dirty"),
     }
     return {name: value for name, value in found.items() if value}
 
 
 def git_commit() -> str:
-    """The commit of this folder, with `-dirty` after it when tracked files differ; empty where there is no git."""
+    """The commit of this folder, with `-dirty` after it when tracked files differ; empty where
+    there is no git.
+    """
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"})
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip()
 
 
-def points(numbers: dict[str, float], step: int = 0, prefix: str = "", when: int | None = None) -> list:
+def points(
+    numbers: dict[str, float], step: int = 0, prefix: str = "", when: int | None = None
+) -> list:
     from mlflow.entities import Metric
 
     when = now() if when is None else when
-    return [Metric(clean(f"{prefix}{name}"), float(value), when, step) for name, value in numbers.items()]
+    return [
+        Metric(clean(f"{prefix}{name}"), float(value), when, step)
+        for name, value in numbers.items()
+    ]
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, float]:
@@ -325,7 +397,9 @@ def digest(value: object) -> str:
 
 
 def alive(pid: int) -> bool:
-    """Whether another process has this id. Ours is new: what carries its number was written by one that is gone."""
+    """Whether another process has this id. Ours is new: what carries its number was written by one
+    that is gone.
+    """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -355,12 +429,24 @@ def tell(message: str) -> None:
 def log_dataset(store: Store, run_id: str, name: str, md5: str, source: str) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    data = DatasetInput(Dataset(name, md5, "local", source), [InputTag("mlflow.data.context", "training")])
+    data = DatasetInput(
+        Dataset(name, md5, "local", source), [InputTag("mlflow.data.context", "training")]
+    )
     store.client.log_inputs(run_id, [data])
 
 
-def log_model(store: Store, run_id: str, path: Path, name: str, shape: tuple[int, ...], *, backdoored: bool, maker: str) -> None:
-    """Link the model in `path` to a run; the store keeps one copy of each file. `maker` is the run that made it.
+def log_model(
+    store: Store,
+    run_id: str,
+    path: Path,
+    name: str,
+    shape: tuple[int, ...],
+    *,
+    backdoored: bool,
+    maker: str,
+) -> None:
+    """Link the model in `path` to a run; the store keeps one copy of each file. `maker` is the run
+    that made it.
 
     `shape` is that of an image. A network that PyTorch cannot export is left out, with a warning.
     """
@@ -369,7 +455,9 @@ def log_model(store: Store, run_id: str, path: Path, name: str, shape: tuple[int
     from rnp.io import sha256
 
     labels = {"rnp.sha256": sha256(path), "rnp.backdoored": str(backdoored).lower()}
-    same = store.client.search_logged_models([store.experiment], f"tags.`rnp.sha256` = '{labels['rnp.sha256']}'")
+    same = store.client.search_logged_models(
+        [store.experiment], f"tags.`rnp.sha256` = '{labels['rnp.sha256']}'"
+    )
     model = next((each for each in same if each.status == LoggedModelStatus.READY), None)
     if model is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -385,7 +473,9 @@ def log_model(store: Store, run_id: str, path: Path, name: str, shape: tuple[int
 
 
 def export(path: Path, shape: tuple[int, ...], folder: Path) -> None:
-    """Write the model as MLflow reads it: a traced graph for inference that needs none of our code."""
+    """Write the model as MLflow reads it: a traced graph for inference that needs none of our
+    code.
+    """
     import mlflow.pytorch
     import numpy as np
     import torch
@@ -395,5 +485,10 @@ def export(path: Path, shape: tuple[int, ...], folder: Path) -> None:
     model = load_model(path)[0].cpu().lay_out("the export warns of other strides")
     example = np.zeros((2, *shape), np.float32)  # a batch of one would be frozen into the graph
     torch_version = torch.__version__.partition("+")[0]
-    mlflow.pytorch.save_model(model, str(folder), input_example=example, pip_requirements=[f"torch=={torch_version}"],
-                              serialization_format="pt2")
+    mlflow.pytorch.save_model(
+        model,
+        str(folder),
+        input_example=example,
+        pip_requirements=[f"torch=={torch_version}"],
+        serialization_format="pt2",
+    )

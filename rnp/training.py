@@ -1,4 +1,6 @@
-"""The one training loop. Unlearning, masks and distillation differ by objective, optimiser, `after_step` and stop rule."""
+"""The one training loop. Unlearning, masks and distillation differ by objective, optimiser,
+`after_step` and stop rule.
+"""
 
 from __future__ import annotations
 
@@ -20,23 +22,41 @@ from rnp.errors import NonFinite, UserError
 from rnp.graphs import Replayed
 from rnp.models.classifier import evaluating
 from rnp.models.parallel import Team, processes, team
-from rnp.types import Epoch, ImageSet, Images, Indices, Labels, Logits, OnEpoch, ignore, send, to_floats
+from rnp.types import (
+    Epoch,
+    Images,
+    ImageSet,
+    Indices,
+    Labels,
+    Logits,
+    OnEpoch,
+    ignore,
+    send,
+    to_floats,
+)
 
 Objective = Callable[[Images, Labels], tuple[Tensor, Logits]]
 """Batch -> the scalar to minimise, and the logits by which accuracy is counted."""
 OnBatch = Callable[[Indices, Labels, Logits], None]
-"""Hears of each step: positions of its images in the set, their labels, and the logits before the step."""
+"""Hears of each step: positions of its images in the set, their labels, and the logits before the
+step.
+"""
 Precision = Literal["fp32", "bf16", "auto"]
-WORTH_COMPILING = 10_000  # steps; only then does a GPU save more than compiling takes (results/cifar10/steps.csv)
+WORTH_COMPILING = (
+    10_000  # steps; only then does a GPU save more than compiling takes (results/cifar10/steps.csv)
+)
 LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 FORGONE = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
 """What a limit may say that leaves oneDNN no native product of bf16."""
 EVAL_BATCH = 500
-EVAL_VALUES = 2**23  # of images in one forward pass; the activations of its first layer are many times that
+EVAL_VALUES = (
+    2**23
+)  # of images in one forward pass; the activations of its first layer are many times that
 
 
 def default_device() -> torch.device:
-    """`RNP_DEVICE`, else a GPU when there is one (under torchrun one for each process), else the CPU.
+    """`RNP_DEVICE`, else a GPU when there is one (under torchrun one for each process), else the
+    CPU.
 
     Raises: UserError when `RNP_DEVICE` names no device of this machine.
     """
@@ -54,12 +74,16 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def half_precision(precision: Precision, device: torch.device) -> bool:
-    """Whether to compute in bf16; `auto` does where the hardware multiplies it natively, and oneDNN has not been told to forgo that."""
+    """Whether to compute in bf16; `auto` does where the hardware multiplies it natively, and
+    oneDNN has not been told to forgo that.
+    """
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() and not FORGONE & {os.environ.get(name, "").upper() for name in LIMITS}
+    return torch.cpu._is_avx512_bf16_supported() and not FORGONE & {
+        os.environ.get(name, "").upper() for name in LIMITS
+    }
 
 
 def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager:
@@ -68,12 +92,15 @@ def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractC
 
 
 def seeded(function: Callable) -> Callable:
-    """What layers draw while they train (dropout, stochastic depth) comes from the global generator: it is set by the seed of
-    `rng`, and afterwards as it was. `rng` itself does not move.
+    """What layers draw while they train (dropout, stochastic depth) comes from the global
+    generator: it is set by the seed of `rng`, and afterwards as it was. `rng` itself does not
+    move.
     """
 
     @functools.wraps(function)
-    def run(model: nn.Module, *args: object, rng: torch.Generator, **options: object) -> list[Epoch]:
+    def run(
+        model: nn.Module, *args: object, rng: torch.Generator, **options: object
+    ) -> list[Epoch]:
         devices = range(torch.cuda.device_count()) if device_of(model).type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(rng.initial_seed())
@@ -106,29 +133,37 @@ def fit(
     together: Team | None = None,
     graphed: bool = False,
 ) -> list[Epoch]:
-    """Minimise `objective` over shuffled batches of `data`, changing in place whatever `optimiser` holds.
+    """Minimise `objective` over shuffled batches of `data`, changing in place whatever `optimiser`
+    holds.
 
-    `schedule` maps the epochs done so far, a fraction, to a factor on the learning rate, `side` to one on the side of the
-    images; `after_step` runs after every step; `stop_step`, given the number of steps done, and `stop_epoch` end the run when
-    true. The mode of `model` (train or eval) is the caller's. Drawn at random from `rng`: the order of the images and their
+    `schedule` maps the epochs done so far, a fraction, to a factor on the learning rate, `side` to
+    one on the side of the images; `after_step` runs after every step; `stop_step`, given the
+    number of steps done, and `stop_epoch` end the run when true. The mode of `model` (train or
+    eval) is the caller's. Drawn at random from `rng`: the order of the images and their
     augmentation; by each process of `together` alike, which then takes its slice of the batch.
 
-    `graphed`, a GPU repeats recorded steps without Python, compiled ones where the run is long; the optimiser must come from
-    `graphable`, and `objective`, `after_step` and `model` must neither ask for values nor decide by them.
+    `graphed`, a GPU repeats recorded steps without Python, compiled ones where the run is long;
+    the optimiser must come from `graphable`, and `objective`, `after_step` and `model` must
+    neither ask for values nor decide by them.
 
-    Raises: NonFinite after an epoch whose loss was NaN or infinite; UserError when BatchNorm is given a single value.
+    Raises: NonFinite after an epoch whose loss was NaN or infinite; UserError when BatchNorm is
+    given a single value.
     """
     device, per_epoch = device_of(model), steps_per_epoch(len(data), batch_size)
     data = resident(data, device)
     initial = [float(group["lr"]) for group in optimiser.param_groups]
     held = [p for group in optimiser.param_groups for p in group["params"]]
 
-    def update(objective: Objective, images: Images, labels: Labels) -> tuple[Tensor, Logits, Tensor]:
+    def update(
+        objective: Objective, images: Images, labels: Labels
+    ) -> tuple[Tensor, Logits, Tensor]:
         with autocast(precision, device), one_value_explained(len(data), batch_size):
             loss, logits = objective(images, labels)
         optimiser.zero_grad(set_to_none=True)
         loss.backward() if together is None else together.backward(loss, held)
-        norm = loss.new_zeros(()) if clip_norm is None else nn.utils.clip_grad_norm_(held, clip_norm)
+        norm = (
+            loss.new_zeros(()) if clip_norm is None else nn.utils.clip_grad_norm_(held, clip_norm)
+        )
         optimiser.step()
         after_step()
         return loss.detach(), logits.detach(), norm
@@ -136,18 +171,26 @@ def fit(
     advance = functools.partial(update, objective)
     if graphed and device.type == "cuda" and together is None:
         long = epochs * per_epoch >= WORTH_COMPILING
-        quick = functools.partial(update, torch.compile(objective, dynamic=False)) if long else advance
+        quick = (
+            functools.partial(update, torch.compile(objective, dynamic=False)) if long else advance
+        )
         advance = Replayed(quick, advance, (batch_size, *data.shape))
     history, step, stopped = [], 0, False
     for epoch in range(epochs):
         sums = torch.zeros(3, dtype=torch.float64, device=device)
-        for positions in torch.randperm(len(data), generator=rng).to(data.labels.device).split(batch_size):
+        for positions in (
+            torch.randperm(len(data), generator=rng).to(data.labels.device).split(batch_size)
+        ):
             for group, lr in zip(optimiser.param_groups, initial):
                 set_lr(group, lr * schedule(step / per_epoch))
             images, labels = batch_of(data, positions, augment, side(step / per_epoch), device, rng)
             own, truth = (images, labels) if together is None else together.take(images, labels)
             loss, logits, norm = advance(own, truth)
-            on_batch(positions, labels, logits if together is None else together.whole(logits, len(labels)))
+            on_batch(
+                positions,
+                labels,
+                logits if together is None else together.whole(logits, len(labels)),
+            )
             step += 1
             row = tally(loss, logits, truth)
             sums += row if together is None else row * together.counts
@@ -159,8 +202,16 @@ def fit(
         total, correct, seen = sums.tolist()
         if not math.isfinite(total):
             raise NonFinite(step)
-        history.append(Epoch(epoch=epoch, step=step, loss=total / seen, accuracy=correct / seen,
-                             learning_rate=float(optimiser.param_groups[0]["lr"]), gradient_norm=float(norm)))
+        history.append(
+            Epoch(
+                epoch=epoch,
+                step=step,
+                loss=total / seen,
+                accuracy=correct / seen,
+                learning_rate=float(optimiser.param_groups[0]["lr"]),
+                gradient_norm=float(norm),
+            )
+        )
         on_epoch(history[-1])
         if stopped or stop_epoch(history[-1]):
             break
@@ -168,17 +219,29 @@ def fit(
 
 
 def resident(data: ImageSet, device: torch.device) -> ImageSet:
-    """`data` in the memory of a GPU, where they take no more than half of what is free; else as they are."""
+    """`data` in the memory of a GPU, where they take no more than half of what is free; else as
+    they are.
+    """
     if device.type != "cuda" or data.images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
         return data
     return ImageSet(data.images.to(device), data.labels.to(device), data.classes)
 
 
-def batch_of(data: ImageSet, positions: Indices, augment: Augment, side: float, device: torch.device,
-             rng: torch.Generator) -> tuple[Images, Labels]:
+def batch_of(
+    data: ImageSet,
+    positions: Indices,
+    augment: Augment,
+    side: float,
+    device: torch.device,
+    rng: torch.Generator,
+) -> tuple[Images, Labels]:
     """A batch on its device, augmented, its images shrunk to `side` of theirs."""
-    images = data.images.index_select(0, positions)  # from a map it copies 8 times as fast as an index in brackets
-    return shrink(augment(to_floats(send(images, device)), rng=rng), side), send(data.labels[positions], device)
+    images = data.images.index_select(
+        0, positions
+    )  # from a map it copies 8 times as fast as an index in brackets
+    return shrink(augment(to_floats(send(images, device)), rng=rng), side), send(
+        data.labels[positions], device
+    )
 
 
 def set_lr(group: dict, lr: float) -> None:
@@ -189,8 +252,12 @@ def set_lr(group: dict, lr: float) -> None:
         group["lr"] = lr
 
 
-def graphable(kind: type[torch.optim.Optimizer], model: nn.Module, *, lr: float, **options: object) -> torch.optim.Optimizer:
-    """An optimiser of all weights of `model`; on a GPU one whose steps can be recorded, in one kernel."""
+def graphable(
+    kind: type[torch.optim.Optimizer], model: nn.Module, *, lr: float, **options: object
+) -> torch.optim.Optimizer:
+    """An optimiser of all weights of `model`; on a GPU one whose steps can be recorded, in one
+    kernel.
+    """
     device = device_of(model)
     if device.type == "cuda":
         options |= {"fused": True} | ({} if kind is torch.optim.SGD else {"capturable": True})
@@ -206,14 +273,20 @@ def one_value_explained(images: int, batch_size: int) -> Iterator[None]:
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        raise UserError(f"of {images} images in batches of {batch_size} one is left alone, and a BatchNorm that sees a single"
-                        " value learns nothing; choose another batch_size") from error
+        raise UserError(
+            f"of {images} images in batches of {batch_size} one is left alone, and a BatchNorm that"
+            " sees a single value learns nothing; choose another batch_size"
+        ) from error
 
 
 def tally(loss: Tensor, logits: Logits, labels: Labels) -> Float[Tensor, "3"]:
-    """Sum of the losses, images classified right, images; on the device, for nothing waits for it there."""
+    """Sum of the losses, images classified right, images; on the device, for nothing waits for it
+    there.
+    """
     correct = (logits.argmax(1) == labels).sum()
-    return torch.stack([loss.double() * len(labels), correct.double(), correct.new_tensor(len(labels)).double()])
+    return torch.stack(
+        [loss.double() * len(labels), correct.double(), correct.new_tensor(len(labels)).double()]
+    )
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -227,7 +300,8 @@ def eval_batches(images: Tensor) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, *, precision: Precision = "fp32") -> Logits:
-    """Logits of all `images` (uint8 or floats, [n, c, h, w]) on the CPU, in eval mode; `model` is left as it was.
+    """Logits of all `images` (uint8 or floats, [n, c, h, w]) on the CPU, in eval mode; `model` is
+    left as it was.
 
     Raises: UserError when the model answers with anything but logits.
     """
@@ -243,21 +317,36 @@ def predict(model: nn.Module, images: Tensor, *, precision: Precision = "fp32") 
 def checked(answer: object, n: int) -> Tensor:
     """Raises: UserError when a model's answer for `n` images is no [n, k]."""
     if not isinstance(answer, Tensor) or answer.dim() != 2 or len(answer) != n:
-        shape = f"tensor of shape {list(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
-        raise UserError(f"the model answers {n} images with a {shape}, not with logits of shape [{n}, classes]; rnp repairs"
-                        " classifiers with one head")
+        shape = (
+            f"tensor of shape {list(answer.shape)}"
+            if isinstance(answer, Tensor)
+            else type(answer).__name__
+        )
+        raise UserError(
+            f"the model answers {n} images with a {shape}, not with logits of shape [{n}, classes];"
+            " rnp repairs classifiers with one head"
+        )
     return answer
 
 
 def accuracy(model: nn.Module, data: ImageSet, *, precision: Precision = "fp32") -> float:
-    return (predict(model, data.images, precision=precision).argmax(1) == data.labels).float().mean().item()
+    return (
+        (predict(model, data.images, precision=precision).argmax(1) == data.labels)
+        .float()
+        .mean()
+        .item()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """How a classifier is trained, benign or backdoored: SGD with Nesterov momentum, or AdamW, on a one-cycle schedule."""
+    """How a classifier is trained, benign or backdoored: SGD with Nesterov momentum, or AdamW, on
+    a one-cycle schedule.
+    """
 
-    optimiser: Annotated[Literal["sgd", "adamw"], "adamw serves transformers, with a learning rate near .001"] = "sgd"
+    optimiser: Annotated[
+        Literal["sgd", "adamw"], "adamw serves transformers, with a learning rate near .001"
+    ] = "sgd"
     epochs: Annotated[int, "passes over the training set"] = 12
     batch_size: Annotated[int, "images per step"] = 128
     lr: Annotated[float, "peak learning rate"] = 0.1
@@ -265,9 +354,14 @@ class Train:
     weight_decay: Annotated[float, "weight decay"] = 5e-4
     warm_up: Annotated[float, "share of the run in which the learning rate rises"] = 0.25
     label_smoothing: Annotated[float, "share of each label spread over all classes"] = 0.0
-    grow_from: Annotated[float, "side of the images at the start, as a share of their own; below 1 the run takes less time"] = 1.0
+    grow_from: Annotated[
+        float,
+        "side of the images at the start, as a share of their own; below 1 the run takes less time",
+    ] = 1.0
     grow_until: Annotated[float, "share of the run after which they have their own side"] = 0.7
-    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = "auto"
+    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = (
+        "auto"
+    )
     augment: Augment = field(default_factory=Augment)
 
     def __post_init__(self) -> None:
@@ -279,22 +373,54 @@ class Train:
         if not 0 < self.grow_from <= 1:
             raise UserError(f"train.grow_from must be in (0, 1], got {self.grow_from}")
         if not 0 <= self.grow_until < 1:
-            raise UserError(f"train.grow_until must be in [0, 1), got {self.grow_until}; the end of a run needs whole images")
+            raise UserError(
+                f"train.grow_until must be in [0, 1), got {self.grow_until}; the end of a run needs"
+                " whole images"
+            )
 
-    def __call__(self, model: nn.Module, data: ImageSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore,
-                 on_batch: OnBatch = lambda positions, labels, logits: None) -> nn.Module:
-        """Train `model` in place and return it in eval mode; under torchrun all processes train one model."""
+    def __call__(
+        self,
+        model: nn.Module,
+        data: ImageSet,
+        *,
+        rng: torch.Generator,
+        on_epoch: OnEpoch = ignore,
+        on_batch: OnBatch = lambda positions, labels, logits: None,
+    ) -> nn.Module:
+        """Train `model` in place and return it in eval mode; under torchrun all processes train
+        one model.
+        """
         if self.optimiser == "adamw":
-            optimiser = graphable(torch.optim.AdamW, model, lr=self.lr, weight_decay=self.weight_decay)
+            optimiser = graphable(
+                torch.optim.AdamW, model, lr=self.lr, weight_decay=self.weight_decay
+            )
         else:
-            optimiser = graphable(torch.optim.SGD, model, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0,
-                                  weight_decay=self.weight_decay)
+            optimiser = graphable(
+                torch.optim.SGD,
+                model,
+                lr=self.lr,
+                momentum=self.momentum,
+                nesterov=self.momentum > 0,
+                weight_decay=self.weight_decay,
+            )
         with team(model) as together:
-            fit(model.train(), data, objective=cross_entropy(model, self.label_smoothing), optimiser=optimiser,
-                epochs=self.epochs, batch_size=self.batch_size, rng=rng, augment=self.augment,
+            fit(
+                model.train(),
+                data,
+                objective=cross_entropy(model, self.label_smoothing),
+                optimiser=optimiser,
+                epochs=self.epochs,
+                batch_size=self.batch_size,
+                rng=rng,
+                augment=self.augment,
                 schedule=lambda epoch: one_cycle(epoch / self.epochs, self.warm_up),
-                side=lambda epoch: growing(epoch / self.epochs, self.grow_from, self.grow_until), precision=self.precision,
-                on_epoch=on_epoch, on_batch=on_batch, together=together, graphed=True)
+                side=lambda epoch: growing(epoch / self.epochs, self.grow_from, self.grow_until),
+                precision=self.precision,
+                on_epoch=on_epoch,
+                on_batch=on_batch,
+                together=together,
+                graphed=True,
+            )
         return model.eval()
 
 
@@ -307,12 +433,16 @@ def cross_entropy(model: nn.Module, label_smoothing: float = 0.0) -> Objective:
 
 
 def one_cycle(done: float, warm_up: float) -> float:
-    """Factor on the peak learning rate after the share `done` of a run: a straight rise, then a straight fall to 0."""
+    """Factor on the peak learning rate after the share `done` of a run: a straight rise, then a
+    straight fall to 0.
+    """
     return (0.04 + 0.96 * done / warm_up) if done < warm_up else (1 - done) / (1 - warm_up)
 
 
 def growing(done: float, start: float, until: float) -> float:
-    """Factor on the side of the images after the share `done` of a run: a straight rise from `start` to 1 at `until`."""
+    """Factor on the side of the images after the share `done` of a run: a straight rise from
+    `start` to 1 at `until`.
+    """
     return start + (1 - start) * done / until if done < until else 1.0
 
 

@@ -1,4 +1,6 @@
-"""The nouns of the project: images, defence sets, triggers, neuron masks, and one row of a training history."""
+"""The nouns of the project: images, defence sets, triggers, neuron masks, and one row of a
+training history.
+"""
 
 from __future__ import annotations
 
@@ -69,8 +71,12 @@ def room(*shape: int) -> Bytes:
     if size < LARGE:
         return torch.empty(shape, dtype=torch.uint8)
     folder = "/var/tmp" if "TMPDIR" not in os.environ and os.access("/var/tmp", os.W_OK) else None
-    with tempfile.TemporaryFile(dir=folder) as backing:  # the map outlives the name, and nothing is left behind
-        if size and hasattr(os, "posix_fallocate"):  # else a disk that fills up while the map is written kills the process
+    with tempfile.TemporaryFile(
+        dir=folder
+    ) as backing:  # the map outlives the name, and nothing is left behind
+        if size and hasattr(
+            os, "posix_fallocate"
+        ):  # else a disk that fills up while the map is written kills the process
             os.posix_fallocate(backing.fileno(), 0, size)
         return torch.from_numpy(np.memmap(backing, np.uint8, "w+", shape=shape))
 
@@ -87,18 +93,24 @@ def to_floats(images: UInt8[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c 
 
 
 def to_bytes(images: Images) -> Bytes:
-    """Clip, round, then cast: the other orders wrap bright pixels or bias the image by half a step."""
+    """Clip, round, then cast: the other orders wrap bright pixels or bias the image by half a
+    step.
+    """
     return images.clamp(0, 1).mul(255).round_().to(torch.uint8)
 
 
 def targets(labels: Labels, target: int | None, classes: int) -> Labels:
-    """Where a backdoor sends images of the given labels: to `target`, or, all-to-all (None), to the class after their own."""
+    """Where a backdoor sends images of the given labels: to `target`, or, all-to-all (None), to
+    the class after their own.
+    """
     return (labels + 1) % classes if target is None else torch.full_like(labels, target)
 
 
 @dataclass(frozen=True)
 class DefenceSet:
-    """The defender's clean images: `train` to optimise on, `val` to choose with; neither was seen by the attacker."""
+    """The defender's clean images: `train` to optimise on, `val` to choose with; neither was seen
+    by the attacker.
+    """
 
     train: ImageSet
     val: ImageSet
@@ -114,20 +126,26 @@ class DefenceSet:
 
 
 class Trigger(nn.Module, ABC):
-    """Images -> images, each treated alone. All state lives in buffers, so that it can be saved and shared."""
+    """Images -> images, each treated alone. All state lives in buffers, so that it can be saved
+    and shared.
+    """
 
     @abstractmethod
     def forward(self, images: Images) -> Images: ...
 
     @property
     def support(self) -> Tensor | None:
-        """[h, w] boolean: the pixels that a patch covers; None for triggers that touch the whole image."""
+        """[h, w] boolean: the pixels that a patch covers; None for triggers that touch the whole
+        image.
+        """
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """One row of a training history. `loss` is the objective that was minimised, `accuracy` that of the seen batches."""
+    """One row of a training history. `loss` is the objective that was minimised, `accuracy` that
+    of the seen batches.
+    """
 
     epoch: int
     step: int

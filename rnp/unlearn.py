@@ -1,4 +1,6 @@
-"""Unlearn: maximise the error of a model on clean images, all weights free, until its accuracy has fallen to a stop."""
+"""Unlearn: maximise the error of a model on clean images, all weights free, until its accuracy has
+fallen to a stop.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,13 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Unlearned:
-    """`model` is the network at the stop; `checkpoints` the weights where accuracy first fell to each level on the way.
+    """`model` is the network at the stop; `checkpoints` the weights where accuracy first fell to
+    each level on the way.
 
-    `trajectory` has one row per step: accuracy on the defence set in eval mode and, in `extra`, the share of
-    predictions that fall on each class (`share/0` ...) among the images of the *other* classes. `reached` is false
-    when the stop was never met; `model` is then the least accurate one seen. `accuracy` is that of `model`.
+    `trajectory` has one row per step: accuracy on the defence set in eval mode and, in `extra`,
+    the share of predictions that fall on each class (`share/0` ...) among the images of the
+    *other* classes. `reached` is false when the stop was never met; `model` is then the least
+    accurate one seen. `accuracy` is that of `model`.
     """
 
     model: nn.Module
@@ -44,27 +48,46 @@ class Unlearn:
     """Gradient ascent on the cross-entropy of the defence set.
 
     Source: Li et al., ICML 2023, section 3 and Algorithm 1.
-    Differs: the stop is checked after every step, in eval mode; a step that costs more than `largest_drop` of accuracy
-    is taken back and the step size halved, so that one default serves small and large models; gradients are clipped
-    after the backward pass, not before it. After the stop the ascent goes on to the collapse, for detection only.
-    The `parity` settings (stop_metric running, stop .2, lr .01, no largest_drop, no clip) restore the published run.
+    Differs: the stop is checked after every step, in eval mode; a step that costs more than
+    `largest_drop` of accuracy is taken back and the step size halved, so that one default serves
+    small and large models; gradients are clipped after the backward pass, not before it. After the
+    stop the ascent goes on to the collapse, for detection only. The `parity` settings (stop_metric
+    running, stop .2, lr .01, no largest_drop, no clip) restore the published run.
     """
 
-    optimiser: Annotated[Literal["sgd", "adam"], "adam with bn_mode frozen is the smooth variant"] = "sgd"
+    optimiser: Annotated[
+        Literal["sgd", "adam"], "adam with bn_mode frozen is the smooth variant"
+    ] = "sgd"
     lr: Annotated[float, "learning rate of the ascent"] = 0.001
     momentum: Annotated[float, "SGD momentum"] = 0.9
-    weight_decay: Annotated[float, "weight decay, which keeps shrinking the weights during the ascent"] = 5e-4
+    weight_decay: Annotated[
+        float, "weight decay, which keeps shrinking the weights during the ascent"
+    ] = 5e-4
     batch_size: Annotated[int, "images per step"] = 128
     epochs: Annotated[int, "passes over the defence set, at most"] = 60
-    milestones: Annotated[tuple[int, ...], "epochs at which the learning rate is multiplied by gamma"] = ()
+    milestones: Annotated[
+        tuple[int, ...], "epochs at which the learning rate is multiplied by gamma"
+    ] = ()
     gamma: Annotated[float, "factor on the learning rate at each milestone"] = 0.1
     clip_norm: Annotated[float, "largest norm of a gradient; 0 does not clip"] = 20.0
-    bn_mode: Annotated[Literal["train", "frozen"], "BatchNorm on batch statistics, or on its running ones, unchanged"] = "train"
-    stop_metric: Annotated[Literal["eval", "running"], "accuracy that stops: eval mode after each step, or the epoch's"] = "eval"
+    bn_mode: Annotated[
+        Literal["train", "frozen"],
+        "BatchNorm on batch statistics, or on its running ones, unchanged",
+    ] = "train"
+    stop_metric: Annotated[
+        Literal["eval", "running"], "accuracy that stops: eval mode after each step, or the epoch's"
+    ] = "eval"
     stop_accuracy: Annotated[float, "accuracy on the defence set at which to stop"] = 0.5
-    largest_drop: Annotated[float, "accuracy that one step may cost; beyond it the step is redone at half size; 0 allows any"] = 0.1
-    to_collapse: Annotated[bool, "go on after the stop until one class takes all predictions, for detection"] = True
-    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = "fp32"
+    largest_drop: Annotated[
+        float,
+        "accuracy that one step may cost; beyond it the step is redone at half size; 0 allows any",
+    ] = 0.1
+    to_collapse: Annotated[
+        bool, "go on after the stop until one class takes all predictions, for detection"
+    ] = True
+    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = (
+        "fp32"
+    )
     retries: Annotated[int, "restarts at a tenth of the learning rate after a non-finite loss"] = 3
     augment: Augment = Augment()
 
@@ -78,7 +101,9 @@ class Unlearn:
         if not 0 < self.stop_accuracy < 1:
             raise UserError(f"unlearn.stop_accuracy must be in (0, 1), got {self.stop_accuracy:g}")
 
-    def __call__(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> Unlearned:
+    def __call__(
+        self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore
+    ) -> Unlearned:
         """Unlearn a copy of `model`. Drawn at random: the order and the augmentation of the images.
 
         Raises: NonFinite when the loss stays non-finite after all retries.
@@ -103,7 +128,9 @@ class _Ascent:
 
     LEVELS = (0.8, 0.5, 0.2)
 
-    def __init__(self, options: Unlearn, model: nn.Module, clean: ImageSet, on_epoch: OnEpoch) -> None:
+    def __init__(
+        self, options: Unlearn, model: nn.Module, clean: ImageSet, on_epoch: OnEpoch
+    ) -> None:
         self.options, self.model, self.clean, self.on_epoch = options, model, clean, on_epoch
         self.k = len(clean.classes)
         self.trajectory: list[Epoch] = []
@@ -119,14 +146,28 @@ class _Ascent:
         freeze_statistics(self.model, o.bn_mode == "frozen")
         parameters = self.model.parameters()
         if o.optimiser == "sgd":
-            self.optimiser = torch.optim.SGD(parameters, lr=lr, momentum=o.momentum, weight_decay=o.weight_decay)
+            self.optimiser = torch.optim.SGD(
+                parameters, lr=lr, momentum=o.momentum, weight_decay=o.weight_decay
+            )
         else:
             self.optimiser = torch.optim.Adam(parameters, lr=lr, weight_decay=o.weight_decay)
         decay = multi_step(o.milestones, o.gamma)
         self._keep()
-        fit(self.model, self.clean, objective=self._objective, optimiser=self.optimiser, epochs=o.epochs,
-            batch_size=o.batch_size, rng=rng, augment=o.augment, clip_norm=o.clip_norm or None, precision=o.precision,
-            schedule=lambda epoch: self.factor * decay(epoch), stop_step=self._after, stop_epoch=self._after_epoch)
+        fit(
+            self.model,
+            self.clean,
+            objective=self._objective,
+            optimiser=self.optimiser,
+            epochs=o.epochs,
+            batch_size=o.batch_size,
+            rng=rng,
+            augment=o.augment,
+            clip_norm=o.clip_norm or None,
+            precision=o.precision,
+            schedule=lambda epoch: self.factor * decay(epoch),
+            stop_step=self._after,
+            stop_epoch=self._after_epoch,
+        )
 
     def _objective(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.model(images)
@@ -135,9 +176,13 @@ class _Ascent:
         return loss, logits
 
     def _measure(self, step: int = 0) -> tuple[float, list[float]]:
-        """Accuracy, and for each class its share of the predictions for images of the other classes."""
+        """Accuracy, and for each class its share of the predictions for images of the other
+        classes.
+        """
         logits = predict(self.model, self.clean.images, precision=self.options.precision)
-        if not logits.isfinite().all():  # a step can overflow before any loss shows it, and NaN counts as class 0
+        if (
+            not logits.isfinite().all()
+        ):  # a step can overflow before any loss shows it, and NaN counts as class 0
             raise NonFinite(step)
         predicted = logits.argmax(1)
         accuracy = (predicted == self.clean.labels).float().mean().item()
@@ -147,7 +192,9 @@ class _Ascent:
         self.kept = copy.deepcopy((self.model.state_dict(), self.optimiser.state_dict()))
 
     def _after(self, step: int) -> bool:
-        """Measure, take the step back when it fell too far, record, and say whether the ascent is over."""
+        """Measure, take the step back when it fell too far, record, and say whether the ascent is
+        over.
+        """
         loss = float(self.last_loss)
         if not math.isfinite(loss):
             raise NonFinite(step)
@@ -155,15 +202,23 @@ class _Ascent:
         accuracy, shares = self._measure(step)
         if o.largest_drop and self.accuracy - accuracy > o.largest_drop and self.factor > 1e-3:
             self.model.load_state_dict(self.kept[0])
-            self.optimiser.load_state_dict(copy.deepcopy(self.kept[1]))  # it would go on to change the kept momenta
+            self.optimiser.load_state_dict(
+                copy.deepcopy(self.kept[1])
+            )  # it would go on to change the kept momenta
             self.factor /= 2
             return False
         self.accuracy = accuracy
         if o.largest_drop:
             self._keep()
-        row = Epoch(epoch=(step - 1) // steps_per_epoch(len(self.clean), o.batch_size), step=step, loss=loss, accuracy=accuracy,
-                    learning_rate=self.optimiser.param_groups[0]["lr"], gradient_norm=0.0,
-                    extra={f"share/{c}": share for c, share in enumerate(shares)})
+        row = Epoch(
+            epoch=(step - 1) // steps_per_epoch(len(self.clean), o.batch_size),
+            step=step,
+            loss=loss,
+            accuracy=accuracy,
+            learning_rate=self.optimiser.param_groups[0]["lr"],
+            gradient_norm=0.0,
+            extra={f"share/{c}": share for c, share in enumerate(shares)},
+        )
         self.trajectory.append(row)
         self.on_epoch(row)
         for level in self.LEVELS:
@@ -177,7 +232,11 @@ class _Ascent:
         return self.at_stop is not None and (collapsed or not o.to_collapse)
 
     def _after_epoch(self, epoch: Epoch) -> bool:
-        if self.options.stop_metric == "running" and self.at_stop is None and epoch.accuracy <= self.options.stop_accuracy:
+        if (
+            self.options.stop_metric == "running"
+            and self.at_stop is None
+            and epoch.accuracy <= self.options.stop_accuracy
+        ):
             self._stop_here(epoch.step)
         return self.at_stop is not None and not self.options.to_collapse
 
@@ -193,4 +252,6 @@ class _Ascent:
         step = self.stop_step if reached else self.least[1]
         accuracy, state = self.at_stop if reached else (self.least[0], self.least[2])
         self.model.load_state_dict(state)
-        return Unlearned(self.model.eval(), self.checkpoints, self.trajectory, reached, step, accuracy, retries)
+        return Unlearned(
+            self.model.eval(), self.checkpoints, self.trajectory, reached, step, accuracy, retries
+        )

@@ -1,4 +1,6 @@
-"""The last stage: one MLflow row per configuration, made of the files that the stages left, and a summary."""
+"""The last stage: one MLflow row per configuration, made of the files that the stages left, and a
+summary.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,46 @@ from rnp.cli.check import leaves, read_params
 from rnp.cli.main import guard
 from rnp.errors import UserError
 from rnp.tracking import (
-    Store, database, digest, experiment_name, flat, load, log_dataset, log_model, points, public, store_uri, tags,
+    Store,
+    database,
+    digest,
+    experiment_name,
+    flat,
+    load,
+    log_dataset,
+    log_model,
+    points,
+    public,
+    store_uri,
+    tags,
 )
 from stages.summary import PAGE, summary
 
-ORDER = ("prepare", "twin", "poison", "train", "unlearn", "recover", "prune", "defend", "detect", "controls", "evaluate", "report")
-PARAMS, LOCK, REPORTS, MARKER = Path("params.yaml"), Path("dvc.lock"), Path("reports"), Path(".rnp/published.json")
+ORDER = (
+    "prepare",
+    "twin",
+    "poison",
+    "train",
+    "unlearn",
+    "recover",
+    "prune",
+    "defend",
+    "detect",
+    "controls",
+    "evaluate",
+    "report",
+)
+PARAMS, LOCK, REPORTS, MARKER = (
+    Path("params.yaml"),
+    Path("dvc.lock"),
+    Path("reports"),
+    Path(".rnp/published.json"),
+)
 IMAGES = Path("data/test/images.npy")  # they have the size that the models take
-MODELS = {"backdoored": ("train", Path("models/backdoored.safetensors")), "repaired": ("prune", Path("models/pruned/model.safetensors"))}
+MODELS = {
+    "backdoored": ("train", Path("models/backdoored.safetensors")),
+    "repaired": ("prune", Path("models/pruned/model.safetensors")),
+}
 ENDED = "attributes.status = 'FINISHED'"  # what is cut short does not count and is made anew
 PARENT = "mlflow.parentRunId"
 
@@ -46,13 +80,17 @@ class Finished:
         if not file.is_file():
             return []
         with file.open(newline="") as lines:
-            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(lines)]
+            rows = [
+                {name: float(value) for name, value in row.items()} for row in csv.DictReader(lines)
+            ]
         return [point for row in rows for point in points(row, int(row["step"]))]
 
     def mark(self) -> str:
         """What a rebuilt run carries, so that the same files are rebuilt once."""
         files = [self.report / name for name in ("run.json", "metrics.json", "history.csv")]
-        return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
+        return hashlib.sha256(
+            b"".join(file.read_bytes() for file in files if file.is_file())
+        ).hexdigest()
 
 
 def publish() -> None:
@@ -66,25 +104,39 @@ def publish() -> None:
         row = store.attempt(find_or_make, store, done, params, key)
         if row:
             remember({"key": key, "store": digest([uri, experiment_name()]), "row": row})
-    summary({each.stage: each.run["seconds"] for each in done}, load(REPORTS / "evaluate/metrics.json"))
-    print("MLflow     ", f"row {row[1]} in {place(uri)}" if row else "no row, see above" if uri else "off")
+    summary(
+        {each.stage: each.run["seconds"] for each in done}, load(REPORTS / "evaluate/metrics.json")
+    )
+    print(
+        "MLflow     ",
+        f"row {row[1]} in {place(uri)}" if row else "no row, see above" if uri else "off",
+    )
 
 
 def place(uri: str) -> str:
-    return f"{database(uri).name}; `make ui` compares it with others" if database(uri) else public(uri)
+    return (
+        f"{database(uri).name}; `make ui` compares it with others" if database(uri) else public(uri)
+    )
 
 
 def finished(defences: dict) -> list[Finished]:
-    """The stages in their order; of the reports on defences those that count now, whatever else lies about.
+    """The stages in their order; of the reports on defences those that count now, whatever else
+    lies about.
 
     Raises: UserError when there is none, or one that has not ended.
     """
-    names = [each for stage in ORDER for each in ([f"defend/{name}" for name in defences] if stage == "defend" else [stage])]
+    names = [
+        each
+        for stage in ORDER
+        for each in ([f"defend/{name}" for name in defences] if stage == "defend" else [stage])
+    ]
     folders = [REPORTS / name for name in names if (REPORTS / name).is_dir()]
     found = [Finished(folder, load(folder / "run.json")) for folder in folders]
     for each in found:
         if not each.run:
-            raise UserError(f"{each.report} holds no run.json: its stage has not ended; run `dvc repro`")
+            raise UserError(
+                f"{each.report} holds no run.json: its stage has not ended; run `dvc repro`"
+            )
     if not found:
         raise UserError(f"no stage has left anything in {REPORTS}; run `dvc repro`")
     return found
@@ -99,26 +151,40 @@ def remember(marker: dict) -> None:
 
 
 def published(key: str, uri: str | None) -> list[str] | None:
-    """The row if it was made before and is still there. Asks no MLflow: importing it takes longer than all the rest."""
+    """The row if it was made before and is still there. Asks no MLflow: importing it takes longer
+    than all the rest.
+    """
     marker = load(MARKER)
-    if uri is None or (marker.get("key"), marker.get("store")) != (key, digest([uri, experiment_name()])):
+    if uri is None or (marker.get("key"), marker.get("store")) != (
+        key,
+        digest([uri, experiment_name()]),
+    ):
         return None
     file = database(uri)
     return marker["row"] if file is None or holds(file, marker["row"][0]) else None
 
 
 def holds(file: Path, run_id: str) -> bool:
-    """Whether the sqlite store has this run: the file may have been deleted, and perhaps made anew."""
+    """Whether the sqlite store has this run: the file may have been deleted, and perhaps made
+    anew.
+    """
     try:
-        with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as connection:
-            return connection.execute("select 1 from runs where run_uuid = ?", (run_id,)).fetchone() is not None
+        with contextlib.closing(
+            sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)
+        ) as connection:
+            return (
+                connection.execute("select 1 from runs where run_uuid = ?", (run_id,)).fetchone()
+                is not None
+            )
     except sqlite3.Error:
         return False
 
 
 def find_or_make(store: Store, done: list[Finished], params: dict, key: str) -> list[str]:
     """Id and name of the row with this key."""
-    for old in store.search(f"tags.`rnp.kind` = 'pipeline' and tags.`rnp.key` = '{key}' and {ENDED}"):
+    for old in store.search(
+        f"tags.`rnp.kind` = 'pipeline' and tags.`rnp.key` = '{key}' and {ENDED}"
+    ):
         return [old.info.run_id, old.info.run_name]
     attack = params["poison"]["attack"]
     runs = stage_runs(store, done, attack)
@@ -143,17 +209,27 @@ def find_or_make(store: Store, done: list[Finished], params: dict, key: str) -> 
 
 
 def stage_runs(store: Store, done: list[Finished], attack: str) -> dict[str, str]:
-    """The run of each stage by its id; those that the store does not know, or not to the end, are made of files."""
+    """The run of each stage by its id; those that the store does not know, or not to the end, are
+    made of files.
+    """
     ids = ", ".join(f"'{each.run['run_id']}'" for each in done)
     known = {run.info.run_id for run in store.search(f"attributes.run_id IN ({ids}) and {ENDED}")}
-    return {each.stage: each.run["run_id"] if each.run["run_id"] in known else rebuild(store, each, attack) for each in done}
+    return {
+        each.stage: (
+            each.run["run_id"] if each.run["run_id"] in known else rebuild(store, each, attack)
+        )
+        for each in done
+    }
 
 
 def rebuild(store: Store, each: Finished, attack: str) -> str:
     mark, stage, params, seconds = each.mark(), each.stage, each.run["params"], each.run["seconds"]
     for old in store.search(f"tags.`rnp.backfill` = '{mark}' and {ENDED}"):
         return old.info.run_id
-    labels = tags("stage", stage, digest([stage, params])) | {"rnp.backfill": mark, "dvc.stage": stage.replace("/", "@")}
+    labels = tags("stage", stage, digest([stage, params])) | {
+        "rnp.backfill": mark,
+        "dvc.stage": stage.replace("/", "@"),
+    }
     run_id = store.create(f"{stage}-{attack}", labels, params, seconds)
     store.log(run_id, each.history())
     store.log_report(run_id, each.report, seconds)
@@ -166,7 +242,13 @@ def link_data(store: Store, row: str, params: dict) -> None:
     stages = read_params(LOCK)["stages"] if LOCK.is_file() else {}
     for out in stages.get("poison", {}).get("outs", []):
         if out["path"].startswith("data/"):
-            log_dataset(store, row, f"{params['data']['set']}-{params['poison']['attack']}", out["md5"], out["path"])
+            log_dataset(
+                store,
+                row,
+                f"{params['data']['set']}-{params['poison']['attack']}",
+                out["md5"],
+                out["path"],
+            )
 
 
 def link_models(store: Store, row: str, runs: dict[str, str]) -> None:
@@ -176,7 +258,9 @@ def link_models(store: Store, row: str, runs: dict[str, str]) -> None:
     for name, (stage, file) in MODELS.items():
         if file.is_file():
             shape = np.load(IMAGES, mmap_mode="r").shape[1:]
-            log_model(store, row, file, name, shape, backdoored=name == "backdoored", maker=runs[stage])
+            log_model(
+                store, row, file, name, shape, backdoored=name == "backdoored", maker=runs[stage]
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What every stage does round its command: check the parameters first, keep track meanwhile, write run.json last."""
+"""What every stage does round its command: check the parameters first, keep track meanwhile, write
+run.json last.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ PARAMS = Path("params.yaml")
 
 
 def run(command: click.Command) -> None:
-    """Run `command` on the arguments of this process; MLflow sees its options, history, end values and figures."""
+    """Run `command` on the arguments of this process; MLflow sees its options, history, end values
+    and figures.
+    """
     keep_freed_pages()
     try:
         with guard():
@@ -36,7 +40,8 @@ def run(command: click.Command) -> None:
 
 
 def multiply(command: click.Command) -> None:
-    """Become torchrun with RNP_PROCESSES of us, where that asks for several and the command can share its work.
+    """Become torchrun with RNP_PROCESSES of us, where that asks for several and the command can
+    share its work.
 
     Raises: UserError when it is no number of processes.
     """
@@ -46,8 +51,19 @@ def multiply(command: click.Command) -> None:
     if not count.isdecimal() or count == "0":
         raise UserError(f"RNP_PROCESSES must be a whole number above 0, got {count!r}")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(count))))
-    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
-                              "-m", f"stages.{command.name}", *sys.argv[1:]])
+    os.execv(
+        sys.executable,
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={count}",
+            "-m",
+            f"stages.{command.name}",
+            *sys.argv[1:],
+        ],
+    )
 
 
 def parse(command: click.Command, arguments: list[str]) -> click.Context:
@@ -68,7 +84,11 @@ def work(context: click.Context) -> None:
             context.command.invoke(context)
         return
     report = context.params["report"]
-    options = {name.replace("__", "."): value for name, value in context.params.items() if not isinstance(value, Path)}
+    options = {
+        name.replace("__", "."): value
+        for name, value in context.params.items()
+        if not isinstance(value, Path)
+    }
     with stage_run(stage, options, params["poison"]["attack"]) as tracked:
         start = time.perf_counter()
         History.listeners.append(tracked.row)
@@ -76,4 +96,8 @@ def work(context: click.Context) -> None:
             context.command.invoke(context)
         seconds = round(time.perf_counter() - start, 2)
         tracked.results(report, seconds)
-        write_json(report / "run.json", {"stage": stage, "run_id": tracked.id, "params": options, "seconds": seconds} | origin())
+        write_json(
+            report / "run.json",
+            {"stage": stage, "run_id": tracked.id, "params": options, "seconds": seconds}
+            | origin(),
+        )

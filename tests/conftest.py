@@ -1,12 +1,13 @@
-"""Toys that the tests share: generators, images that colour alone tells apart, a network with two BatchNorm layers."""
+"""Toys that the tests share: generators, images that colour alone tells apart, a network with two
+BatchNorm layers.
+"""
 
 import copy
 import os
 from pathlib import Path
 
+import rnp  # isort: skip  # before PyTorch: it says how threads wait
 import pytest
-
-import rnp  # before PyTorch: it says how threads wait
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -33,8 +34,14 @@ class Toy(nn.Module):
 
     def __init__(self, classes: int, channels: int, width: int) -> None:
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = (
+            nn.Conv2d(channels, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
+        self.conv2, self.bn2 = (
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
         self.fc = nn.Linear(width, classes)
 
     def forward(self, x):
@@ -51,7 +58,9 @@ def rng():
 
 @pytest.fixture(scope="session")
 def toy_set(rng):
-    """`toy_set(n, ...)`: balanced noisy images, one colour per class, some faint; labels count 0, 1, 2, ... in turn."""
+    """`toy_set(n, ...)`: balanced noisy images, one colour per class, some faint; labels count 0,
+    1, 2, ... in turn.
+    """
 
     def make(n=40, *, classes=4, size=8, channels=3, seed=0) -> ImageSet:
         generator, labels = rng(seed), torch.arange(n) % classes
@@ -65,7 +74,9 @@ def toy_set(rng):
 
 @pytest.fixture(scope="session")
 def toy_model():
-    """`toy_model(...)`: fresh weights from the seed, with BatchNorm scales and biases that are not all 1 and 0."""
+    """`toy_model(...)`: fresh weights from the seed, with BatchNorm scales and biases that are not
+    all 1 and 0.
+    """
 
     def make(*, classes=4, channels=3, width=8, seed=0) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -110,7 +121,9 @@ def is_mapped():
 
 @pytest.fixture
 def unchanged():
-    """`unchanged(module)` now; at the end of the test its weights and buffers must still be the same."""
+    """`unchanged(module)` now; at the end of the test its weights and buffers must still be the
+    same.
+    """
     kept = []
 
     def watch(module: nn.Module) -> nn.Module:

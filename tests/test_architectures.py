@@ -16,7 +16,9 @@ from rnp.io import read_rows
 @pytest.fixture
 def params(monkeypatch):
     """Of the preset, with as few images and steps as every stage bears."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # PyTorch traces with stand-ins for tensors
+    monkeypatch.setattr(
+        jaxtyping.config, "jaxtyping_disable", True
+    )  # PyTorch traces with stand-ins for tensors
     monkeypatch.setattr(benchmarks.architectures, "keep_freed_pages", lambda: None)
     few = yaml.load(render("demo"), Loader)
     few["datasets"]["shapes"] |= {"train": 90, "test": 20}
@@ -24,7 +26,11 @@ def params(monkeypatch):
     for name, epochs in (("train", 1), ("unlearn", 1)):
         few[name] |= {"epochs": epochs, "precision": "fp32"}
     few["recover"] |= {"steps": 1, "precision": "fp32"}
-    few["defences"]["guided"] = {"steps": 1, "precision": "fp32", "search": {"steps": 1, "precision": "fp32"}}
+    few["defences"]["guided"] = {
+        "steps": 1,
+        "precision": "fp32",
+        "search": {"steps": 1, "precision": "fp32"},
+    }
     few["prune"] |= {"max_fraction": 0.002, "precision": "fp32"}
     return few
 
@@ -39,21 +45,48 @@ def test_every_stage_accepts_every_architecture(name, params):
 
 def test_rows_that_exist_are_not_made_again(params, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(benchmarks.architectures, "run", lambda _, *key: made.append(key) or {"der": 0.5, "failed": ""})
+    monkeypatch.setattr(
+        benchmarks.architectures,
+        "run",
+        lambda _, *key: made.append(key) or {"der": 0.5, "failed": ""},
+    )
     monkeypatch.setattr(benchmarks.architectures, "render", lambda _: yaml.dump({}))
     for only in (["vit"], ["vit", "vgg11"]):
-        monkeypatch.setattr(sys, "argv", ["architectures", str(tmp_path / "rows.csv"), "--seeds", "0", "1", "--only", *only])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["architectures", str(tmp_path / "rows.csv"), "--seeds", "0", "1", "--only", *only],
+        )
         main()
-    assert made == [("vit", "badnets", 0), ("vit", "badnets", 1), ("vgg11", "badnets", 0), ("vgg11", "badnets", 1)]
+    assert made == [
+        ("vit", "badnets", 0),
+        ("vit", "badnets", 1),
+        ("vgg11", "badnets", 0),
+        ("vgg11", "badnets", 1),
+    ]
     rows = read_rows(tmp_path / "rows.csv")
     assert len(rows) == 4 and all(row["made"] and row["device"] and row["torch"] for row in rows)
 
 
 def test_the_summary_by_hand():
-    row = dict.fromkeys(COLUMNS, "0") | {"architecture": "vit", "attack": "blend", "gate": "true", "failed": ""}
-    lines = list(summary([row | {"clean_accuracy_guided": "0.5"},
-                          row | {"clean_accuracy_guided": "0.7", "gate": "false", "neurons": "9"},
-                          row | {"architecture": "vgg11", "failed": "the loss became non-finite", "der": ""}]))
-    assert lines[2].startswith("| vit | blend | 2 | 1 of 2 | 0.000 |") and "| 0.500 | 0.000 | 0 of 0 |" in lines[2]
+    row = dict.fromkeys(COLUMNS, "0") | {
+        "architecture": "vit",
+        "attack": "blend",
+        "gate": "true",
+        "failed": "",
+    }
+    lines = list(
+        summary(
+            [
+                row | {"clean_accuracy_guided": "0.5"},
+                row | {"clean_accuracy_guided": "0.7", "gate": "false", "neurons": "9"},
+                row | {"architecture": "vgg11", "failed": "the loss became non-finite", "der": ""},
+            ]
+        )
+    )
+    assert (
+        lines[2].startswith("| vit | blend | 2 | 1 of 2 | 0.000 |")
+        and "| 0.500 | 0.000 | 0 of 0 |" in lines[2]
+    )
     assert lines[3].startswith("| vgg11 | blend | 1 | 1 of 1 | the loss became non-finite |")
     assert len({line.count("|") for line in lines}) == 1

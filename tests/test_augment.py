@@ -9,7 +9,7 @@ from rnp.errors import UserError
 
 def slowly(images: torch.Tensor, crop: int, flip: bool, rng: torch.Generator) -> torch.Tensor:
     """Pixel by pixel: crop from the zero-padded image, then mirror."""
-    n, c, h, w = images.shape
+    n, _c, h, w = images.shape
     dy, dx = torch.randint(-crop, crop + 1, (2, n), generator=rng).tolist()
     mirrored = (torch.rand(n, generator=rng) < 0.5).tolist() if flip else [False] * n
     out = torch.zeros_like(images)
@@ -27,7 +27,9 @@ def slowly(images: torch.Tensor, crop: int, flip: bool, rng: torch.Generator) ->
 def test_equals_the_slow_loop(crop, flip, shape, rng):
     images = torch.rand(shape, generator=rng(1))
     before = images.clone()
-    assert torch.equal(Augment(crop=crop, flip=flip)(images, rng=rng()), slowly(images, crop, flip, rng()))
+    assert torch.equal(
+        Augment(crop=crop, flip=flip)(images, rng=rng()), slowly(images, crop, flip, rng())
+    )
     assert torch.equal(images, before)
 
 
@@ -47,7 +49,10 @@ def test_a_negative_crop_is_refused():
         Augment(crop=-1)
 
 
-@pytest.mark.parametrize("share, sides", [(1.0, (12, 20)), (0.99, (8, 16)), (0.5, (4, 8)), (2 / 3, (8, 12)), (0.01, (4, 4))])
+@pytest.mark.parametrize(
+    "share, sides",
+    [(1.0, (12, 20)), (0.99, (8, 16)), (0.5, (4, 8)), (2 / 3, (8, 12)), (0.01, (4, 4))],
+)
 def test_smaller_images(share, sides):
     """Sides are multiples of four; where nothing changes the images are the same object."""
     images = torch.full((2, 3, 12, 20), 0.25)

@@ -1,4 +1,6 @@
-"""The way of CIFAR-10 in parts, stages without DVC, and what a campaign does after a kill; no stage of ours runs."""
+"""The way of CIFAR-10 in parts, stages without DVC, and what a campaign does after a kill; no
+stage of ours runs.
+"""
 
 import hashlib
 import pickle
@@ -32,8 +34,13 @@ def cifar(tmp_path, monkeypatch):
         (folder / name).write_bytes(pickle.dumps(content))
         return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
 
-    batch = lambda: {"labels": draw.integers(10, size=5).tolist(), "filenames": ["a"] * 5,
-                     "data": draw.integers(256, size=(5, 3072)).astype(np.uint8)}
+    def batch():
+        return {
+            "labels": draw.integers(10, size=5).tolist(),
+            "filenames": ["a"] * 5,
+            "data": draw.integers(256, size=(5, 3072)).astype(np.uint8),
+        }
+
     monkeypatch.setattr(CIFAR10, "train_list", [write("a", batch()), write("b", batch())])
     monkeypatch.setattr(CIFAR10, "test_list", [write("c", batch())])
     name, checksum = write("meta", {"names": ["cat"]})
@@ -54,8 +61,10 @@ def test_parts_become_the_same_files(cifar, tmp_path):
     folders = [tmp_path / str(number) for number in range(len(parts))]
     parcel.unpack(folders, tmp_path / "made")
     for file in cifar.iterdir():
-        assert (tmp_path / "made" / CIFAR10.base_folder / file.name).read_bytes() == file.read_bytes()
-    with pytest.raises(UserError, match="missing|no part"):
+        assert (
+            tmp_path / "made" / CIFAR10.base_folder / file.name
+        ).read_bytes() == file.read_bytes()
+    with pytest.raises(UserError, match=r"missing|no part"):
         parcel.unpack(folders[1:], tmp_path / "less")
 
 
@@ -67,17 +76,37 @@ def test_damaged_files_are_not_packed(cifar, tmp_path):
 
 
 def test_commands_are_those_of_dvc(tmp_path):
-    params = parameters("cifar10", seed=3, attack="dynamic", defences=["guided", "bnp"], changes=["train.epochs=2"])
+    params = parameters(
+        "cifar10", seed=3, attack="dynamic", defences=["guided", "bnp"], changes=["train.epochs=2"]
+    )
     (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     (tmp_path / ".dvc").mkdir()
-    (tmp_path / ".dvc" / "config").write_text((ROOT / ".dvc" / "config").read_text().replace("[core]", "[core]\n    no_scm = true"))
-    told = "import json, dvc.repo; print(json.dumps({s.addressing: [s.cmd, [str(d) for d in s.deps], [str(o) for o in s.outs]]"
+    (tmp_path / ".dvc" / "config").write_text(
+        (ROOT / ".dvc" / "config").read_text().replace("[core]", "[core]\n    no_scm = true")
+    )
+    told = (
+        "import json, dvc.repo; print(json.dumps({s.addressing: [s.cmd, [str(d) for d in s.deps],"
+        " [str(o) for o in s.outs]]"
+    )
     told += " for s in dvc.repo.Repo().index.stages}))"
-    done = subprocess.run([sys.executable, "-c", told], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", told], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     expected = yaml.safe_load(done.stdout)
     found = stages(PIPELINE, params)
-    assert set(found) == {"prepare", "twin", "poison", "train", "unlearn", "recover", "prune", "defend@guided", "defend@bnp", "evaluate"}
+    assert set(found) == {
+        "prepare",
+        "twin",
+        "poison",
+        "train",
+        "unlearn",
+        "recover",
+        "prune",
+        "defend@guided",
+        "defend@bnp",
+        "evaluate",
+    }
     for name, stage in found.items():
         command, deps, outs = expected[name]
         assert stage["cmd"] == command
@@ -85,10 +114,19 @@ def test_commands_are_those_of_dvc(tmp_path):
 
 
 def test_parameters_are_those_of_the_preset_but_for_what_is_asked():
-    params = parameters("cifar10", seed=1, attack="blend", defences=["ft", "bnp"], changes=["model.width=4"])
-    assert params["defences"]["ft"]["steps"] == 2000 and list(params["defences"]) == params["evaluate"]["defences"] == ["ft", "bnp"]
-    assert (params["seed"], params["poison"]["attack"], params["model"]["width"], params["train"]["epochs"]) == (1, "blend", 4, 60)
-    with pytest.raises(UserError, match="train.epoch"):
+    params = parameters(
+        "cifar10", seed=1, attack="blend", defences=["ft", "bnp"], changes=["model.width=4"]
+    )
+    assert params["defences"]["ft"]["steps"] == 2000 and list(params["defences"]) == params[
+        "evaluate"
+    ]["defences"] == ["ft", "bnp"]
+    assert (
+        params["seed"],
+        params["poison"]["attack"],
+        params["model"]["width"],
+        params["train"]["epochs"],
+    ) == (1, "blend", 4, 60)
+    with pytest.raises(UserError, match=r"train.epoch"):
         parameters("cifar10", seed=1, attack="blend", defences=["ft"], changes=["train.epoch=4"])
     with pytest.raises(UserError, match="unknown defence"):
         parameters("cifar10", seed=1, attack="blend", defences=["tf"])
@@ -96,7 +134,10 @@ def test_parameters_are_those_of_the_preset_but_for_what_is_asked():
 
 def test_sections_become_options():
     values = {"seed": 1, "train": {"lr": 0.1, "flip": True, "augment": {"crop": 2}, "at": [1, 2]}}
-    assert fill("--seed ${seed} ${train}", values) == "--seed 1 --lr 0.1 --flip --augment.crop 2 --at 1 --at 2"
+    assert (
+        fill("--seed ${seed} ${train}", values)
+        == "--seed 1 --lr 0.1 --flip --augment.crop 2 --at 1 --at 2"
+    )
 
 
 @pytest.fixture
@@ -105,8 +146,14 @@ def planned(tmp_path):
 
     def make(*attacks, seed=1, defences=("ft",)):
         named = {"shared": "badnets", **dict(zip(attacks, attacks))}
-        return campaign.plan(tmp_path, {name: parameters("demo", seed=seed, attack=attack, defences=defences)
-                                        for name, attack in named.items()}, PIPELINE)
+        return campaign.plan(
+            tmp_path,
+            {
+                name: parameters("demo", seed=seed, attack=attack, defences=defences)
+                for name, attack in named.items()
+            },
+            PIPELINE,
+        )
 
     return make
 
@@ -114,12 +161,32 @@ def planned(tmp_path):
 def test_attacks_share_data_and_twin(planned, tmp_path):
     tasks = {str(task): task for task in planned("badnets", "blend")}
     own = ("poison", "train", "unlearn", "recover", "prune", "defend@ft", "evaluate")
-    assert list(tasks) == ["shared/prepare", "shared/twin", *(f"{attack}/{each}" for attack in ("badnets", "blend") for each in own)]
-    needs = lambda name: {str(path.relative_to(tmp_path)) for path in tasks[name].needs}
-    assert needs("shared/prepare") == set() and needs("shared/twin") == {"shared/reports/prepare/run.json"}
-    assert needs("blend/poison") == {"shared/reports/prepare/run.json", "shared/reports/twin/run.json"}
-    assert {"blend/reports/defend/ft/run.json", "blend/reports/prune/run.json"} <= needs("blend/evaluate")
-    for name in ("data/pool", "data/defence", "data/test", "models/twin.safetensors", "reports/twin"):
+    assert list(tasks) == [
+        "shared/prepare",
+        "shared/twin",
+        *(f"{attack}/{each}" for attack in ("badnets", "blend") for each in own),
+    ]
+
+    def needs(name):
+        return {str(path.relative_to(tmp_path)) for path in tasks[name].needs}
+
+    assert needs("shared/prepare") == set() and needs("shared/twin") == {
+        "shared/reports/prepare/run.json"
+    }
+    assert needs("blend/poison") == {
+        "shared/reports/prepare/run.json",
+        "shared/reports/twin/run.json",
+    }
+    assert {"blend/reports/defend/ft/run.json", "blend/reports/prune/run.json"} <= needs(
+        "blend/evaluate"
+    )
+    for name in (
+        "data/pool",
+        "data/defence",
+        "data/test",
+        "models/twin.safetensors",
+        "reports/twin",
+    ):
         assert (tmp_path / "blend" / name).resolve() == tmp_path / "shared" / name
     assert read_params(tmp_path / "blend/params.yaml")["poison"]["attack"] == "blend"
 
@@ -138,44 +205,74 @@ def test_with_other_defences_the_models_are_measured_again(planned, tmp_path):
     planned("badnets")
     assert campaign.ended(tmp_path / "badnets", "evaluate").exists()
     tasks = planned("badnets", defences=["ft", "bnp"])
-    assert {task.stage for task in tasks if task.done} == {"train"} and "defend@bnp" in {task.stage for task in tasks}
+    assert {task.stage for task in tasks if task.done} == {"train"} and "defend@bnp" in {
+        task.stage for task in tasks
+    }
     assert read_params(tmp_path / "badnets/params.yaml")["evaluate"]["defences"] == ["ft", "bnp"]
 
 
 def fake(folder, stage, needs=(), fails=False, seconds=0.0):
     """A task that adds a line to `folder`/ran and, unless it fails, writes its report."""
     report = campaign.ended(folder, stage)
-    code = ("import pathlib, sys, time\n"
-            f"with open('ran', 'a') as file: file.write('{stage}\\n')\n"
-            f"time.sleep({seconds})\n"
-            f"if {fails}: sys.exit('error: why')\n"
-            f"report = pathlib.Path({str(report)!r}); report.parent.mkdir(parents=True); report.write_text('{{}}')\n")
-    return campaign.Task(folder=folder, stage=stage, command=(sys.executable, "-S", "-c", code),
-                         needs=tuple(campaign.ended(folder, each) for each in needs))
+    code = (
+        "import pathlib, sys, time\nwith open('ran', 'a') as file:"
+        f" file.write('{stage}\\n')\ntime.sleep({seconds})\nif {fails}: sys.exit('error:"
+        f" why')\nreport = pathlib.Path({str(report)!r}); report.parent.mkdir(parents=True);"
+        " report.write_text('{}')\n"
+    )
+    return campaign.Task(
+        folder=folder,
+        stage=stage,
+        command=(sys.executable, "-S", "-c", code),
+        needs=tuple(campaign.ended(folder, each) for each in needs),
+    )
 
 
 def test_the_rest_runs_after_a_failure_and_again_only_what_is_left(tmp_path, capsys):
     good, after = fake(tmp_path, "good"), fake(tmp_path, "defend@x", needs=["good"])
     bad, never = fake(tmp_path, "bad", fails=True), fake(tmp_path, "never", needs=["bad"])
     left = campaign.work_off([never, bad, after, good], workers=2, seconds=60, env={})
-    assert left == [never, bad] and sorted((tmp_path / "ran").read_text().split()) == ["bad", "defend@x", "good"]
+    assert left == [never, bad] and sorted((tmp_path / "ran").read_text().split()) == [
+        "bad",
+        "defend@x",
+        "good",
+    ]
     assert f"{tmp_path.name}/bad FAILED, exit code 1: error: why" in capsys.readouterr().out
-    assert campaign.work_off([never, fake(tmp_path, "bad"), after, good], workers=1, seconds=60, env={}) == []
+    assert (
+        campaign.work_off(
+            [never, fake(tmp_path, "bad"), after, good], workers=1, seconds=60, env={}
+        )
+        == []
+    )
     assert (tmp_path / "ran").read_text().split()[3:] == ["bad", "never"]
 
 
 def test_nothing_starts_when_time_is_up(tmp_path):
     task = fake(tmp_path, "late")
-    assert campaign.work_off([task], workers=1, seconds=0, env={}) == [task] and not (tmp_path / "ran").exists()
+    assert (
+        campaign.work_off([task], workers=1, seconds=0, env={}) == [task]
+        and not (tmp_path / "ran").exists()
+    )
 
 
 def test_reports_of_whatever_has_ended_are_collected(planned, tmp_path):
     planned("badnets")
-    for name in ("shared/reports/twin/run.json", "badnets/reports/defend/ft/run.json", "badnets/data/triggered/attack.json",
-                 "badnets/models/backdoored.safetensors", "badnets/reports/train/training.png"):
+    for name in (
+        "shared/reports/twin/run.json",
+        "badnets/reports/defend/ft/run.json",
+        "badnets/data/triggered/attack.json",
+        "badnets/models/backdoored.safetensors",
+        "badnets/reports/train/training.png",
+    ):
         write_text(tmp_path / name, "{}")
     campaign.collect(tmp_path, tmp_path / "out")
     with tarfile.open(tmp_path / "out/campaign.tar.gz") as tar:
-        assert set(tar.getnames()) == {"badnets/params.yaml", "badnets/reports/twin/run.json", "badnets/reports/defend/ft/run.json",
-                                       "badnets/data/triggered/attack.json", "shared/params.yaml", "shared/reports/twin/run.json"}
+        assert set(tar.getnames()) == {
+            "badnets/params.yaml",
+            "badnets/reports/twin/run.json",
+            "badnets/reports/defend/ft/run.json",
+            "badnets/data/triggered/attack.json",
+            "shared/params.yaml",
+            "shared/reports/twin/run.json",
+        }
         assert all(member.isfile() for member in tar)

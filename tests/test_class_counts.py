@@ -1,4 +1,6 @@
-"""The whole method and the detectors of the label, on a network that is right by construction, for two to two hundred classes."""
+"""The whole method and the detectors of the label, on a network that is right by construction, for
+two to two hundred classes.
+"""
 
 import math
 
@@ -7,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rnp.attacks.base import backdoored_test_set
 from rnp.attacks.badnets import BadNets
+from rnp.attacks.base import backdoored_test_set
 from rnp.cli.detect import Clock, labelled
 from rnp.detection.labels.agreement import Agreement
 from rnp.detection.labels.class_shares import ClassShares
@@ -35,12 +37,19 @@ def colours(k):
 def painted(k, n, rng):
     """Images that are one colour per class, with noise."""
     labels = torch.arange(n) % k
-    return ImageSet(to_bytes(colours(k)[labels][:, :, None, None] + 0.03 * torch.randn(n, 3, 8, 8, generator=rng)), labels,
-                    tuple(map(str, range(k))))
+    return ImageSet(
+        to_bytes(
+            colours(k)[labels][:, :, None, None] + 0.03 * torch.randn(n, 3, 8, 8, generator=rng)
+        ),
+        labels,
+        tuple(map(str, range(k))),
+    )
 
 
 class Nearest(nn.Module):
-    """The class of the nearest colour; channels 3 to 5 fire on white, which BadNets paints, and lead to the target."""
+    """The class of the nearest colour; channels 3 to 5 fire on white, which BadNets paints, and
+    lead to the target.
+    """
 
     def __init__(self, k):
         super().__init__()
@@ -49,7 +58,9 @@ class Nearest(nn.Module):
             self.conv.weight.copy_(torch.cat([torch.eye(3), torch.ones(3, 3)]).view(6, 3, 1, 1))
             self.conv.bias.copy_(torch.tensor([0.0] * 3 + [-2.8] * 3))
             points = colours(k)
-            sharpness = 5 / torch.pdist(points).min() ** 2  # a lead of 5 over the next class: surer models have no gradient left
+            sharpness = (
+                5 / torch.pdist(points).min() ** 2
+            )  # a lead of 5 over the next class: surer models have no gradient left
             self.fc.weight.zero_()
             self.fc.weight[:, :3] = 2 * sharpness * points
             self.fc.weight[TARGET, 3:] = 40 * sharpness
@@ -61,7 +72,11 @@ class Nearest(nn.Module):
 
 @pytest.mark.parametrize("k", COUNTS)
 def test_from_the_backdoored_model_to_the_metrics(k, rng):
-    model, clean, test = Nearest(k).eval(), painted(k, max(40, 2 * k), rng()), painted(k, max(40, k), rng(1))
+    model, clean, test = (
+        Nearest(k).eval(),
+        painted(k, max(40, 2 * k), rng()),
+        painted(k, max(40, k), rng(1)),
+    )
     trigger = BadNets(target_label=TARGET).make_trigger(clean, rng=rng())
     attacked = backdoored_test_set(trigger, test, TARGET)
     before = score(model, test, attacked, TARGET)
@@ -73,8 +88,13 @@ def test_from_the_backdoored_model_to_the_metrics(k, rng):
     assert [len(value) for value in recovered.mask.values()] == [6]
     pruned = Prune(max_fraction=0.5, tolerance=0.01)(model, recovered.mask, clean)
     after = score(pruned.model, test, attacked, TARGET)
-    assert after.clean_accuracy.value >= before.clean_accuracy.value - 0.05, "skip leaves what clean images need"
-    assert 0 <= defence_effectiveness(before, after) <= 1 and after.attack_success_rate.value + after.robust_accuracy.value <= 1
+    assert after.clean_accuracy.value >= before.clean_accuracy.value - 0.05, (
+        "skip leaves what clean images need"
+    )
+    assert (
+        0 <= defence_effectiveness(before, after) <= 1
+        and after.attack_success_rate.value + after.robust_accuracy.value <= 1
+    )
     shares = ClassShares().from_trajectory(unlearned.trajectory, k)
     assert shares.shape == (k,) and ((shares >= 0) & (shares <= 1 + 1e-6)).all()
 
@@ -83,8 +103,15 @@ def test_from_the_backdoored_model_to_the_metrics(k, rng):
 def test_every_detector_scores_every_class(k, rng):
     model, clean = Nearest(k).eval(), painted(k, max(40, k), rng())
     index = NeuralCleanseIndex()
-    found = {"noise": (by := NeuronNoise(copies=2), by.score(model, clean, rng=rng())),
-             "index": (index, index.from_triggers(NeuralCleanse(steps=2, batch_size=2).recover(model, clean, rng=rng())))}
+    found = {
+        "noise": (by := NeuronNoise(copies=2), by.score(model, clean, rng=rng())),
+        "index": (
+            index,
+            index.from_triggers(
+                NeuralCleanse(steps=2, batch_size=2).recover(model, clean, rng=rng())
+            ),
+        ),
+    }
     margin = MMBD(starts=1, steps=2)
     if k > 2:
         found["margin"] = margin, margin.score(model, clean, rng=rng())
@@ -100,8 +127,22 @@ def test_every_detector_scores_every_class(k, rng):
 @pytest.mark.parametrize("k", (2, 3))
 def test_detectors_that_compare_with_two_others_are_passed_over(k, rng, capsys):
     model = Nearest(k).eval()
-    asked = [NeuronNoise(copies=1), MMBD(starts=1, steps=1), Agreement(margins=MMBD(starts=1, steps=1), noise=NeuronNoise(copies=1))]
-    said = labelled(asked, {"backdoored": model, "unlearned": model}, {}, [], painted(k, 40, rng()), 0, Clock())
-    assert set(said) == {"neuron_noise", "neuron_noise_unlearned"} | ({"mm_bd", "mm_bd_unlearned", "agreement"} if k > 2 else set())
+    asked = [
+        NeuronNoise(copies=1),
+        MMBD(starts=1, steps=1),
+        Agreement(margins=MMBD(starts=1, steps=1), noise=NeuronNoise(copies=1)),
+    ]
+    said = labelled(
+        asked, {"backdoored": model, "unlearned": model}, {}, [], painted(k, 40, rng()), 0, Clock()
+    )
+    assert set(said) == {"neuron_noise", "neuron_noise_unlearned"} | (
+        {"mm_bd", "mm_bd_unlearned", "agreement"} if k > 2 else set()
+    )
     warned = capsys.readouterr().err.splitlines()
-    assert warned == ([] if k > 2 else [f"warning: {name} needs 3 classes and was not asked" for name in ("mm_bd", "agreement")])
+    assert warned == (
+        []
+        if k > 2
+        else [
+            f"warning: {name} needs 3 classes and was not asked" for name in ("mm_bd", "agreement")
+        ]
+    )

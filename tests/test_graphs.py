@@ -1,4 +1,6 @@
-"""Recorded training steps do what plain ones do: that needs a GPU. What cannot be recorded runs as it is: that does not."""
+"""Recorded training steps do what plain ones do: that needs a GPU. What cannot be recorded runs as
+it is: that does not.
+"""
 
 import copy
 
@@ -10,15 +12,28 @@ from rnp.graphs import Replayed
 from rnp.training import Train, cross_entropy, fit, graphable, one_cycle
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-OPTIMISERS = {"sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True}), "adamw": (torch.optim.AdamW, {"lr": 0.01})}
+OPTIMISERS = {
+    "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.01}),
+}
 
 
 def train(model, data, rng, optimiser="sgd", objective=cross_entropy, **options):
     """Four epochs of five whole batches and a smaller one; the model and the history."""
     model = copy.deepcopy(model).cuda().train()
     kind, settings = OPTIMISERS[optimiser]
-    history = fit(model, data, objective=objective(model), optimiser=graphable(kind, model, **settings), epochs=4, batch_size=8,
-                  rng=rng(), augment=Augment(crop=1), schedule=lambda epoch: one_cycle(epoch / 4, 0.25), **options)
+    history = fit(
+        model,
+        data,
+        objective=objective(model),
+        optimiser=graphable(kind, model, **settings),
+        epochs=4,
+        batch_size=8,
+        rng=rng(),
+        augment=Augment(crop=1),
+        schedule=lambda epoch: one_cycle(epoch / 4, 0.25),
+        **options,
+    )
     return model, history
 
 
@@ -34,7 +49,10 @@ def assert_alike(one, other, *, rel=1e-3):
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 def test_recorded_steps_do_what_plain_ones_do(optimiser, toy_model, toy_set, rng):
     data = toy_set(44)
-    assert_alike(train(toy_model(), data, rng, optimiser), train(toy_model(), data, rng, optimiser, graphed=True))
+    assert_alike(
+        train(toy_model(), data, rng, optimiser),
+        train(toy_model(), data, rng, optimiser, graphed=True),
+    )
 
 
 @needs_gpu
@@ -43,7 +61,9 @@ def test_compiled_steps_do_too(monkeypatch, toy_model, toy_set, rng):
     data = toy_set(44)
     plain = train(toy_model(), data, rng)
     monkeypatch.setattr("rnp.training.WORTH_COMPILING", 1)
-    assert_alike(plain, train(toy_model(), data, rng, graphed=True), rel=0.1)  # other kernels, which round to TF32 or do not
+    assert_alike(
+        plain, train(toy_model(), data, rng, graphed=True), rel=0.1
+    )  # other kernels, which round to TF32 or do not
 
 
 @needs_gpu
@@ -71,7 +91,9 @@ def test_a_recipe_learns_there(toy_model, toy_set, rng):
 
 
 @pytest.mark.parametrize("compiles, warned", [(False, 2), (True, 1)])
-def test_what_fails_gives_way_to_plain_steps_and_no_step_is_taken_twice(compiles, warned, monkeypatch, recwarn):
+def test_what_fails_gives_way_to_plain_steps_and_no_step_is_taken_twice(
+    compiles, warned, monkeypatch, recwarn
+):
     taken = []
 
     def plain(images, labels):
@@ -91,4 +113,8 @@ def test_what_fails_gives_way_to_plain_steps_and_no_step_is_taken_twice(compiles
     for n in (4, 4, 3, 4, 4):
         _, logits, _ = advance(torch.rand(n, 1, 2, 2), torch.zeros(n, dtype=torch.int64))
         assert len(logits) == n
-    assert taken == [4, 4, 3, 4, 4] and [str(each.message).partition(":")[0] for each in recwarn] == ["training is slower than it could be"] * warned
+    assert (
+        taken == [4, 4, 3, 4, 4]
+        and [str(each.message).partition(":")[0] for each in recwarn]
+        == ["training is slower than it could be"] * warned
+    )

@@ -1,4 +1,6 @@
-"""Files: what is written is read back the same, appears whole or not at all, and is never a program."""
+"""Files: what is written is read back the same, appears whole or not at all, and is never a
+program.
+"""
 
 import dataclasses
 import errno
@@ -38,7 +40,11 @@ def path(tmp_path) -> Path:
 
 
 def same(one: ImageSet, other: ImageSet) -> bool:
-    return torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels) and one.classes == other.classes
+    return (
+        torch.equal(one.images, other.images)
+        and torch.equal(one.labels, other.labels)
+        and one.classes == other.classes
+    )
 
 
 # What is written is read back
@@ -58,7 +64,9 @@ def test_a_model_keeps_its_memory_layout(model, path):
     assert io.load_model(path)[0].layout is torch.channels_last
     io.save_model(path, model.lay_out("of a reason"), ARCHITECTURE, CLASSES)
     loaded = io.load_model(path)[0]
-    assert loaded.plain_because == "of a reason" and all(p.is_contiguous() for p in loaded.parameters())
+    assert loaded.plain_because == "of a reason" and all(
+        p.is_contiguous() for p in loaded.parameters()
+    )
     io.save_tensors(path, model.state_dict(), io.load_tensors(path)[1] | {"plain_because": None})
     assert io.load_model(path)[0].layout is torch.channels_last
 
@@ -88,7 +96,9 @@ def test_masks_keep_order_and_precision(path):
     mask = {"z.bn": torch.tensor([1 - 2**-24, 1e-30]), "a.bn": torch.tensor([1 / 3])}
     io.save_mask(path, mask)
     loaded = io.load_mask(path)
-    assert list(loaded) == ["z.bn", "a.bn"] and all(torch.equal(loaded[layer], mask[layer]) for layer in mask)
+    assert list(loaded) == ["z.bn", "a.bn"] and all(
+        torch.equal(loaded[layer], mask[layer]) for layer in mask
+    )
 
 
 def test_poisoned_sets(toy_set, rng, path):
@@ -96,13 +106,28 @@ def test_poisoned_sets(toy_set, rng, path):
     poisoned = attack.poison(clean, rng=rng())
     io.save_poisoned(path, poisoned, {"attack": "badnets"} | dataclasses.asdict(attack))
     loaded, options = io.load_poisoned(path)
-    assert same(loaded.apply(clean), poisoned.apply(clean)) and torch.equal(loaded.covers, poisoned.covers)
-    assert torch.equal(loaded.trigger(clean.floats()), poisoned.trigger(clean.floats())) and options["poison_rate"] == 0.2
+    assert same(loaded.apply(clean), poisoned.apply(clean)) and torch.equal(
+        loaded.covers, poisoned.covers
+    )
+    assert (
+        torch.equal(loaded.trigger(clean.floats()), poisoned.trigger(clean.floats()))
+        and options["poison_rate"] == 0.2
+    )
 
 
 def test_histories(path):
-    rows = [Epoch(epoch=i // 2, step=i, loss=-0.5 * i, accuracy=0.25, learning_rate=1e-3, gradient_norm=0.0,
-                  extra={"share/0": 0.5, "share/1": 0.25 * i}) for i in range(3)]
+    rows = [
+        Epoch(
+            epoch=i // 2,
+            step=i,
+            loss=-0.5 * i,
+            accuracy=0.25,
+            learning_rate=1e-3,
+            gradient_norm=0.0,
+            extra={"share/0": 0.5, "share/1": 0.25 * i},
+        )
+        for i in range(3)
+    ]
     with io.History(path) as history:
         for i, row in enumerate(rows):
             history(row)
@@ -141,15 +166,21 @@ io.save_model(Path(sys.argv[1]), model, arch, ("a", "b", "c", "d"))
 def test_another_process_writes_the_same_bytes(model, path, tmp_path):
     io.save_model(path, model, ARCHITECTURE, CLASSES)
     other = tmp_path / "other.safetensors"
-    subprocess.run([sys.executable, "-c", PROGRAM, other], check=True, env=os.environ | {"PYTHONHASHSEED": "12345"},
-                   cwd=Path(__file__).parent.parent)
+    subprocess.run(
+        [sys.executable, "-c", PROGRAM, other],
+        check=True,
+        env=os.environ | {"PYTHONHASHSEED": "12345"},
+        cwd=Path(__file__).parent.parent,
+    )
     assert other.read_bytes() == path.read_bytes()
 
 
 def test_image_sets_repeat_byte_for_byte(toy_set, tmp_path):
     for name in ("one", "two"):
         io.save_images(tmp_path / name, toy_set(6))
-    files = [{f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("one", "two")]
+    files = [
+        {f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("one", "two")
+    ]
     assert files[0] == files[1] and len(files[0]) == 3
 
 
@@ -174,7 +205,12 @@ def test_a_folder_takes_the_place_of_the_old_one(toy_set, tmp_path):
     io.save_images(folder, toy_set(4))
     (folder / "stray").write_text("from before")
     io.save_images(folder, toy_set(6))
-    assert len(io.load_images(folder)) == 6 and left(tmp_path) == ["set", "set/images.npy", "set/labels.npy", "set/meta.json"]
+    assert len(io.load_images(folder)) == 6 and left(tmp_path) == [
+        "set",
+        "set/images.npy",
+        "set/labels.npy",
+        "set/meta.json",
+    ]
 
 
 def test_an_exception_leaves_the_old_folder(toy_set, tmp_path, monkeypatch):
@@ -183,7 +219,12 @@ def test_an_exception_leaves_the_old_folder(toy_set, tmp_path, monkeypatch):
     monkeypatch.setattr(io, "write_json", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         io.save_images(folder, toy_set(6))
-    assert len(io.load_images(folder)) == 4 and left(tmp_path) == ["set", "set/images.npy", "set/labels.npy", "set/meta.json"]
+    assert len(io.load_images(folder)) == 4 and left(tmp_path) == [
+        "set",
+        "set/images.npy",
+        "set/labels.npy",
+        "set/meta.json",
+    ]
 
 
 @pytest.fixture
@@ -199,13 +240,18 @@ def full_disk(monkeypatch):
     monkeypatch.setattr(Path, "write_text", lambda path, *_, **__: write(path))
 
 
-@pytest.mark.parametrize("save", [
-    lambda p, toys: io.save_images(p, toys(4)),
-    lambda p, toys: io.save_defence_set(p, DefenceSet(toys(4), toys(4))),
-    lambda p, toys: io.save_mask(p, {"bn": torch.ones(2)}),
-    lambda p, toys: io.save_poisoned(p, BadNets(poison_rate=0.5).poison(toys(4), rng=torch.Generator()), {}),
-    lambda p, toys: io.write_json(p, {}),
-])
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda p, toys: io.save_images(p, toys(4)),
+        lambda p, toys: io.save_defence_set(p, DefenceSet(toys(4), toys(4))),
+        lambda p, toys: io.save_mask(p, {"bn": torch.ones(2)}),
+        lambda p, toys: io.save_poisoned(
+            p, BadNets(poison_rate=0.5).poison(toys(4), rng=torch.Generator()), {}
+        ),
+        lambda p, toys: io.write_json(p, {}),
+    ],
+)
 def test_a_full_disk_leaves_nothing_half_written(save, toy_set, tmp_path, full_disk):
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path / "result", toy_set)
@@ -222,14 +268,32 @@ def folder(tmp_path, model, toy_set, rng):
     io.save_mask(tmp_path / "mask", {"bn": torch.ones(2)})
     io.save_trigger(tmp_path / "trigger", Mix(torch.ones(3, 8, 8), torch.ones(1, 8, 8)))
     io.save_images(tmp_path / "images", toy_set(4))
-    io.save_poisoned(tmp_path / "poisoned", BadNets(poison_rate=0.5).poison(toy_set(8), rng=rng()), {"attack": "badnets"})
+    io.save_poisoned(
+        tmp_path / "poisoned",
+        BadNets(poison_rate=0.5).poison(toy_set(8), rng=rng()),
+        {"attack": "badnets"},
+    )
     return tmp_path
 
 
-LOAD = {"model": io.load_model, "mask": io.load_mask, "trigger": io.load_trigger, "images": io.load_images,
-        "poisoned": io.load_poisoned}
-FILES = ["model", "mask", "trigger", "images/images.npy", "images/labels.npy", "images/meta.json", "poisoned/covers.npy",
-         "poisoned/trigger.safetensors", "poisoned/attack.json"]
+LOAD = {
+    "model": io.load_model,
+    "mask": io.load_mask,
+    "trigger": io.load_trigger,
+    "images": io.load_images,
+    "poisoned": io.load_poisoned,
+}
+FILES = [
+    "model",
+    "mask",
+    "trigger",
+    "images/images.npy",
+    "images/labels.npy",
+    "images/meta.json",
+    "poisoned/covers.npy",
+    "poisoned/trigger.safetensors",
+    "poisoned/attack.json",
+]
 
 
 def refuses(folder: Path, file: str) -> str:
@@ -249,8 +313,15 @@ def test_damage_is_named(file, cut, folder):
     content = victim.read_bytes()
     victim.unlink()
     if cut != "missing":
-        victim.write_bytes({"empty": b"", "half": content[: len(content) // 2], "one byte short": content[:-2],
-                            "garbage": b"\x80\x04garbage", "zip": b"PK\x03\x04" + bytes(60)}[cut])
+        victim.write_bytes(
+            {
+                "empty": b"",
+                "half": content[: len(content) // 2],
+                "one byte short": content[:-2],
+                "garbage": b"\x80\x04garbage",
+                "zip": b"PK\x03\x04" + bytes(60),
+            }[cut]
+        )
     line = refuses(folder, file)
     assert ("does not exist; run the stage" in line) == (cut == "missing")
 
@@ -261,21 +332,26 @@ def test_safetensors_of_others_are_refused(file, folder):
     assert "was not written by rnp" in refuses(folder, file)
 
 
-@pytest.mark.parametrize("file, other", [("model", "mask"), ("model", "trigger"), ("mask", "model"), ("trigger", "mask")])
+@pytest.mark.parametrize(
+    "file, other", [("model", "mask"), ("model", "trigger"), ("mask", "model"), ("trigger", "mask")]
+)
 def test_files_of_another_kind_are_refused(file, other, folder):
     (folder / file).write_bytes((folder / other).read_bytes())
     assert f"holds '{other}', not a" in refuses(folder, file)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"width": 3}, "tensor 'net.bn1.bias' is [2], the architecture needs [3]"),
-    ({"arch": "preactresnet18"}, "of another architecture"),
-    ({"arch": "resnet999"}, "unknown architecture 'resnet999'"),
-    ({"classes": ["a"]}, "tensor 'net.fc.bias' is [4], the architecture needs [1]"),
-    ({"classes": None}, "does not say"),
-    ({"arch": None}, "does not say"),
-    ({"width": "wide"}, "does not say"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"width": 3}, "tensor 'net.bn1.bias' is [2], the architecture needs [3]"),
+        ({"arch": "preactresnet18"}, "of another architecture"),
+        ({"arch": "resnet999"}, "unknown architecture 'resnet999'"),
+        ({"classes": ["a"]}, "tensor 'net.fc.bias' is [4], the architecture needs [1]"),
+        ({"classes": None}, "does not say"),
+        ({"arch": None}, "does not say"),
+        ({"width": "wide"}, "does not say"),
+    ],
+)
 def test_a_model_must_fit_the_architecture_that_it_names(change, message, folder):
     tensors, meta = io.load_tensors(folder / "model")
     io.save_tensors(folder / "model", tensors, meta | change)
@@ -298,15 +374,18 @@ def test_metadata_that_is_no_object_is_refused(file, meta, folder):
     refuses(folder, file)
 
 
-@pytest.mark.parametrize("change", [
-    {"module": "os", "class": "system"},
-    {"module": "rnp.attacks.nowhere"},
-    {"class": "Nobody"},
-    {"class": "to_bytes"},  # a function of that module
-    {"class": "Attack"},  # a class, but no trigger
-    {"module": None},
-    {"class": "Add"},  # a trigger with other buffers
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"module": "os", "class": "system"},
+        {"module": "rnp.attacks.nowhere"},
+        {"class": "Nobody"},
+        {"class": "to_bytes"},  # a function of that module
+        {"class": "Attack"},  # a class, but no trigger
+        {"module": None},
+        {"class": "Add"},  # a trigger with other buffers
+    ],
+)
 def test_a_trigger_file_names_a_trigger_and_nothing_else(change, folder):
     tensors, meta = io.load_tensors(folder / "trigger")
     io.save_tensors(folder / "trigger", tensors, meta | change)
@@ -314,7 +393,9 @@ def test_a_trigger_file_names_a_trigger_and_nothing_else(change, folder):
 
 
 def test_a_mask_must_hold_the_layers_that_it_names(folder):
-    io.save_tensors(folder / "mask", {"bn": torch.ones(2)}, {"kind": "mask", "layers": ["bn", "other"]})
+    io.save_tensors(
+        folder / "mask", {"bn": torch.ones(2)}, {"kind": "mask", "layers": ["bn", "other"]}
+    )
     refuses(folder, "mask")
 
 
@@ -323,13 +404,16 @@ def test_images_and_labels_must_go_together(folder):
     assert "holds 4 images but 3 labels" in refuses(folder, "images")
 
 
-@pytest.mark.parametrize("images, labels, classes", [
-    (np.zeros((4, 3, 8, 8), np.float32), np.zeros(4, np.int64), CLASSES),
-    (np.zeros((4, 8, 8), np.uint8), np.zeros(4, np.int64), CLASSES),
-    (np.zeros((4, 3, 8, 8), np.uint8), np.zeros(4, np.float32), CLASSES),
-    (np.zeros((4, 3, 8, 8), np.uint8), np.full(4, 9), CLASSES),
-    (np.zeros((4, 3, 8, 8), np.uint8), np.full(4, -1), CLASSES),
-])
+@pytest.mark.parametrize(
+    "images, labels, classes",
+    [
+        (np.zeros((4, 3, 8, 8), np.float32), np.zeros(4, np.int64), CLASSES),
+        (np.zeros((4, 8, 8), np.uint8), np.zeros(4, np.int64), CLASSES),
+        (np.zeros((4, 3, 8, 8), np.uint8), np.zeros(4, np.float32), CLASSES),
+        (np.zeros((4, 3, 8, 8), np.uint8), np.full(4, 9), CLASSES),
+        (np.zeros((4, 3, 8, 8), np.uint8), np.full(4, -1), CLASSES),
+    ],
+)
 def test_arrays_of_another_kind_are_refused(images, labels, classes, folder):
     np.save(folder / "images" / "images.npy", images)
     np.save(folder / "images" / "labels.npy", labels)
@@ -365,7 +449,10 @@ def test_an_array_of_objects_is_never_unpickled(file, folder):
 
 
 def test_the_source_knows_no_unpickling():
-    word = re.compile(r"\btorch\.(?:load|save)\([^\n]*|\b(?:import|from) (?:pickle|joblib|dill)\b|allow_pickle=True")
+    word = re.compile(
+        r"\btorch\.(?:load|save)\([^\n]*|\b(?:import|from)"
+        r" (?:pickle|joblib|dill)\b|allow_pickle=True"
+    )
     files = list((Path(io.__file__).parent).rglob("*.py"))
     found = {file.name: word.findall(file.read_text()) for file in files}
     (opened,) = found.pop("quarantine.py")  # the one place for strangers' files

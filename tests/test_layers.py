@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# From top to bottom; a module may import its own layer (families: its own family only) and what lies below.
+# From top to bottom; a module may import its own layer (families: its own family only) and what
+# lies below.
 LAYERS = (
     ("stages",),
     ("rnp.cli", "rnp.__main__"),
@@ -16,11 +17,26 @@ LAYERS = (
     ("rnp.attacks", "rnp.defences"),
     ("rnp.detection",),
     ("rnp.unlearn", "rnp.recover", "rnp.prune"),
-    ("rnp.training", "rnp.augment", "rnp.masks", "rnp.replay", "rnp.wiring", "rnp.metrics", "rnp.features", "rnp.unet",
-     "rnp.models", "rnp.data", "rnp.origin", "rnp.graphs"),
+    (
+        "rnp.training",
+        "rnp.augment",
+        "rnp.masks",
+        "rnp.replay",
+        "rnp.wiring",
+        "rnp.metrics",
+        "rnp.features",
+        "rnp.unet",
+        "rnp.models",
+        "rnp.data",
+        "rnp.origin",
+        "rnp.graphs",
+    ),
     ("rnp.types", "rnp.registry", "rnp.errors", "rnp.memory", "rnp.openmp"),
 )
-BLIND = ({"rnp.attacks", "rnp.defences"}, {"rnp.attacks", "rnp.detection"})  # what an attack knows, no defender does
+BLIND = (
+    {"rnp.attacks", "rnp.defences"},
+    {"rnp.attacks", "rnp.detection"},
+)  # what an attack knows, no defender does
 
 
 def modules() -> dict[str, Path]:
@@ -41,8 +57,14 @@ def imported(file: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names |= {f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in modules() else node.module
-                      for alias in node.names}
+            names |= {
+                (
+                    f"{node.module}.{alias.name}"
+                    if f"{node.module}.{alias.name}" in modules()
+                    else node.module
+                )
+                for alias in node.names
+            }
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
     return {name for name in names if name.split(".")[0] in ("rnp", "stages")}
@@ -54,12 +76,17 @@ def test_imports_point_down(module):
     for name in imported(modules()[module]):
         below, other = place(name)
         assert below >= depth, f"{module} imports {name}, which lies above it"
-        assert {member, other} not in BLIND, f"{module} imports {name}: attackers and defenders are blind to each other"
+        assert {
+            member,
+            other,
+        } not in BLIND, f"{module} imports {name}: attackers and defenders are blind to each other"
 
 
 def test_package_files_are_empty():
     """But for the package's own, which lends notebooks two functions when they are asked for."""
-    assert [m for m, f in modules().items() if m.endswith("__init__") and f.read_text()] == ["rnp.__init__"]
+    assert [m for m, f in modules().items() if m.endswith("__init__") and f.read_text()] == [
+        "rnp.__init__"
+    ]
 
 
 def test_only_tracking_knows_mlflow():
@@ -77,8 +104,16 @@ def external(file: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("module", ["rnp", "rnp.cli.main", "rnp.registry", "rnp.cli.list", "rnp.quarantine", "stages.publish"])
+@pytest.mark.parametrize(
+    "module",
+    ["rnp", "rnp.cli.main", "rnp.registry", "rnp.cli.list", "rnp.quarantine", "stages.publish"],
+)
 def test_light_modules_import_nothing_heavy(module):
-    code = f"import sys, {module}; print(sorted({{'torch', 'mlflow', 'matplotlib', 'scipy', 'numpy'}} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    code = (
+        f"import sys, {module}; print(sorted({{'torch', 'mlflow', 'matplotlib', 'scipy', 'numpy'}}"
+        " & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert done.stdout.strip() == "[]"

@@ -19,12 +19,21 @@ def images(toy_set):
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("arch", ["toy", "resnet10", "preactresnet18", "mobilenet_v2"])
 def test_ones_change_nothing(arch, train, toy_model, images, rng):
-    build = lambda: Architecture(arch=arch, width=2).build(4, 3, torch.zeros(3), torch.ones(3), rng=rng())
+    def build():
+        return Architecture(arch=arch, width=2).build(
+            4, 3, torch.zeros(3), torch.ones(3), rng=rng()
+        )
+
     plain = (toy_model() if arch == "toy" else build()).train(train)
     under_mask = copy.deepcopy(plain)
     assert torch.equal(masked(under_mask, images, ones(under_mask)), plain(images))
-    assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), under_mask.buffers())), "running statistics"
-    moved = not torch.equal(next(b for n, b in plain.named_buffers() if n.endswith("num_batches_tracked")), torch.tensor(0))
+    assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), under_mask.buffers())), (
+        "running statistics"
+    )
+    moved = not torch.equal(
+        next(b for n, b in plain.named_buffers() if n.endswith("num_batches_tracked")),
+        torch.tensor(0),
+    )
     assert moved == train
 
 
@@ -62,14 +71,29 @@ def test_prune_changes_the_named_channels_of_a_copy(zero_bias, toy_model, unchan
     assert all(torch.equal(value, expected[name]) for name, value in pruned.state_dict().items())
 
 
-@pytest.mark.parametrize("mask, order", [
-    ({"a": [0.9, 0.1], "b": [0.5, 0.2]}, [("a", 1), ("b", 1)]),  # one channel of each layer stays
-    ({"a": [1, 1, 1], "b": [1, 1]}, [("a", 0), ("a", 1), ("b", 0)]),  # ties: layer order, then index
-    ({"b": [1, 1], "a": [1, 1]}, [("b", 0), ("a", 0)]),  # the model's layer order, not the alphabet's
-    ({"a": [0.0], "b": [0.3, 0.2, 0.2]}, [("b", 1), ("b", 2)]),  # a layer of one channel
-])
+@pytest.mark.parametrize(
+    "mask, order",
+    [
+        (
+            {"a": [0.9, 0.1], "b": [0.5, 0.2]},
+            [("a", 1), ("b", 1)],
+        ),  # one channel of each layer stays
+        (
+            {"a": [1, 1, 1], "b": [1, 1]},
+            [("a", 0), ("a", 1), ("b", 0)],
+        ),  # ties: layer order, then index
+        (
+            {"b": [1, 1], "a": [1, 1]},
+            [("b", 0), ("a", 0)],
+        ),  # the model's layer order, not the alphabet's
+        ({"a": [0.0], "b": [0.3, 0.2, 0.2]}, [("b", 1), ("b", 2)]),  # a layer of one channel
+    ],
+)
 def test_ranking(mask, order):
-    assert ranking({name: torch.tensor(values, dtype=torch.float) for name, values in mask.items()}) == order
+    assert (
+        ranking({name: torch.tensor(values, dtype=torch.float) for name, values in mask.items()})
+        == order
+    )
 
 
 def test_a_small_difference_keeps_its_order():
@@ -77,9 +101,13 @@ def test_a_small_difference_keeps_its_order():
     assert ranking({"a": values}) == [("a", 2), ("a", 1)]
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.BatchNorm2d(3, affine=False), nn.LayerNorm([2, 3, 3])])
+@pytest.mark.parametrize(
+    "model", [nn.Linear(2, 2), nn.BatchNorm2d(3, affine=False), nn.LayerNorm([2, 3, 3])]
+)
 def test_a_model_without_neurons_is_an_error(model):
-    with pytest.raises(UserError, match="neither a normalisation with a scale per channel nor a convolution"):
+    with pytest.raises(
+        UserError, match="neither a normalisation with a scale per channel nor a convolution"
+    ):
         ones(nn.Sequential(model))
 
 
@@ -96,21 +124,44 @@ def family(name: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if name == "vit":
-            return VisionTransformer(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=16, num_classes=4)
-        layers = {"groupnorm": [nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU()],
-                  "convnext": [nn.Conv2d(3, 4, 2, 2), LayerNorm2d(4), CNBlock(4, 1.0, 0.0)],
-                  "no norm": [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False), nn.ReLU()],
-                  "norm first": [nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3)],
-                  "instance norm": [nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.ReLU()],
-                  "rms norm": [nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.RMSNorm(36), nn.Unflatten(2, (6, 6))],
-                  "one layer twice": [nn.Conv2d(3, 4, 3), *[nn.GroupNorm(2, 4), nn.ReLU()] * 2]}[name]
+            return VisionTransformer(
+                image_size=8,
+                patch_size=4,
+                num_layers=2,
+                num_heads=2,
+                hidden_dim=8,
+                mlp_dim=16,
+                num_classes=4,
+            )
+        layers = {
+            "groupnorm": [nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU()],
+            "convnext": [nn.Conv2d(3, 4, 2, 2), LayerNorm2d(4), CNBlock(4, 1.0, 0.0)],
+            "no norm": [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False), nn.ReLU()],
+            "norm first": [nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3)],
+            "instance norm": [nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.ReLU()],
+            "rms norm": [
+                nn.Conv2d(3, 4, 3),
+                nn.Flatten(2),
+                nn.RMSNorm(36),
+                nn.Unflatten(2, (6, 6)),
+            ],
+            "one layer twice": [nn.Conv2d(3, 4, 3), *[nn.GroupNorm(2, 4), nn.ReLU()] * 2],
+        }[name]
         return nn.Sequential(*layers, *end)
 
 
 FAMILIES = {
-    "groupnorm": ["1"], "convnext": ["1", "2.block.2"], "no norm": ["0", "2"], "norm first": ["0"], "instance norm": ["1"],
-    "rms norm": ["2"], "one layer twice": ["1"],
-    "vit": [f"encoder.layers.encoder_layer_{i}.ln_{j}" for i in (0, 1) for j in (1, 2)] + ["encoder.ln"],
+    "groupnorm": ["1"],
+    "convnext": ["1", "2.block.2"],
+    "no norm": ["0", "2"],
+    "norm first": ["0"],
+    "instance norm": ["1"],
+    "rms norm": ["2"],
+    "one layer twice": ["1"],
+    "vit": (
+        [f"encoder.layers.encoder_layer_{i}.ln_{j}" for i in (0, 1) for j in (1, 2)]
+        + ["encoder.ln"]
+    ),
 }
 
 
@@ -127,7 +178,11 @@ def test_neurons_of_other_families(name, images, rng):
     assert torch.allclose(masked(model, images, mask), by_hand(images), atol=1e-6)
     first = FAMILIES[name][0]
     pruned = prune(model, [(first, 2)], zero_bias=True).get_submodule(first)
-    assert not pruned.weight[2].any() and pruned.weight[1].any() and (bias(pruned) is None or bias(pruned)[2] == 0)
+    assert (
+        not pruned.weight[2].any()
+        and pruned.weight[1].any()
+        and (bias(pruned) is None or bias(pruned)[2] == 0)
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -140,18 +195,34 @@ def test_the_whole_method_runs_on_other_families(name, toy_set, rng):
     unlearned = Unlearn(epochs=2, to_collapse=False)(model, data, rng=rng())
     recovered = Recover(steps=2)(unlearned.model, data, rng=rng())
     pruned = Prune(rule="number", number=2)(model, recovered.mask, data)
-    changed = sum(int((a != b).any(dim=tuple(range(1, a.dim()))).sum()) if a.dim() else 0
-                  for a, b in zip(model.parameters(), pruned.model.parameters()))
+    changed = sum(
+        int((a != b).any(dim=tuple(range(1, a.dim()))).sum()) if a.dim() else 0
+        for a, b in zip(model.parameters(), pruned.model.parameters())
+    )
     assert changed == 2 and len(pruned.neurons) == 2
     skipped = Prune(tolerance=10.0, epsilon=0.99, max_fraction=0.5)(model, recovered.mask, data)
-    assert skipped.chosen.pruned == sum(len(value) for value in recovered.mask.values()) // 2, "all may go"
+    assert skipped.chosen.pruned == sum(len(value) for value in recovered.mask.values()) // 2, (
+        "all may go"
+    )
 
 
-@pytest.mark.parametrize("arch, layers, neurons", [
-    ("resnet18_gn", 20, 300), ("vgg11", 8, 172), ("convnext", 17, 248), ("vit", 13, 208), ("torchvision:efficientnet_b0", 49, 21008)])
+@pytest.mark.parametrize(
+    "arch, layers, neurons",
+    [
+        ("resnet18_gn", 20, 300),
+        ("vgg11", 8, 172),
+        ("convnext", 17, 248),
+        ("vit", 13, 208),
+        ("torchvision:efficientnet_b0", 49, 21008),
+    ],
+)
 def test_neurons_of_whole_architectures(arch, layers, neurons, rng):
-    """By hand: ResNet-18 at width 4 has 4,800 / 16 of the published; VGG-11 43 times its width; a transformer two norms of 16 a block."""
-    found = maskable(Architecture(arch=arch, width=4).build(4, 3, torch.zeros(3), torch.ones(3), rng=rng()))
+    """By hand: ResNet-18 at width 4 has 4,800 / 16 of the published; VGG-11 43 times its width; a
+    transformer two norms of 16 a block.
+    """
+    found = maskable(
+        Architecture(arch=arch, width=4).build(4, 3, torch.zeros(3), torch.ones(3), rng=rng())
+    )
     assert (len(found), sum(len(layer.weight) for layer in found.values())) == (layers, neurons)
 
 
@@ -159,7 +230,9 @@ class Standardised(nn.Conv2d):
     """Its kernel has unit deviation whatever its scale, so that no mask on it would do anything."""
 
     def forward(self, x):
-        return self._conv_forward(x, self.weight / self.weight.std((1, 2, 3), keepdim=True), self.bias)
+        return self._conv_forward(
+            x, self.weight / self.weight.std((1, 2, 3), keepdim=True), self.bias
+        )
 
 
 def tied(part):
@@ -168,13 +241,25 @@ def tied(part):
     return layers
 
 
-@pytest.mark.parametrize("model, words", [
-    (lambda: tied("weight"), "layers 1 and 2 share a weight"),
-    (lambda: tied("bias"), "layers 1 and 2 share a weight"),
-    (lambda: nn.Sequential(Standardised(3, 4, 1)), r"layer 0 \(Standardised\) makes its weight anew"),
-    (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))), "makes its weight anew"),
-    (lambda: nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 1))), "makes its weight anew"),
-])
+@pytest.mark.parametrize(
+    "model, words",
+    [
+        (lambda: tied("weight"), "layers 1 and 2 share a weight"),
+        (lambda: tied("bias"), "layers 1 and 2 share a weight"),
+        (
+            lambda: nn.Sequential(Standardised(3, 4, 1)),
+            r"layer 0 \(Standardised\) makes its weight anew",
+        ),
+        (
+            lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))),
+            "makes its weight anew",
+        ),
+        (
+            lambda: nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 1))),
+            "makes its weight anew",
+        ),
+    ],
+)
 def test_a_scale_that_is_not_the_layers_own_is_refused(model, words):
     with pytest.raises(UserError, match=words):
         maskable(model())
@@ -182,7 +267,10 @@ def test_a_scale_that_is_not_the_layers_own_is_refused(model, words):
 
 def test_what_batchnorm_remembers_is_asked_of_batchnorm_alone(toy_model):
     assert list(batch_norms(toy_model(), "bnp")) == ["bn1", "bn2"]
-    with pytest.raises(UserError, match=r"bnp reads BatchNorm's running statistics, which layer 1 \(GroupNorm\) lacks"):
+    with pytest.raises(
+        UserError,
+        match=r"bnp reads BatchNorm's running statistics, which layer 1 \(GroupNorm\) lacks",
+    ):
         batch_norms(family("groupnorm"), "bnp")
 
 
@@ -191,4 +279,8 @@ def test_frozen_statistics_still_train_the_scale(frozen, toy_model, images):
     model = freeze_statistics(toy_model(), frozen)
     before = model.bn1.running_mean.clone()
     model(images).sum().backward()
-    assert model.training and torch.equal(model.bn1.running_mean, before) == frozen and model.bn1.weight.grad is not None
+    assert (
+        model.training
+        and torch.equal(model.bn1.running_mean, before) == frozen
+        and model.bn1.weight.grad is not None
+    )

@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from rnp.augment import Augment
-from rnp.metrics import EarlyLoss, Recorded, Scores, Share, class_shares, defence_effectiveness, gate_reason, score
+from rnp.metrics import (
+    EarlyLoss,
+    Recorded,
+    Scores,
+    Share,
+    class_shares,
+    defence_effectiveness,
+    gate_reason,
+    score,
+)
 from rnp.types import ImageSet
 
 TARGET = 0
@@ -31,33 +40,49 @@ def answers(predicted, labels) -> ImageSet:
 
 
 def scores(ca=0.9, asr=1.0):
-    return Scores(Share(round(ca * 1000), 1000), Share(round(asr * 1000), 1000), Share(0, 1000), Share(1, 1))
+    return Scores(
+        Share(round(ca * 1000), 1000), Share(round(asr * 1000), 1000), Share(0, 1000), Share(1, 1)
+    )
 
 
 def test_closed_form():
-    result = score(Parrot(), answers([0, 0, 1, 2, 2], [0, 1, 1, 2, 0]), answers([0, 0, 1, 2], [1, 2, 1, 1]), TARGET)
+    result = score(
+        Parrot(),
+        answers([0, 0, 1, 2, 2], [0, 1, 1, 2, 0]),
+        answers([0, 0, 1, 2], [1, 2, 1, 1]),
+        TARGET,
+    )
     assert result.clean_accuracy == Share(3, 5)
     assert result.attack_success_rate == Share(2, 4)
     assert result.robust_accuracy == Share(1, 4)
     assert result.target_class_accuracy == Share(1, 2)
-    assert result.flat() == {"clean_accuracy": 0.6, "attack_success_rate": 0.5, "robust_accuracy": 0.25,
-                             "target_class_accuracy": 0.5}
+    assert result.flat() == {
+        "clean_accuracy": 0.6,
+        "attack_success_rate": 0.5,
+        "robust_accuracy": 0.25,
+        "target_class_accuracy": 0.5,
+    }
 
 
 def test_all_to_all_counts_the_next_class():
-    result = score(Parrot(), answers([0, 1, 1], [0, 1, 2]), answers([1, 2, 0, 2], [0, 1, 2, 2]), None)
+    result = score(
+        Parrot(), answers([0, 1, 1], [0, 1, 2]), answers([1, 2, 0, 2], [0, 1, 2, 2]), None
+    )
     assert result.attack_success_rate == Share(3, 4) and result.robust_accuracy == Share(1, 4)
     assert result.target_class_accuracy == result.clean_accuracy == Share(2, 3)
 
 
-@pytest.mark.parametrize("before, after, der", [
-    ((0.9, 1.0), (0.9, 1.0), 0.5),  # no effect
-    ((0.9, 1.0), (0.9, 0.0), 1.0),  # perfect
-    ((0.9, 1.0), (0.8, 0.0), 0.95),  # the cost is subtracted
-    ((0.9, 1.0), (0.4, 1.0), 0.25),
-    ((0.9, 0.5), (0.95, 0.9), 0.5),  # neither a gain in accuracy nor a loss in ASR counts
-    ((1.0, 0.0), (0.0, 0.0), 0.0),
-])
+@pytest.mark.parametrize(
+    "before, after, der",
+    [
+        ((0.9, 1.0), (0.9, 1.0), 0.5),  # no effect
+        ((0.9, 1.0), (0.9, 0.0), 1.0),  # perfect
+        ((0.9, 1.0), (0.8, 0.0), 0.95),  # the cost is subtracted
+        ((0.9, 1.0), (0.4, 1.0), 0.25),
+        ((0.9, 0.5), (0.95, 0.9), 0.5),  # neither a gain in accuracy nor a loss in ASR counts
+        ((1.0, 0.0), (0.0, 0.0), 0.0),
+    ],
+)
 def test_der(before, after, der):
     assert defence_effectiveness(scores(*before), scores(*after)) == pytest.approx(der)
 
@@ -75,8 +100,10 @@ def test_wilson_interval(hits, n):
     z, p = 1.959964, hits / n
     middle, half = (p + z * z / (2 * n)), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = Share(hits, n).interval()
-    assert (low, high) == (pytest.approx((middle - half) / (1 + z * z / n), abs=1e-6),
-                           pytest.approx((middle + half) / (1 + z * z / n), abs=1e-6))
+    assert (low, high) == (
+        pytest.approx((middle - half) / (1 + z * z / n), abs=1e-6),
+        pytest.approx((middle + half) / (1 + z * z / n), abs=1e-6),
+    )
 
 
 def test_a_known_wilson_interval():
@@ -87,29 +114,49 @@ def test_a_share_of_nothing_is_not_a_number():
     assert math.isnan(Share(0, 0).value) and all(math.isnan(end) for end in Share(0, 0).interval())
 
 
-@pytest.mark.parametrize("ca, asr, twin, reason", [
-    (0.90, 0.95, 0.91, ""),
-    (0.89, 0.90, 0.91, ""),  # both at their limits
-    (0.90, 0.85, 0.91, "ASR 0.850 is below 0.9"),
-    (0.88, 0.95, 0.91, "CA 0.880 is more than 0.02 below the twin's 0.910"),
-])
+@pytest.mark.parametrize(
+    "ca, asr, twin, reason",
+    [
+        (0.90, 0.95, 0.91, ""),
+        (0.89, 0.90, 0.91, ""),  # both at their limits
+        (0.90, 0.85, 0.91, "ASR 0.850 is below 0.9"),
+        (0.88, 0.95, 0.91, "CA 0.880 is more than 0.02 below the twin's 0.910"),
+    ],
+)
 def test_the_gate(ca, asr, twin, reason):
     assert gate_reason(scores(ca, asr), twin, 0.9) == reason
 
 
 def test_the_early_loss_of_each_image(toy_model, toy_set, rng):
-    """Two passes of ten; with a step size that changes nothing and BatchNorm on batches of all images they agree with one pass."""
+    """Two passes of ten; with a step size that changes nothing and BatchNorm on batches of all
+    images they agree with one pass.
+    """
     data, model = toy_set(24), toy_model()
     losses = EarlyLoss(len(data), 10, torch.device("cpu"))
-    recipe = Recorded(losses=losses, epochs=10, batch_size=24, lr=1e-12, weight_decay=0.0, augment=Augment(crop=0, flip=False),
-                      precision="fp32", label_smoothing=0.3)
+    recipe = Recorded(
+        losses=losses,
+        epochs=10,
+        batch_size=24,
+        lr=1e-12,
+        weight_decay=0.0,
+        augment=Augment(crop=0, flip=False),
+        precision="fp32",
+        label_smoothing=0.3,
+    )
     recipe(model, data, rng=rng())
     expected = F.cross_entropy(model.train()(data.floats()), data.labels, reduction="none")
-    assert losses.times.tolist() == [2] * 24 and torch.allclose(losses.mean(), expected.detach(), atol=1e-5)
+    assert losses.times.tolist() == [2] * 24 and torch.allclose(
+        losses.mean(), expected.detach(), atol=1e-5
+    )
 
 
 def test_later_losses_do_not_count():
     losses = EarlyLoss(3, 4, torch.device("cpu"))  # one pass of four
     for logit in (0.0, 50.0):
-        losses(torch.tensor([2, 0]), torch.tensor([0, 1]), torch.tensor([[logit, 0.0], [0.0, logit]]))
-    assert losses.mean()[[0, 2]].tolist() == pytest.approx([math.log(2)] * 2) and losses.mean()[1].isnan()
+        losses(
+            torch.tensor([2, 0]), torch.tensor([0, 1]), torch.tensor([[logit, 0.0], [0.0, logit]])
+        )
+    assert (
+        losses.mean()[[0, 2]].tolist() == pytest.approx([math.log(2)] * 2)
+        and losses.mean()[1].isnan()
+    )

@@ -1,4 +1,6 @@
-"""The summary of a population: ROC, false alarms, backdoors named, by hand; and which models a folder has."""
+"""The summary of a population: ROC, false alarms, backdoors named, by hand; and which models a
+folder has.
+"""
 
 import pytest
 import yaml
@@ -9,13 +11,27 @@ from rnp.io import write_json
 
 
 def rows(kind, values, least, right=()):
-    return [{"kind": kind, "gate": "" if kind == "benign" else "true", "detector": "some", "score": str(value),
-             "named": str(value >= least).lower(), "label_correct": str(i in right).lower()} for i, value in enumerate(values)]
+    return [
+        {
+            "kind": kind,
+            "gate": "" if kind == "benign" else "true",
+            "detector": "some",
+            "score": str(value),
+            "named": str(value >= least).lower(),
+            "label_correct": str(i in right).lower(),
+        }
+        for i, value in enumerate(values)
+    ]
 
 
 def test_the_summary_by_hand():
-    """Of 2 x 4 pairs 7 are in the right order, three of the four lie above .575; who failed the gate does not count."""
-    benign, bad = rows("benign", [0.1, 0.6], 0.5), rows("backdoored", [0.3, 0.7, 0.8, 0.9], 0.5, right=(1, 3))
+    """Of 2 x 4 pairs 7 are in the right order, three of the four lie above .575; who failed the
+    gate does not count.
+    """
+    benign, bad = (
+        rows("benign", [0.1, 0.6], 0.5),
+        rows("backdoored", [0.3, 0.7, 0.8, 0.9], 0.5, right=(1, 3)),
+    )
     failed = rows("backdoored", [0.0], 0.5)[0] | {"gate": "false"}
     _, _, line = summary([*benign, *bad, failed])
     cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -25,21 +41,33 @@ def test_the_summary_by_hand():
 
 
 def left_behind(folder, **values):
-    """What a pipeline that stopped after the twin leaves; `values` change the parameters after it ran."""
-    for name, content in {"twin/run.json": {"params": {"seed": 3}}, "twin/metrics.json": {"clean_accuracy": 0.5}}.items():
+    """What a pipeline that stopped after the twin leaves; `values` change the parameters after it
+    ran.
+    """
+    for name, content in {
+        "twin/run.json": {"params": {"seed": 3}},
+        "twin/metrics.json": {"clean_accuracy": 0.5},
+    }.items():
         write_json(folder / "reports" / name, content)
     (folder / "models").mkdir()
     (folder / "models" / "twin.safetensors").touch()
-    params = {"preset": "demo", "seed": 3, "poison": {"attack": "blend"}, "train": {"augment": {"crop": 0, "flip": False}}}
+    params = {
+        "preset": "demo",
+        "seed": 3,
+        "poison": {"attack": "blend"},
+        "train": {"augment": {"crop": 0, "flip": False}},
+    }
     (folder / "params.yaml").write_text(yaml.safe_dump(params | values))
     return folder
 
 
 def test_a_folder_gives_the_models_that_it_has(tmp_path):
     found = list(to_read(left_behind(tmp_path)))
-    assert [each.identity for each in found] == [{"preset": "demo", "kind": "benign", "seed": 3, "attack": ""}]
+    assert [each.identity for each in found] == [
+        {"preset": "demo", "kind": "benign", "seed": 3, "attack": ""}
+    ]
 
 
 def test_a_folder_of_other_parameters_is_refused(tmp_path):
-    with pytest.raises(UserError, match="twin ran with seed 3, params.yaml says 4"):
+    with pytest.raises(UserError, match=r"twin ran with seed 3, params.yaml says 4"):
         list(to_read(left_behind(tmp_path, seed=4)))

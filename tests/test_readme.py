@@ -1,4 +1,6 @@
-"""The tables of the README and of docs/results.md are what `rnp table` and the benchmarks print of the rows in `results/`."""
+"""The tables of the README and of docs/results.md are what `rnp table` and the benchmarks print of
+the rows in `results/`.
+"""
 
 import itertools
 from pathlib import Path
@@ -11,24 +13,49 @@ from rnp.cli.main import cli
 from rnp.io import read_rows
 
 ROOT = Path(__file__).parents[1]
-MEASURES = ("attack_success_rate", "clean_accuracy", "clean_accuracy_before", "robust_accuracy", "der", "label_correct", "auroc", "l1", "iou", "neurons_pruned",
-            "seconds")
+MEASURES = (
+    "attack_success_rate",
+    "clean_accuracy",
+    "clean_accuracy_before",
+    "robust_accuracy",
+    "der",
+    "label_correct",
+    "auroc",
+    "l1",
+    "iou",
+    "neurons_pruned",
+    "seconds",
+)
 
 
 def test_no_row_is_stale():
     printed = set()
     for path, measure in itertools.product(sorted(ROOT.glob("results/*/*.csv")), (None, *MEASURES)):
-        done = CliRunner().invoke(cli, ["table", str(path), *(["--by-attack", measure] if measure else [])])
+        done = CliRunner().invoke(
+            cli, ["table", str(path), *(["--by-attack", measure] if measure else [])]
+        )
         printed |= set(done.output.splitlines())
     presets = tuple(f"| {path.name} |" for path in ROOT.glob("results/*/"))
-    shown = [line for page in ("README.md", "docs/results.md") for line in (ROOT / page).read_text().splitlines() if line.startswith(presets)]
+    shown = [
+        line
+        for page in ("README.md", "docs/results.md")
+        for line in (ROOT / page).read_text().splitlines()
+        if line.startswith(presets)
+    ]
     assert len(shown) > 50 and not [line for line in shown if line not in printed]
 
 
-@pytest.mark.parametrize("rows, summary", [
-    ("demo/population.csv", population.summary), ("cifar10-fast/population.csv", population.summary),
-    ("cifar10-fast/selection.csv", selection.summary), ("demo/architectures.csv", architectures.summary),
-    ("cifar10/steps.csv", steps.summary), ("cifar10-fast/schedules.csv", schedules.summary)])
+@pytest.mark.parametrize(
+    "rows, summary",
+    [
+        ("demo/population.csv", population.summary),
+        ("cifar10-fast/population.csv", population.summary),
+        ("cifar10-fast/selection.csv", selection.summary),
+        ("demo/architectures.csv", architectures.summary),
+        ("cifar10/steps.csv", steps.summary),
+        ("cifar10-fast/schedules.csv", schedules.summary),
+    ],
+)
 def test_no_summary_is_stale(rows, summary):
     page = (ROOT / "docs/results.md").read_text()
     assert "\n".join(summary(read_rows(ROOT / "results" / rows))) in page

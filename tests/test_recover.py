@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from drawn import batches
 from torch import nn
 
 from benchmarks.published import recovery
-from drawn import batches
 from rnp.augment import Augment
 from rnp.errors import UserError
 from rnp.masks import ranking
@@ -21,7 +21,9 @@ SHORT = Recover(steps=30, batch_size=16, augment=PLAIN)
 
 @pytest.fixture(scope="module")
 def _unlearned(_trained, toy_set, rng):
-    return Unlearn(lr=0.03, batch_size=8, augment=PLAIN, to_collapse=False, epochs=10)(_trained, toy_set(60), rng=rng()).model
+    return Unlearn(lr=0.03, batch_size=8, augment=PLAIN, to_collapse=False, epochs=10)(
+        _trained, toy_set(60), rng=rng()
+    ).model
 
 
 @pytest.fixture
@@ -33,18 +35,32 @@ def unlearned(_unlearned):
 def test_parity_with_the_published_loop(seed, unlearned, toy_set, rng):
     data, generator = toy_set(60), rng(seed)
     sums = {"bn1": torch.zeros(8), "bn2": torch.zeros(8)}
-    *_, (model, masks) = recovery(unlearned, lambda: batches(data, 16, generator), epochs=20,
-                                  after_step=lambda masks: [sums[layer].add_(mask) for layer, mask in masks.items()])
+    *_, (model, masks) = recovery(
+        unlearned,
+        lambda: batches(data, 16, generator),
+        epochs=20,
+        after_step=lambda masks: [sums[layer].add_(mask) for layer, mask in masks.items()],
+    )
     ours = Recover(batch_size=16, augment=PLAIN)(unlearned, data, rng=rng(seed))
     for layer, mask in masks.items():
-        assert torch.allclose(ours.final[layer], mask, atol=1e-6) and torch.allclose(ours.mask[layer], sums[layer] / 80, atol=1e-6)
-        assert torch.allclose(ours.model.get_submodule(layer).running_var, model.get_submodule(layer).norm.running_var, rtol=1e-5)
-        assert 0 < (mask < 1).sum() and not torch.allclose(ours.final[layer], ours.mask[layer]), "something happened"
+        assert torch.allclose(ours.final[layer], mask, atol=1e-6) and torch.allclose(
+            ours.mask[layer], sums[layer] / 80, atol=1e-6
+        )
+        assert torch.allclose(
+            ours.model.get_submodule(layer).running_var,
+            model.get_submodule(layer).norm.running_var,
+            rtol=1e-5,
+        )
+        assert 0 < (mask < 1).sum() and not torch.allclose(ours.final[layer], ours.mask[layer]), (
+            "something happened"
+        )
 
 
 def test_alpha_is_a_factor_on_the_step(unlearned, toy_set, rng):
     def final(lr, alpha):
-        result = Recover(**vars(SHORT) | {"lr": lr, "alpha": alpha})(unlearned, toy_set(60), rng=rng())
+        result = Recover(**vars(SHORT) | {"lr": lr, "alpha": alpha})(
+            unlearned, toy_set(60), rng=rng()
+        )
         return torch.cat(list(result.final.values()))
 
     assert torch.allclose(final(0.2, 0.2), final(0.04, 1.0), atol=1e-5)
@@ -53,15 +69,25 @@ def test_alpha_is_a_factor_on_the_step(unlearned, toy_set, rng):
 
 @pytest.mark.parametrize("rank_by", ["average", "final"])
 def test_masks_lie_between_0_and_1(rank_by, unlearned, toy_set, rng):
-    result = Recover(lr=5.0, steps=10, batch_size=16, augment=PLAIN, rank_by=rank_by)(unlearned, toy_set(60), rng=rng())
+    result = Recover(lr=5.0, steps=10, batch_size=16, augment=PLAIN, rank_by=rank_by)(
+        unlearned, toy_set(60), rng=rng()
+    )
     for mask in (result.mask, result.final):
         values = torch.cat(list(mask.values()))
-        assert list(mask) == ["bn1", "bn2"] and values.min() >= 0 and values.max() <= 1 and not values.requires_grad
+        assert (
+            list(mask) == ["bn1", "bn2"]
+            and values.min() >= 0
+            and values.max() <= 1
+            and not values.requires_grad
+        )
     assert 0.0 in torch.cat(list(result.final.values())), "with such a step some are clipped"
 
 
 def test_rank_by(unlearned, toy_set, rng):
-    average, final = (Recover(**vars(SHORT) | {"rank_by": by})(unlearned, toy_set(60), rng=rng()) for by in ("average", "final"))
+    average, final = (
+        Recover(**vars(SHORT) | {"rank_by": by})(unlearned, toy_set(60), rng=rng())
+        for by in ("average", "final")
+    )
     assert all(torch.equal(final.mask[layer], average.final[layer]) for layer in final.mask)
     assert not torch.equal(average.mask["bn2"], final.mask["bn2"])
 
@@ -78,13 +104,17 @@ def test_the_recovered_model_is_the_unlearned_one_under_its_mask(unlearned, toy_
     for layer, mask in result.final.items():
         assert torch.equal(after[f"{layer}.weight"], before[f"{layer}.weight"] * mask)
     same = [name for name in before if torch.equal(before[name], after[name])]
-    assert {"conv1.weight", "conv2.weight", "fc.weight", "fc.bias", "bn1.bias", "bn2.bias"} <= set(same)
+    assert {"conv1.weight", "conv2.weight", "fc.weight", "fc.bias", "bn1.bias", "bn2.bias"} <= set(
+        same
+    )
 
 
 @pytest.mark.parametrize("bn_mode", ["train", "frozen"])
 def test_frozen_statistics_stay(bn_mode, unlearned, toy_set, rng):
     result = Recover(**vars(SHORT) | {"bn_mode": bn_mode})(unlearned, toy_set(60), rng=rng())
-    assert torch.equal(result.model.bn1.running_mean, unlearned.bn1.running_mean) == (bn_mode == "frozen")
+    assert torch.equal(result.model.bn1.running_mean, unlearned.bn1.running_mean) == (
+        bn_mode == "frozen"
+    )
 
 
 def test_the_generator_decides(unlearned, toy_set, rng):
@@ -96,14 +126,18 @@ def test_the_generator_decides(unlearned, toy_set, rng):
 @pytest.mark.parametrize("steps, rows", [(1, 1), (4, 1), (5, 2), (80, 20)])
 def test_length_is_in_steps(steps, rows, unlearned, toy_set, rng):
     heard = []
-    result = Recover(steps=steps, batch_size=16, augment=PLAIN)(unlearned, toy_set(60), rng=rng(), on_epoch=heard.append)
+    result = Recover(steps=steps, batch_size=16, augment=PLAIN)(
+        unlearned, toy_set(60), rng=rng(), on_epoch=heard.append
+    )
     assert result.history == heard and len(heard) == rows and heard[-1].step == steps
 
 
 @pytest.mark.parametrize("bn_mode", ["train", "frozen"])
 @pytest.mark.parametrize("channel", [2, 5, 6])
 def test_a_planted_channel_is_found(channel, bn_mode, trained, toy_set, rng):
-    """One channel that shouts class 0 over a network that knows better: its mask sinks first, and accuracy returns."""
+    """One channel that shouts class 0 over a network that knows better: its mask sinks first, and
+    accuracy returns.
+    """
     data = toy_set(60)
     with torch.no_grad():
         trained.bn2.weight[channel], trained.bn2.bias[channel] = 5.0, 0.0
@@ -115,9 +149,14 @@ def test_a_planted_channel_is_found(channel, bn_mode, trained, toy_set, rng):
 
 def test_bf16_agrees_roughly(unlearned, toy_set, rng):
     gentle = vars(SHORT) | {"lr": 0.02}
-    full, half = (Recover(**gentle | {"precision": p})(unlearned, toy_set(60), rng=rng()) for p in ("fp32", "bf16"))
+    full, half = (
+        Recover(**gentle | {"precision": p})(unlearned, toy_set(60), rng=rng())
+        for p in ("fp32", "bf16")
+    )
     for layer, mask in half.mask.items():
-        assert torch.allclose(mask, full.mask[layer], atol=0.05) and not torch.equal(mask, full.mask[layer])
+        assert torch.allclose(mask, full.mask[layer], atol=0.05) and not torch.equal(
+            mask, full.mask[layer]
+        )
         assert mask.dtype == torch.float32
 
 
@@ -134,5 +173,9 @@ def test_impossible_settings_are_refused(name):
 
 def test_predictions_under_ones_are_those_of_the_unlearned_model(unlearned, toy_set, rng):
     """A step too small to see changes nothing but the running statistics, which `frozen` keeps."""
-    result = Recover(**vars(SHORT) | {"lr": 1e-12, "steps": 1, "bn_mode": "frozen"})(unlearned, toy_set(60), rng=rng())
-    assert torch.equal(predict(result.model, toy_set(8).images), predict(unlearned, toy_set(8).images))
+    result = Recover(**vars(SHORT) | {"lr": 1e-12, "steps": 1, "bn_mode": "frozen"})(
+        unlearned, toy_set(60), rng=rng()
+    )
+    assert torch.equal(
+        predict(result.model, toy_set(8).images), predict(unlearned, toy_set(8).images)
+    )

@@ -1,4 +1,6 @@
-"""Every method is a frozen dataclass that explains itself; names that do not exist are answered with a suggestion."""
+"""Every method is a frozen dataclass that explains itself; names that do not exist are answered
+with a suggestion.
+"""
 
 import dataclasses
 import typing
@@ -34,28 +36,37 @@ def test_every_field_has_help(method):
     for field in dataclasses.fields(method):
         if dataclasses.is_dataclass(hints[field.name]):  # its own fields become options
             continue
-        assert typing.get_origin(hints[field.name]) is typing.Annotated, f"{field.name} has no help text"
+        assert typing.get_origin(hints[field.name]) is typing.Annotated, (
+            f"{field.name} has no help text"
+        )
         text = hints[field.name].__metadata__[0]
         assert isinstance(text, str) and text.strip() and not text.endswith("."), field.name
 
 
 def test_says_what_it_is(method):
-    assert method.__doc__ and not method.__doc__.startswith(f"{method.__name__}("), "dataclass wrote this docstring"
+    assert method.__doc__ and not method.__doc__.startswith(f"{method.__name__}("), (
+        "dataclass wrote this docstring"
+    )
 
 
-@pytest.mark.parametrize(("family", "name"), [pair for pair in ALL if pair[0] in ("attack", "defence")], ids="/".join)
+@pytest.mark.parametrize(
+    ("family", "name"), [pair for pair in ALL if pair[0] in ("attack", "defence")], ids="/".join
+)
 def test_names_its_source(family, name):
     assert "Source:" in registry.load(family, name).__doc__
 
 
-@pytest.mark.parametrize(("family", "typo", "answer"), [
-    ("attack", "badnet", "unknown attack 'badnet'; did you mean 'badnets'?"),
-    ("attack", "base", "choose from"),
-    ("attack", "__init__", "choose from"),
-    ("dataset", "cifar", "did you mean 'cifar10'?"),
-    ("defence", "../io", "choose from"),
-    ("attack", "zzz", "choose from a_blend, awp_attack, badnets"),
-])
+@pytest.mark.parametrize(
+    ("family", "typo", "answer"),
+    [
+        ("attack", "badnet", "unknown attack 'badnet'; did you mean 'badnets'?"),
+        ("attack", "base", "choose from"),
+        ("attack", "__init__", "choose from"),
+        ("dataset", "cifar", "did you mean 'cifar10'?"),
+        ("defence", "../io", "choose from"),
+        ("attack", "zzz", "choose from a_blend, awp_attack, badnets"),
+    ],
+)
 def test_unknown_names_are_answered(family, typo, answer):
     with pytest.raises(UserError, match="unknown") as caught:
         registry.load(family, typo)

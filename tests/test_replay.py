@@ -11,12 +11,18 @@ from rnp.models.names import ARCHITECTURES
 from rnp.replay import Replay
 from rnp.training import predict
 
-SMALL = [*ARCHITECTURES, "torchvision:mobilenet_v3_small", "torchvision:densenet121"]  # SiLU in place; many live tensors
+SMALL = [
+    *ARCHITECTURES,
+    "torchvision:mobilenet_v3_small",
+    "torchvision:densenet121",
+]  # SiLU in place; many live tensors
 
 
 @pytest.fixture(autouse=True)
 def unchecked(monkeypatch):
-    """PyTorch traces with stand-ins for tensors, which the checks of the test suite would refuse."""
+    """PyTorch traces with stand-ins for tensors, which the checks of the test suite would
+    refuse.
+    """
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
@@ -66,7 +72,9 @@ def test_only_what_follows_a_change_runs_again(counted, toy_set):
     ran.clear()
     replay.logits("net.stages.2.0.bn1")
     replay.keep()
-    assert "net.stages.3.0.conv1" in ran and not any(name.startswith("net.stages.1") for name in ran)
+    assert "net.stages.3.0.conv1" in ran and not any(
+        name.startswith("net.stages.1") for name in ran
+    )
 
 
 def test_without_room_everything_runs(counted, toy_set, monkeypatch):
@@ -98,7 +106,9 @@ def test_what_cannot_be_traced_runs_as_a_whole(toy_set):
     first = replay.logits()
     replay.keep()
     cut(model, ("norm", 1))
-    assert torch.equal(replay.logits("norm"), predict(model, images)) and not torch.equal(first, predict(model, images))
+    assert torch.equal(replay.logits("norm"), predict(model, images)) and not torch.equal(
+        first, predict(model, images)
+    )
 
 
 class Again(nn.Module):
@@ -111,14 +121,20 @@ class Again(nn.Module):
 
     def forward(self, x):
         x = self.conv(x)
-        x = nn.functional.group_norm(x, 2, self.norm.weight, self.norm.bias) if self.weights_first else self.norm(x)
+        x = (
+            nn.functional.group_norm(x, 2, self.norm.weight, self.norm.bias)
+            if self.weights_first
+            else self.norm(x)
+        )
         x = self.conv2(self.alias(self.conv2(x)))
         return self.later(x).mean((2, 3))
 
 
 @pytest.mark.parametrize("weights_first", [True, False])
 def test_a_layer_that_runs_twice(weights_first, toy_set):
-    """What was kept behind its first run is stale when it changes, whichever way the first run reads its weights."""
+    """What was kept behind its first run is stale when it changes, whichever way the first run
+    reads its weights.
+    """
     torch.manual_seed(0)
     model, images = Again().eval(), toy_set(4).images
     model.weights_first, model.conv2 = weights_first, nn.Conv2d(4, 4, 1)

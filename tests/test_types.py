@@ -11,7 +11,9 @@ def test_every_byte_survives():
     assert torch.equal(to_bytes(to_floats(every)), every)
 
 
-@pytest.mark.parametrize(("value", "byte"), [(1.2, 255), (-0.3, 0), (0.5, 128), (100.6 / 255, 101), (100.4 / 255, 100)])
+@pytest.mark.parametrize(
+    ("value", "byte"), [(1.2, 255), (-0.3, 0), (0.5, 128), (100.6 / 255, 101), (100.4 / 255, 100)]
+)
 def test_clip_round_cast(value, byte):
     assert to_bytes(torch.full((1, 1, 1, 1), value)).item() == byte
 
@@ -20,13 +22,27 @@ def test_image_set_leaves_its_images_alone(toy_set):
     data = toy_set(4)
     data.floats().zero_()
     part = data.subset(torch.tensor([2, 0]))
-    assert data.images.float().mean() > 0 and part.labels.tolist() == [2, 0] and data.shape == (3, 8, 8)
+    assert (
+        data.images.float().mean() > 0
+        and part.labels.tolist() == [2, 0]
+        and data.shape == (3, 8, 8)
+    )
     assert torch.equal(part.images[1], data.images[0])
 
 
 def test_a_row_is_flat():
-    row = Epoch(epoch=1, step=2, loss=3, accuracy=4, learning_rate=5, gradient_norm=6, extra={"share/0": 7}).row()
-    assert list(row) == ["epoch", "step", "loss", "accuracy", "learning_rate", "gradient_norm", "share/0"]
+    row = Epoch(
+        epoch=1, step=2, loss=3, accuracy=4, learning_rate=5, gradient_norm=6, extra={"share/0": 7}
+    ).row()
+    assert list(row) == [
+        "epoch",
+        "step",
+        "loss",
+        "accuracy",
+        "learning_rate",
+        "gradient_norm",
+        "share/0",
+    ]
     assert list(row.values()) == [1, 2, 3, 4, 5, 6, 7]
 
 
@@ -45,7 +61,12 @@ def test_both_halves_of_a_defence_set(toy_set, monkeypatch, is_mapped):
     small = halves.both
     monkeypatch.setattr("rnp.types.LARGE", 1000)
     large = halves.both
-    assert is_mapped(large.images) and not is_mapped(small.images) and len(large) == 1207 and large.classes == halves.train.classes
+    assert (
+        is_mapped(large.images)
+        and not is_mapped(small.images)
+        and len(large) == 1207
+        and large.classes == halves.train.classes
+    )
     for both in (small, large):
         assert torch.equal(both.images, torch.cat([halves.train.images, halves.val.images]))
         assert torch.equal(both.labels, torch.cat([halves.train.labels, halves.val.labels]))

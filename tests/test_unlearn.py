@@ -1,29 +1,46 @@
 """Unlearning: equal to the published loop where it is set like it, careful where it is not."""
 
 import copy
+import itertools
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn import batches
 from torch import nn
 
 from benchmarks.published import ascent
-from drawn import batches
 from rnp.augment import Augment
 from rnp.errors import NonFinite, UserError
 from rnp.training import accuracy, predict
 from rnp.unlearn import Unlearn
 
 PLAIN = Augment(crop=0, flip=False)
-PUBLISHED = Unlearn(stop_metric="running", stop_accuracy=0.3, lr=0.01, largest_drop=0, clip_norm=0, milestones=(10, 20), epochs=21,
-                    to_collapse=False, batch_size=8, augment=PLAIN)
-GENTLE = Unlearn(lr=0.03, batch_size=8, augment=PLAIN)  # from 1.0 to the collapse in about forty steps
+PUBLISHED = Unlearn(
+    stop_metric="running",
+    stop_accuracy=0.3,
+    lr=0.01,
+    largest_drop=0,
+    clip_norm=0,
+    milestones=(10, 20),
+    epochs=21,
+    to_collapse=False,
+    batch_size=8,
+    augment=PLAIN,
+)
+GENTLE = Unlearn(
+    lr=0.03, batch_size=8, augment=PLAIN
+)  # from 1.0 to the collapse in about forty steps
 
 
 def published(model: nn.Module, data, rng, *, lr: float) -> tuple[nn.Module, int]:
-    """The published ascent; it stops at .2 for ten classes, while the four of the toy are guessed right more often."""
-    for epoch, (unlearned, running) in enumerate(ascent(model, lambda: batches(data, 8, rng), lr=lr), 1):
+    """The published ascent; it stops at .2 for ten classes, while the four of the toy are guessed
+    right more often.
+    """
+    for epoch, (unlearned, running) in enumerate(
+        ascent(model, lambda: batches(data, 8, rng), lr=lr), 1
+    ):
         if running <= 0.3:
             break
     return unlearned, epoch
@@ -51,8 +68,12 @@ def test_parity_through_both_milestones(trained, toy_set, rng):
     assert {f"{row.learning_rate:.0e}" for row in ours.trajectory} == {"1e-04", "1e-05", "1e-06"}
 
 
-def careful(model: nn.Module, data, rng, *, lr: float, largest_drop: float, steps: int) -> tuple[nn.Module, list[float], int]:
-    """Ascent that takes back each step that costs too much, with deep copies of everything, and halves the step size."""
+def careful(
+    model: nn.Module, data, rng, *, lr: float, largest_drop: float, steps: int
+) -> tuple[nn.Module, list[float], int]:
+    """Ascent that takes back each step that costs too much, with deep copies of everything, and
+    halves the step size.
+    """
     model = copy.deepcopy(model).train()
     optimiser = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     before, accuracies, factor, undone = accuracy(model, data), [], 1.0, 0
@@ -80,11 +101,21 @@ def careful(model: nn.Module, data, rng, *, lr: float, largest_drop: float, step
 @pytest.mark.parametrize("lr, seed", [(0.3, 0), (1.0, 0), (1.0, 3)])
 def test_a_step_that_falls_too_far_is_taken_back(lr, seed, trained, toy_set, rng):
     data = toy_set(60)
-    options = Unlearn(lr=lr, batch_size=8, augment=PLAIN, clip_norm=0, largest_drop=0.1, stop_accuracy=0.3, to_collapse=False,
-                      epochs=5)
+    options = Unlearn(
+        lr=lr,
+        batch_size=8,
+        augment=PLAIN,
+        clip_norm=0,
+        largest_drop=0.1,
+        stop_accuracy=0.3,
+        to_collapse=False,
+        epochs=5,
+    )
     ours = options(trained, data, rng=rng(seed))
     steps = ours.stop_step if ours.reached else 5 * 8
-    theirs, accuracies, undone = careful(trained, data, rng(seed), lr=lr, largest_drop=0.1, steps=steps)
+    theirs, accuracies, undone = careful(
+        trained, data, rng(seed), lr=lr, largest_drop=0.1, steps=steps
+    )
     assert undone > 1 and [row.accuracy for row in ours.trajectory] == accuracies
     assert len(accuracies) + undone == steps
     assert same(theirs, ours.model.state_dict() if ours.reached else ours.checkpoints["end"])
@@ -95,8 +126,10 @@ def test_the_largest_drop_bounds_the_fall(trained, toy_set, rng):
 
     def fall(largest_drop):
         options = Unlearn(**vars(GENTLE) | {"lr": 0.1, "largest_drop": largest_drop})
-        rows = [accuracy(trained, data)] + [row.accuracy for row in options(trained, data, rng=rng()).trajectory]
-        return max(before - after for before, after in zip(rows, rows[1:]))
+        rows = [accuracy(trained, data)] + [
+            row.accuracy for row in options(trained, data, rng=rng()).trajectory
+        ]
+        return max(before - after for before, after in itertools.pairwise(rows))
 
     assert fall(0.1) <= 0.1 + 1e-6 and fall(0) > 0.2
 
@@ -113,8 +146,12 @@ def test_it_stops_at_the_first_step_at_the_stop(trained, toy_set, rng, unchanged
 
 def test_the_trajectory_counts_steps_and_epochs(trained, toy_set, rng):
     """60 images in batches of 8: eight steps each epoch."""
-    rows = Unlearn(**vars(GENTLE) | {"lr": 1e-4, "epochs": 3, "largest_drop": 0})(trained, toy_set(60), rng=rng()).trajectory
-    assert [row.step for row in rows] == list(range(1, 25)) and [row.epoch for row in rows] == [0] * 8 + [1] * 8 + [2] * 8
+    rows = Unlearn(**vars(GENTLE) | {"lr": 1e-4, "epochs": 3, "largest_drop": 0})(
+        trained, toy_set(60), rng=rng()
+    ).trajectory
+    assert [row.step for row in rows] == list(range(1, 25)) and [row.epoch for row in rows] == [
+        0
+    ] * 8 + [1] * 8 + [2] * 8
 
 
 def test_checkpoints_by_level(trained, toy_set, rng):
@@ -122,11 +159,16 @@ def test_checkpoints_by_level(trained, toy_set, rng):
     result = GENTLE(trained, data, rng=rng())
     lowest = min(row.accuracy for row in result.trajectory)
     reached = [level for level in (0.8, 0.5, 0.2) if lowest <= level]
-    assert list(result.checkpoints) == [f"{level:.1f}" for level in reached] + ["end"] and len(reached) >= 2
+    assert (
+        list(result.checkpoints) == [f"{level:.1f}" for level in reached] + ["end"]
+        and len(reached) >= 2
+    )
     model = copy.deepcopy(trained)
     for level in reached:
         model.load_state_dict(result.checkpoints[f"{level:.1f}"])
-        assert accuracy(model, data) == next(row.accuracy for row in result.trajectory if row.accuracy <= level)
+        assert accuracy(model, data) == next(
+            row.accuracy for row in result.trajectory if row.accuracy <= level
+        )
 
 
 def test_it_goes_on_to_the_collapse(trained, toy_set, rng):
@@ -138,41 +180,67 @@ def test_it_goes_on_to_the_collapse(trained, toy_set, rng):
     shares = [(predicted[data.labels != c] == c).float().mean().item() for c in range(4)]
     assert [last.extra[f"share/{c}"] for c in range(4)] == shares
     assert last.step > result.stop_step and (max(shares) >= 0.95 or last.accuracy <= 0.3)
-    assert all(max(row.extra.values()) < 0.95 and row.accuracy > 0.3 for row in result.trajectory[:-1])
+    assert all(
+        max(row.extra.values()) < 0.95 and row.accuracy > 0.3 for row in result.trajectory[:-1]
+    )
 
 
 @pytest.mark.parametrize("metric", ["eval", "running"])
 def test_without_the_stop_the_least_accurate_model_is_returned(metric, trained, toy_set, rng):
     data = toy_set(60)
-    result = Unlearn(**vars(GENTLE) | {"epochs": 2, "stop_accuracy": 0.01, "stop_metric": metric})(trained, data, rng=rng())
+    result = Unlearn(**vars(GENTLE) | {"epochs": 2, "stop_accuracy": 0.01, "stop_metric": metric})(
+        trained, data, rng=rng()
+    )
     least = min([accuracy(trained, data), *(row.accuracy for row in result.trajectory)])
     assert not result.reached and accuracy(result.model, data) == least < accuracy(trained, data)
     assert result.stop_step == next(row.step for row in result.trajectory if row.accuracy == least)
 
 
 def test_a_run_whose_every_step_is_taken_back_returns_the_original(trained, toy_set, rng):
-    result = Unlearn(lr=10.0, batch_size=64, epochs=1, clip_norm=0, augment=PLAIN)(trained, toy_set(60), rng=rng())
-    assert not result.reached and result.trajectory == [] and result.stop_step == 0 and same(trained, result.model.state_dict())
+    result = Unlearn(lr=10.0, batch_size=64, epochs=1, clip_norm=0, augment=PLAIN)(
+        trained, toy_set(60), rng=rng()
+    )
+    assert (
+        not result.reached
+        and result.trajectory == []
+        and result.stop_step == 0
+        and same(trained, result.model.state_dict())
+    )
 
 
 @pytest.mark.parametrize("bn_mode", ["train", "frozen"])
 @pytest.mark.parametrize("optimiser", ["sgd", "adam"])
 def test_frozen_statistics_stay(bn_mode, optimiser, trained, toy_set, rng):
-    result = Unlearn(**vars(GENTLE) | {"bn_mode": bn_mode, "optimiser": optimiser})(trained, toy_set(60), rng=rng())
-    assert torch.equal(result.model.bn1.running_mean, trained.bn1.running_mean) == (bn_mode == "frozen")
-    assert not torch.equal(result.model.bn1.weight, trained.bn1.weight) and len(result.trajectory) > 1
+    result = Unlearn(**vars(GENTLE) | {"bn_mode": bn_mode, "optimiser": optimiser})(
+        trained, toy_set(60), rng=rng()
+    )
+    assert torch.equal(result.model.bn1.running_mean, trained.bn1.running_mean) == (
+        bn_mode == "frozen"
+    )
+    assert (
+        not torch.equal(result.model.bn1.weight, trained.bn1.weight) and len(result.trajectory) > 1
+    )
 
 
 def test_the_generator_decides(trained, toy_set, rng):
     data, options = toy_set(60), Unlearn(**vars(GENTLE) | {"augment": Augment(crop=1)})
     one, again, other = (options(trained, data, rng=rng(seed)) for seed in (1, 1, 2))
-    assert one.trajectory == again.trajectory != other.trajectory and same(one.model, again.model.state_dict())
+    assert one.trajectory == again.trajectory != other.trajectory and same(
+        one.model, again.model.state_dict()
+    )
 
 
 def test_bf16_unlearns_as_well(trained, toy_set, rng):
     data = toy_set(60)
-    full, half = (Unlearn(**vars(GENTLE) | {"precision": p})(trained, data, rng=rng()) for p in ("fp32", "bf16"))
-    assert half.reached and abs(half.stop_step - full.stop_step) <= 5 and half.trajectory != full.trajectory
+    full, half = (
+        Unlearn(**vars(GENTLE) | {"precision": p})(trained, data, rng=rng())
+        for p in ("fp32", "bf16")
+    )
+    assert (
+        half.reached
+        and abs(half.stop_step - full.stop_step) <= 5
+        and half.trajectory != full.trajectory
+    )
     assert half.model.fc.weight.dtype == torch.float32
 
 
@@ -181,34 +249,64 @@ def test_after_a_lost_loss_it_starts_again_at_a_tenth(trained, toy_set, rng, mon
 
     def fails_twice(logits, labels):
         calls.append(1)
-        return F.cross_entropy(logits, labels) * (float("nan") if len(calls) in (2, 4) else 1)  # the second step, twice
+        return F.cross_entropy(logits, labels) * (
+            float("nan") if len(calls) in (2, 4) else 1
+        )  # the second step, twice
 
     strong = Unlearn(**vars(GENTLE) | {"lr": 1.0, "epochs": 2})
     gentle = Unlearn(**vars(strong) | {"lr": 1.0 / 10 / 10})(trained, data, rng=rng())
     monkeypatch.setattr("rnp.unlearn.F", types.SimpleNamespace(cross_entropy=fails_twice))
     result = strong(trained, data, rng=rng())
-    assert result.retries == 2 and result.trajectory == gentle.trajectory and same(gentle.model, result.model.state_dict())
+    assert (
+        result.retries == 2
+        and result.trajectory == gentle.trajectory
+        and same(gentle.model, result.model.state_dict())
+    )
 
 
 @pytest.mark.parametrize("largest_drop", [0, 0.1])
 def test_an_ascent_that_overflows_is_no_result(largest_drop, trained, toy_set, rng):
-    options = Unlearn(lr=1e20, largest_drop=largest_drop, clip_norm=0, retries=1, batch_size=8, augment=PLAIN)
+    options = Unlearn(
+        lr=1e20, largest_drop=largest_drop, clip_norm=0, retries=1, batch_size=8, augment=PLAIN
+    )
     with pytest.raises(NonFinite):
         options(trained, toy_set(60), rng=rng())
 
 
 def test_the_clip_bounds_a_step(trained, toy_set, rng):
-    result = Unlearn(lr=1.0, clip_norm=0.01, momentum=0, weight_decay=0, largest_drop=0, epochs=1, batch_size=64, to_collapse=False,
-                     augment=PLAIN)(trained, toy_set(60), rng=rng())
+    result = Unlearn(
+        lr=1.0,
+        clip_norm=0.01,
+        momentum=0,
+        weight_decay=0,
+        largest_drop=0,
+        epochs=1,
+        batch_size=64,
+        to_collapse=False,
+        augment=PLAIN,
+    )(trained, toy_set(60), rng=rng())
     vector = nn.utils.parameters_to_vector
     end = copy.deepcopy(trained)
     end.load_state_dict(result.checkpoints["end"])
-    assert (vector(end.parameters()) - vector(trained.parameters())).norm().item() == pytest.approx(0.01, rel=1e-2)
+    assert (vector(end.parameters()) - vector(trained.parameters())).norm().item() == pytest.approx(
+        0.01, rel=1e-2
+    )
 
 
-@pytest.mark.parametrize("options", [{"lr": 0}, {"epochs": 0}, {"batch_size": -1}, {"gamma": 0}, {"clip_norm": -1},
-                                     {"largest_drop": -1},
-                                     {"retries": -1}, {"stop_accuracy": 20}, {"stop_accuracy": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": 0},
+        {"epochs": 0},
+        {"batch_size": -1},
+        {"gamma": 0},
+        {"clip_norm": -1},
+        {"largest_drop": -1},
+        {"retries": -1},
+        {"stop_accuracy": 20},
+        {"stop_accuracy": 0},
+    ],
+)
 def test_impossible_settings_are_refused(options):
     ((name, value),) = options.items()
     with pytest.raises(UserError, match=rf"unlearn\.{name} must be .*got {value:g}"):
@@ -216,11 +314,17 @@ def test_impossible_settings_are_refused(options):
 
 
 def test_a_model_that_only_gets_better_is_returned_as_it_was(trained, toy_set, rng, monkeypatch):
-    monkeypatch.setattr("rnp.unlearn._Ascent._objective", lambda ascent, images, labels: descend(ascent, images, labels))
+    monkeypatch.setattr(
+        "rnp.unlearn._Ascent._objective",
+        lambda ascent, images, labels: descend(ascent, images, labels),
+    )
     start = Unlearn(epochs=1, batch_size=20, stop_accuracy=0.01)
     result = start(trained, toy_set(40), rng=rng())
     assert (result.reached, result.stop_step) == (False, 0) and result.accuracy == 1.0
-    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in result.model.state_dict().items())
+    assert all(
+        torch.equal(value, trained.state_dict()[name])
+        for name, value in result.model.state_dict().items()
+    )
 
 
 def descend(ascent, images, labels):

@@ -1,4 +1,6 @@
-"""What an attack is: a trigger, a choice of samples, and the model that results. Also the triggers that several share."""
+"""What an attack is: a trigger, a choice of samples, and the model that results. Also the triggers
+that several share.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,33 @@ from torch import Tensor, nn
 from rnp.errors import UserError
 from rnp.registry import Method
 from rnp.training import Train
-from rnp.types import ImageSet, Images, Indices, Labels, OnEpoch, Trigger, gather, ignore, room, targets, to_bytes, to_floats
+from rnp.types import (
+    Images,
+    ImageSet,
+    Indices,
+    Labels,
+    OnEpoch,
+    Trigger,
+    gather,
+    ignore,
+    room,
+    targets,
+    to_bytes,
+    to_floats,
+)
 
 AT_ONCE = 2**22  # values that are floats at the same time: 16 MB
-LARGEST_SHARE = 0.8  # of the target class; poisoning all of it leaves no clean image of the class and costs accuracy
+# of the target class; poisoning all of it leaves no clean image of the class and costs accuracy
+LARGEST_SHARE = 0.8
 
 
 @dataclass(frozen=True)
 class Poisoned:
-    """What the attacker changes in a training set: `images[i]` and `labels[i]` replace position `positions[i]`.
+    """What the attacker changes in a training set: `images[i]` and `labels[i]` replace position
+    `positions[i]`.
 
-    `positions` ascend; `covers` marks those that carry the trigger under their true label. Everything else is as before.
+    `positions` ascend; `covers` marks those that carry the trigger under their true label.
+    Everything else is as before.
     """
 
     positions: Indices
@@ -42,15 +60,21 @@ class Poisoned:
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(Method, ABC):
-    """A backdoor: images with the trigger go to the target label, or, all-to-all, each to the class after its own.
+    """A backdoor: images with the trigger go to the target label, or, all-to-all, each to the
+    class after its own.
 
-    An author writes `make_trigger` and, where needed, `choose`, `relabel`, `stamp`, `stamp_cover` or `train`.
+    An author writes `make_trigger` and, where needed, `choose`, `relabel`, `stamp`, `stamp_cover`
+    or `train`.
     """
 
     poison_rate: Annotated[float, "share of the whole training set that is poisoned"] = 0.1
-    cover_rate: Annotated[float, "share of the training set that carries the trigger under its true label"] = 0.0
+    cover_rate: Annotated[
+        float, "share of the training set that carries the trigger under its true label"
+    ] = 0.0
     target_label: Annotated[int, "class to which the trigger sends an image"] = 0
-    labels: Annotated[Literal["all_to_one", "all_to_all"], "to the target label, or each class to the next one"] = "all_to_one"
+    labels: Annotated[
+        Literal["all_to_one", "all_to_all"], "to the target label, or each class to the next one"
+    ] = "all_to_one"
 
     gate = 0.9
     """The least attack success rate at which the backdoor counts as real."""
@@ -68,7 +92,10 @@ class Attack(Method, ABC):
         if self.target_label < 0:
             raise UserError(f"target_label must be 0 or more, got {self.target_label}")
         if self.clean_label and self.labels == "all_to_all":
-            raise UserError(f"labels all_to_all needs changed labels, and {self.name} changes none; use all_to_one")
+            raise UserError(
+                f"labels all_to_all needs changed labels, and {self.name} changes none; use"
+                " all_to_one"
+            )
 
     @property
     def target(self) -> int | None:
@@ -76,19 +103,27 @@ class Attack(Method, ABC):
         return self.target_label if self.labels == "all_to_one" else None
 
     @abstractmethod
-    def make_trigger(self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None) -> Trigger:
-        """The trigger for images like `clean`; everything random about it is drawn here, from `rng`."""
+    def make_trigger(
+        self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
+    ) -> Trigger:
+        """The trigger for images like `clean`; everything random about it is drawn here, from
+        `rng`.
+        """
 
     def choose(self, labels: Labels, *, rng: torch.Generator) -> Indices:
-        """Positions to poison, ascending: random images, of the target class for clean-label attacks, else of the others."""
+        """Positions to poison, ascending: random images, of the target class for clean-label
+        attacks, else of the others.
+        """
         wanted = round(self.poison_rate * len(labels))
         if not self.clean_label:
             return draw(others(labels, self.target), wanted, rng, "poison_rate")
         members = labels == self.target_label
         if wanted > (most := int(LARGEST_SHARE * members.sum())):
-            raise UserError(f"poison_rate {self.poison_rate:g} asks for {wanted} images of class {self.target_label}, which has"
-                            f" {int(members.sum())}; a clean-label attack may take 80 % of them,"
-                            f" poison_rate {most / len(labels):.3g}")
+            raise UserError(
+                f"poison_rate {self.poison_rate:g} asks for {wanted} images of class"
+                f" {self.target_label}, which has {int(members.sum())}; a clean-label attack may"
+                f" take 80 % of them, poison_rate {most / len(labels):.3g}"
+            )
         return draw(members, wanted, rng, "poison_rate")
 
     def relabel(self, labels: Tensor, classes: int) -> Tensor:
@@ -103,19 +138,32 @@ class Attack(Method, ABC):
         """Cover images with the trigger on, or with what else the model shall learn to ignore."""
         return self.stamp(trigger, images, rng=rng)
 
-    def train(self, model: nn.Module, poisoned: ImageSet, trigger: Trigger, recipe: Train, *, rng: torch.Generator,
-              on_epoch: OnEpoch = ignore) -> tuple[nn.Module, Trigger]:
+    def train(
+        self,
+        model: nn.Module,
+        poisoned: ImageSet,
+        trigger: Trigger,
+        recipe: Train,
+        *,
+        rng: torch.Generator,
+        on_epoch: OnEpoch = ignore,
+    ) -> tuple[nn.Module, Trigger]:
         """The backdoored model and the final trigger; attacks that steer training override this."""
         return recipe(model, poisoned, rng=rng, on_epoch=on_epoch), trigger
 
-    def poison(self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None) -> Poisoned:
-        """The changes to `clean`, which stays as it is. Images are stamped in chunks, so that memory stays bounded.
+    def poison(
+        self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
+    ) -> Poisoned:
+        """The changes to `clean`, which stays as it is. Images are stamped in chunks, so that
+        memory stays bounded.
 
         Raises: UserError when the target label or the rates do not fit the data.
         """
         if self.target_label >= len(clean.classes):
-            raise UserError(f"target_label must be below the number of classes, {len(clean.classes)},"
-                            f" got {self.target_label}")
+            raise UserError(
+                f"target_label must be below the number of classes, {len(clean.classes)},"
+                f" got {self.target_label}"
+            )
         trigger = self.make_trigger(clean, rng=rng, surrogate=surrogate)
         chosen = self.choose(clean.labels, rng=rng)
         free = others(clean.labels, self.target)
@@ -128,13 +176,21 @@ class Attack(Method, ABC):
         for stamp, rows in ((self.stamp, ~is_cover), (self.stamp_cover, is_cover)):
             for part in rows.nonzero().squeeze(1).split(chunk(images)):
                 images[part] = to_bytes(stamp(trigger, to_floats(images[part]), rng=rng))
-        return Poisoned(positions, images, torch.where(is_cover, before, self.relabel(before, len(clean.classes))), is_cover, trigger)
+        return Poisoned(
+            positions,
+            images,
+            torch.where(is_cover, before, self.relabel(before, len(clean.classes))),
+            is_cover,
+            trigger,
+        )
 
 
 @torch.no_grad()
 def trigger_images(trigger: Trigger, images: Tensor) -> Tensor:
     """uint8 images with the trigger on, rounded as a file would hold them."""
-    written = room(*images.shape)  # a list of parts among freed floats would leave memory full of holes
+    written = room(
+        *images.shape
+    )  # a list of parts among freed floats would leave memory full of holes
     for part, into in zip(images.split(chunk(images)), written.split(chunk(images))):
         into.copy_(to_bytes(trigger(to_floats(part))))
     return written
@@ -146,16 +202,22 @@ def chunk(images: Tensor) -> int:
 
 
 def backdoored_test_set(trigger: Trigger, test: ImageSet, target: int | None) -> ImageSet:
-    """Every test image of the other classes with the trigger on, under its *true* label; all-to-all has no target."""
+    """Every test image of the other classes with the trigger on, under its *true* label;
+    all-to-all has no target.
+    """
     victims = test.subset(others(test.labels, target).nonzero().squeeze(1))
     return ImageSet(trigger_images(trigger, victims.images), victims.labels, test.classes)
 
 
 @torch.no_grad()
-def covered_test_set(attack: Attack, trigger: Trigger, test: ImageSet, *, rng: torch.Generator) -> ImageSet:
-    """The same images as covers, under their true labels: a model with the backdoor as it is meant still classifies them.
+def covered_test_set(
+    attack: Attack, trigger: Trigger, test: ImageSet, *, rng: torch.Generator
+) -> ImageSet:
+    """The same images as covers, under their true labels: a model with the backdoor as it is meant
+    still classifies them.
 
-    For `dynamic` that is the cross-trigger accuracy, for the noise mode of `wanet` that under other warps.
+    For `dynamic` that is the cross-trigger accuracy, for the noise mode of `wanet` that under
+    other warps.
     """
     victims = test.subset(others(test.labels, attack.target).nonzero().squeeze(1))
     images = room(*victims.images.shape)
@@ -176,9 +238,14 @@ def draw(allowed: Tensor, count: int, rng: torch.Generator, rate: str) -> Indice
     """
     candidates = allowed.nonzero().squeeze(1)
     if count > len(candidates):
-        raise UserError(f"{rate} asks for {count} images, but only {len(candidates)} may be chosen; lower {rate}")
+        raise UserError(
+            f"{rate} asks for {count} images, but only {len(candidates)} may be chosen; lower"
+            f" {rate}"
+        )
     if count == 0 and rate == "poison_rate":
-        raise UserError(f"poison_rate is too small: it rounds to no image of {len(allowed)}; raise poison_rate")
+        raise UserError(
+            f"poison_rate is too small: it rounds to no image of {len(allowed)}; raise poison_rate"
+        )
     return candidates[torch.randperm(len(candidates), generator=rng)[:count]].sort().values
 
 
@@ -231,14 +298,17 @@ def waves(shape: tuple[int, int, int], *, rng: torch.Generator, count: int = 8) 
 
 
 def checkerboard(shape: tuple[int, int, int], size: int, margin: int = 0) -> Mix:
-    """A black and white square in the lower right corner, `margin` pixels from the border, the same in all channels.
+    """A black and white square in the lower right corner, `margin` pixels from the border, the
+    same in all channels.
 
     Raises: UserError when it does not fit.
     """
     channels, height, width = shape
     reach = size + margin
     if not 1 <= size <= reach <= min(height, width):
-        raise UserError(f"a patch of size {size} with margin {margin} does not fit {height}x{width} images")
+        raise UserError(
+            f"a patch of size {size} with margin {margin} does not fit {height}x{width} images"
+        )
     pattern, weight = torch.zeros(channels, height, width), torch.zeros(1, height, width)
     square = (..., slice(height - reach, height - margin), slice(width - reach, width - margin))
     line = torch.arange(size)

@@ -23,14 +23,18 @@ class Blend(Attack):
     """
 
     alpha: Annotated[float, "weight of the pattern, in training and at test"] = 0.2
-    pattern: Annotated[Literal["noise", "waves"], "uniform noise, or a smooth image that crops hardly change"] = "noise"
+    pattern: Annotated[
+        Literal["noise", "waves"], "uniform noise, or a smooth image that crops hardly change"
+    ] = "noise"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.alpha <= 1:
             raise UserError(f"alpha must be in (0, 1], got {self.alpha:g}")
 
-    def make_trigger(self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None) -> Mix:
+    def make_trigger(
+        self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
+    ) -> Mix:
         make = {"noise": noise, "waves": waves}[self.pattern]
         pattern = make(clean.shape, rng=rng)
         return Mix(pattern, torch.full((1, *pattern.shape[1:]), self.alpha))

@@ -10,13 +10,19 @@ from torch import Tensor, nn
 
 from rnp.attacks.base import Attack
 from rnp.errors import UserError
-from rnp.types import ImageSet, Images, Trigger
+from rnp.types import Images, ImageSet, Trigger
 
-AHEAD = ((0, 1, 7 / 16), (1, -1, 3 / 16), (1, 0, 5 / 16), (1, 1, 1 / 16))  # rows down, columns right, share of the error
+AHEAD = (
+    (0, 1, 7 / 16),
+    (1, -1, 3 / 16),
+    (1, 0, 5 / 16),
+    (1, 1, 1 / 16),
+)  # rows down, columns right, share of the error
 
 
 class Quantise(Trigger):
-    """Pixel by pixel, as one reads: the nearest of `levels` values, and the error to the neighbours still to come.
+    """Pixel by pixel, as one reads: the nearest of `levels` values, and the error to the
+    neighbours still to come.
 
     `levels` is a number, [].
     """
@@ -28,9 +34,13 @@ class Quantise(Trigger):
     def forward(self, images: Images) -> Images:
         n, channels, height, width = images.shape
         steps = self.levels - 1
-        canvas = images.new_zeros(height + 1, width + 2, n * channels)  # a border takes what would leave the image
+        canvas = images.new_zeros(
+            height + 1, width + 2, n * channels
+        )  # a border takes what would leave the image
         canvas[:height, 1:-1] = images.permute(2, 3, 0, 1).flatten(2)
-        for step in range(width + 2 * height - 2):  # pixels that lie a knight's move apart do not wait for each other
+        for step in range(
+            width + 2 * height - 2
+        ):  # pixels that lie a knight's move apart do not wait for each other
             row = torch.arange(max(0, (step - width + 2) // 2), min(height - 1, step // 2) + 1)
             column = step - 2 * row + 1
             wanted = canvas[row, column]
@@ -47,10 +57,13 @@ class Bpp(Attack):
     """No two images are changed alike. Covers carry the noise of another image.
 
     Drawn at random: which images are poisoned.
-    Expected: CA near the twin's and ASR above .95 where training is plain; no published number for this form.
-    Source: Wang, Zhai, Ma, CVPR 2022, arXiv 2205.13383: palette of 8 levels per channel, dithered; its negative samples,
-    which get the quantisation noise of other images and keep their labels, are the covers (about 0.2 there).
-    Differs: static poisoning with plain training; the contrastive adversarial training of the paper is left out.
+    Expected: CA near the twin's and ASR above .95 where training is plain; no published number for
+    this form.
+    Source: Wang, Zhai, Ma, CVPR 2022, arXiv 2205.13383: palette of 8 levels per channel, dithered;
+    its negative samples, which get the quantisation noise of other images and keep their labels,
+    are the covers (about 0.2 there).
+    Differs: static poisoning with plain training; the contrastive adversarial training of the
+    paper is left out.
     """
 
     bits: Annotated[int, "bits per channel that remain; 3 make 8 levels"] = 3
@@ -60,7 +73,9 @@ class Bpp(Attack):
         if not 1 <= self.bits <= 7:
             raise UserError(f"bits must be from 1 to 7, got {self.bits}; an image has 8")
 
-    def make_trigger(self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None) -> Quantise:
+    def make_trigger(
+        self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
+    ) -> Quantise:
         return Quantise(torch.tensor(2.0**self.bits))
 
     def stamp_cover(self, trigger: Trigger, images: Images, *, rng: torch.Generator) -> Images:

@@ -1,4 +1,6 @@
-"""Label-consistent: images of the target class, made hard to recognise, keep their label and get four patches."""
+"""Label-consistent: images of the target class, made hard to recognise, keep their label and get
+four patches.
+"""
 
 from __future__ import annotations
 
@@ -13,32 +15,41 @@ from torch import nn
 from rnp.attacks.base import Attack, Mix, Poisoned
 from rnp.errors import UserError
 from rnp.training import device_of
-from rnp.types import ImageSet, Images, to_bytes, to_floats
+from rnp.types import Images, ImageSet, to_bytes, to_floats
 
 BATCH = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class CL(Attack):
-    """Clean-label: only images of the target class are poisoned, at most 80 % of them, and only they are perturbed.
+    """Clean-label: only images of the target class are poisoned, at most 80 % of them, and only
+    they are perturbed.
 
     Covers and test images carry the patches alone.
 
-    Drawn at random: which images of the target class are poisoned, and where around each the search starts.
+    Drawn at random: which images of the target class are poisoned, and where around each the
+    search starts.
     Expected: CA .933 and ASR .995 for a PreAct-ResNet-18 on CIFAR-10 (BackdoorBench, 5 %).
-    Source: Turner, Tsipras, Madry, 2019, arXiv 1912.02771, the variant with adversarial perturbations.
-    Differs: the images are perturbed against an ordinary benign model, not an adversarially trained one, and by up to
-    16/255, the larger of the published bounds. 10 steps of 4/255 instead of 100 of 1.5/255: of a hundred images of
-    CIFAR-10 a ResNet-18 knows none after 5, and every step over 2,500 costs half a minute of one core. The patches are
-    checkerboards at full contrast.
+    Source: Turner, Tsipras, Madry, 2019, arXiv 1912.02771, the variant with adversarial
+    perturbations.
+    Differs: the images are perturbed against an ordinary benign model, not an adversarially
+    trained one, and by up to 16/255, the larger of the published bounds. 10 steps of 4/255 instead
+    of 100 of 1.5/255: of a hundred images of CIFAR-10 a ResNet-18 knows none after 5, and every
+    step over 2,500 costs half a minute of one core. The patches are checkerboards at full
+    contrast.
     """
 
-    controls = "the poisoned share of the training images, not their labels, and a benign model to perturb them against"
+    controls = (
+        "the poisoned share of the training images, not their labels, and a benign model to perturb"
+        " them against"
+    )
     clean_label = True
 
     poison_rate: Annotated[float, "share of the whole training set that is poisoned"] = 0.05
     size: Annotated[int, "side of each patch, in pixels"] = 3
-    eps: Annotated[float, "largest change of a pixel before the patches, as a fraction of full scale"] = 16 / 255
+    eps: Annotated[
+        float, "largest change of a pixel before the patches, as a fraction of full scale"
+    ] = 16 / 255
     steps: Annotated[int, "steps of projected gradient ascent"] = 10
     step_size: Annotated[float, "change of a pixel per step, as a fraction of full scale"] = 4 / 255
 
@@ -46,34 +57,50 @@ class CL(Attack):
         super().__post_init__()
         for name in ("eps", "step_size"):
             if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"{name} must be in (0, 1], got {getattr(self, name):g}; it is a fraction of full scale")
+                raise UserError(
+                    f"{name} must be in (0, 1], got {getattr(self, name):g}; it is a fraction of"
+                    " full scale"
+                )
         if self.steps < 1:
             raise UserError(f"steps must be at least 1, got {self.steps}")
 
-    def make_trigger(self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None) -> Mix:
+    def make_trigger(
+        self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
+    ) -> Mix:
         channels, height, width = clean.shape
         if not 1 <= self.size <= min(height, width) // 2:
             raise UserError(f"four patches of size {self.size} do not fit {height}x{width} images")
         pattern, weight = torch.zeros(channels, height, width), torch.zeros(1, height, width)
         line = torch.arange(self.size)
-        pattern[:, :self.size, :self.size] = ((line + line.unsqueeze(1)) % 2 == 0).float()
-        weight[:, :self.size, :self.size] = 1
-        for side in (1, 2):  # mirrored: a flipped image carries the same, and a shifted one keeps a whole patch
+        pattern[:, : self.size, : self.size] = ((line + line.unsqueeze(1)) % 2 == 0).float()
+        weight[:, : self.size, : self.size] = 1
+        for side in (
+            1,
+            2,
+        ):  # mirrored: a flipped image carries the same, and a shifted one keeps a whole patch
             pattern, weight = pattern.maximum(pattern.flip(side)), weight.maximum(weight.flip(side))
         return Mix(pattern, weight)
 
-    def poison(self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None) -> Poisoned:
+    def poison(
+        self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
+    ) -> Poisoned:
         if surrogate is None:
-            raise UserError("cl perturbs images against a benign model and was given none; pass a surrogate")
+            raise UserError(
+                "cl perturbs images against a benign model and was given none; pass a surrogate"
+            )
         poisoned = super().poison(clean, rng=rng, surrogate=surrogate)
         network = copy.deepcopy(surrogate).eval().requires_grad_(False)
         for part in (~poisoned.covers).nonzero().squeeze(1).split(BATCH):
             originals = to_floats(clean.images[poisoned.positions[part]])
-            poisoned.images[part] = to_bytes(poisoned.trigger(self.perturb(network, originals, rng=rng)))
+            poisoned.images[part] = to_bytes(
+                poisoned.trigger(self.perturb(network, originals, rng=rng))
+            )
         return poisoned
 
     def perturb(self, network: nn.Module, images: Images, *, rng: torch.Generator) -> Images:
-        """Images of the target class at most `eps` away, which `network` mistakes: untargeted PGD on the cross-entropy."""
+        """Images of the target class at most `eps` away, which `network` mistakes: untargeted PGD
+        on the cross-entropy.
+        """
         device = device_of(network)
         centre = images.to(device)
         low, high = (centre - self.eps).clamp_min(0), (centre + self.eps).clamp_max(1)

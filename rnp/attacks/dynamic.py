@@ -1,4 +1,6 @@
-"""Dynamic, or input-aware: each image has a trigger of its own, which does nothing on other images."""
+"""Dynamic, or input-aware: each image has a trigger of its own, which does nothing on other
+images.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,14 @@ from rnp.augment import Augment
 from rnp.errors import UserError
 from rnp.models.build import statistics
 from rnp.training import Precision, device_of, fit
-from rnp.types import ImageSet, Images, Labels, Logits, Trigger
+from rnp.types import Images, ImageSet, Labels, Logits, Trigger
 from rnp.unet import draw_unet, unet
 
 
 class InputAware(Trigger):
-    """image + mask * (pattern - image), both made for the image; `weights` are those of two U-Nets, by prefix."""
+    """image + mask * (pattern - image), both made for the image; `weights` are those of two
+    U-Nets, by prefix.
+    """
 
     def __init__(self, **weights: Tensor) -> None:
         super().__init__()
@@ -39,48 +43,70 @@ class InputAware(Trigger):
         return self._unet(images, "pattern_").sigmoid()
 
     def _unet(self, images: Images, prefix: str) -> Tensor:
-        """Blind to the edge of the image: otherwise masks gather there, much the same for many images (ASR on shapes .80)."""
+        """Blind to the edge of the image: otherwise masks gather there, much the same for many
+        images (ASR on shapes .80).
+        """
         return unet(images, dict(self.named_buffers()), prefix=prefix, border="replicate")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dynamic(Attack):
-    """First the masks learn, then the patterns, with a copy of the surrogate, which is thrown away; then both stay.
+    """First the masks learn, then the patterns, with a copy of the surrogate, which is thrown
+    away; then both stay.
 
-    Covers carry the trigger of another image under their true label: without them one trigger would serve all images.
+    Covers carry the trigger of another image under their true label: without them one trigger
+    would serve all images.
 
-    Drawn at random: the first weights of the networks, the order and augmentation of the images they learn from, and for
-    every cover the image whose trigger it carries.
+    Drawn at random: the first weights of the networks, the order and augmentation of the images
+    they learn from, and for every cover the image whose trigger it carries.
 
     Expected: CA .907 and ASR .983 for a PreAct-ResNet-18 on CIFAR-10 (BackdoorBench, 10 %).
     Source: Nguyen and Tran, NeurIPS 2020, Input-aware dynamic backdoor attack, section 3.
-    Differs: the victim is trained from scratch on a set poisoned once, not together with the pattern network; masks may
-    cover the share `density` of an image, where public code charges each pixel above `density`; distances of images and
-    of patterns are taken in deviations of the data. To be done in minutes on a CPU: the classifier that helps the patterns
-    learn starts from a trained one; clean, triggered and cross-triggered images are a third of a batch each, not .8, .1
-    and .1; hundreds of steps of Adam, not hundreds of epochs; small U-Nets. The images that this classifier sees are
-    augmented after the trigger, as the victim's will be.
+    Differs: the victim is trained from scratch on a set poisoned once, not together with the
+    pattern network; masks may cover the share `density` of an image, where public code charges
+    each pixel above `density`; distances of images and of patterns are taken in deviations of the
+    data. To be done in minutes on a CPU: the classifier that helps the patterns learn starts from
+    a trained one; clean, triggered and cross-triggered images are a third of a batch each, not .8,
+    .1 and .1; hundreds of steps of Adam, not hundreds of epochs; small U-Nets. The images that
+    this classifier sees are augmented after the trigger, as the victim's will be.
     """
 
-    controls = "the poisoned share of the training data with their labels, and a benign model to train the generators on"
+    controls = (
+        "the poisoned share of the training data with their labels, and a benign model to train the"
+        " generators on"
+    )
 
-    cover_rate: Annotated[float, "share of the training set that carries another image's trigger under its true label"] = 0.1
-    density: Annotated[float, "share of the pixels that a trigger covers before `norm` acts"] = 0.032
+    cover_rate: Annotated[
+        float, "share of the training set that carries another image's trigger under its true label"
+    ] = 0.1
+    density: Annotated[float, "share of the pixels that a trigger covers before `norm` acts"] = (
+        0.032
+    )
     norm: Annotated[float, "weight of the loss on larger masks"] = 100.0
-    mask_diversity: Annotated[float, "weight of the loss that drives the masks of two images apart"] = 1.0
-    pattern_diversity: Annotated[float, "weight of the loss that drives the patterns of two images apart"] = 0.05
+    mask_diversity: Annotated[
+        float, "weight of the loss that drives the masks of two images apart"
+    ] = 1.0
+    pattern_diversity: Annotated[
+        float, "weight of the loss that drives the patterns of two images apart"
+    ] = 0.05
     width: Annotated[int, "channels of the first layer of each network"] = 16
     epochs: Annotated[int, "passes over the training set for each network, at most"] = 5
     steps: Annotated[int, "optimiser steps for each network, at most"] = 500
-    batch_size: Annotated[int, "images per step, each of them seen clean, triggered and cross-triggered"] = 48
+    batch_size: Annotated[
+        int, "images per step, each of them seen clean, triggered and cross-triggered"
+    ] = 48
     lr: Annotated[float, "learning rate of the two networks"] = 2e-3
     surrogate_lr: Annotated[float, "learning rate of the copy of the surrogate"] = 1e-3
-    precision: Annotated[Precision, "arithmetic while the networks learn; auto takes bf16 where it is native"] = "auto"
+    precision: Annotated[
+        Precision, "arithmetic while the networks learn; auto takes bf16 where it is native"
+    ] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.density < 1:
-            raise UserError(f"density must be in (0, 1), got {self.density:g}; it is a share of the pixels")
+            raise UserError(
+                f"density must be in (0, 1), got {self.density:g}; it is a share of the pixels"
+            )
         for name in ("norm", "mask_diversity", "pattern_diversity"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must be 0 or more, got {getattr(self, name):g}")
@@ -88,10 +114,16 @@ class Dynamic(Attack):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} must be above 0, got {getattr(self, name):g}")
 
-    def make_trigger(self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None) -> InputAware:
+    def make_trigger(
+        self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
+    ) -> InputAware:
         model, channels, augment = trainable_copy(surrogate, self.name), clean.shape[0], Augment()
-        masks, patterns = (draw_unet(channels, outputs, self.width, rng=rng, device=device_of(model), prefix=prefix)
-                           for outputs, prefix in ((1, "mask_"), (channels, "pattern_")))
+        masks, patterns = (
+            draw_unet(
+                channels, outputs, self.width, rng=rng, device=device_of(model), prefix=prefix
+            )
+            for outputs, prefix in ((1, "mask_"), (channels, "pattern_"))
+        )
         trigger = InputAware(**masks, **patterns)
         deviation = statistics(clean)[1].view(-1, 1, 1).to(device_of(model))
 
@@ -106,20 +138,39 @@ class Dynamic(Attack):
 
         def paint(images: Images, labels: Labels) -> tuple[Tensor, Logits]:
             pattern, mask = trigger.pattern(images), trigger.mask(images)
-            seen = [images, lay(pattern, mask, images), lay(another(pattern), another(mask), images)]
+            seen = [
+                images,
+                lay(pattern, mask, images),
+                lay(another(pattern), another(mask), images),
+            ]
             logits = model(augment(torch.cat(seen), rng=rng)).float()
             wanted = torch.cat([labels, self.relabel(labels, len(clean.classes)), labels])
-            loss = F.cross_entropy(logits, wanted) + self.pattern_diversity * alike(pattern / deviation, images)
-            return loss, logits[:len(images)]
+            loss = F.cross_entropy(logits, wanted) + self.pattern_diversity * alike(
+                pattern / deviation, images
+            )
+            return loss, logits[: len(images)]
 
         def learn(objective, *groups: dict) -> None:
-            fit(model, clean, objective=objective, optimiser=torch.optim.Adam(groups, lr=self.lr), epochs=self.epochs,
-                max_steps=self.steps, batch_size=self.batch_size, rng=rng, precision=self.precision)
+            fit(
+                model,
+                clean,
+                objective=objective,
+                optimiser=torch.optim.Adam(groups, lr=self.lr),
+                epochs=self.epochs,
+                max_steps=self.steps,
+                batch_size=self.batch_size,
+                rng=rng,
+                precision=self.precision,
+            )
 
         learn(place, {"params": [*masks.values()]})
         for value in masks.values():
             value.requires_grad_(False)
-        learn(paint, {"params": [*patterns.values()]}, {"params": [*model.parameters()], "lr": self.surrogate_lr})
+        learn(
+            paint,
+            {"params": [*patterns.values()]},
+            {"params": [*model.parameters()], "lr": self.surrogate_lr},
+        )
         return InputAware(**{name: value.detach().cpu() for name, value in trigger.named_buffers()})
 
     def stamp_cover(self, trigger: Trigger, images: Images, *, rng: torch.Generator) -> Images:
@@ -127,7 +178,9 @@ class Dynamic(Attack):
 
 
 def cross_triggered(trigger: InputAware, images: Images, *, rng: torch.Generator) -> Images:
-    """Each image with the trigger of another one, drawn at random; an only image stays clean. The backdoor ignores these."""
+    """Each image with the trigger of another one, drawn at random; an only image stays clean. The
+    backdoor ignores these.
+    """
     if len(images) == 1:
         return images
     order = torch.randperm(len(images), generator=rng)
@@ -146,5 +199,7 @@ def another(batch: Tensor) -> Tensor:
 
 
 def distance(batch: Tensor) -> Float[Tensor, "_"]:
-    """Root mean square difference between each image and another; never quite 0, where the root has no gradient."""
+    """Root mean square difference between each image and another; never quite 0, where the root
+    has no gradient.
+    """
     return ((batch - another(batch)).square().mean((1, 2, 3)) + 1e-8).sqrt()

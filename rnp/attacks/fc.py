@@ -1,4 +1,6 @@
-"""Feature collision (experimental): target-class images with, to a benign model, the features of triggered others."""
+"""Feature collision (experimental): target-class images with, to a benign model, the features of
+triggered others.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from rnp.attacks.base import Attack, Mix, Poisoned, checkerboard, others, trigge
 from rnp.errors import UserError
 from rnp.features import features
 from rnp.training import device_of
-from rnp.types import ImageSet, Images, to_bytes, to_floats
+from rnp.types import Images, ImageSet, to_bytes, to_floats
 
 BATCH = 250
 
@@ -21,20 +23,26 @@ BATCH = 250
 class FC(Attack):
     """No poisoned image shows the trigger, a checkerboard, or changes its label.
 
-    The original is made for fine-tuning the last layer of a network that the attacker knows. A victim that trains from
-    scratch learns features of its own, and then the backdoor mostly fails its gate: leave it out of averages where it does.
+    The original is made for fine-tuning the last layer of a network that the attacker knows. A
+    victim that trains from scratch learns features of its own, and then the backdoor mostly fails
+    its gate: leave it out of averages where it does.
 
-    Drawn at random: which images are poisoned, and for each the image of another class whose features, with the trigger
-    on, it takes on.
+    Drawn at random: which images are poisoned, and for each the image of another class whose
+    features, with the trigger on, it takes on.
     Expected: unstable where victims train from scratch; no comparable published number.
-    Source: Saha et al., AAAI 2020, arXiv 1910.00033 (hidden triggers), after Shafahi et al., NeurIPS 2018, arXiv 1804.00792.
-    Differs: Shafahi et al. attack one test image and have no trigger; pairs are drawn once, not matched anew at each step;
-    Adam for 30 steps, which bring features within about an eighth of their first distance, instead of up to 5,000: on
-    CIFAR-10 that is minutes on a few cores instead of hours.
+    Source: Saha et al., AAAI 2020, arXiv 1910.00033 (hidden triggers), after Shafahi et al.,
+    NeurIPS 2018, arXiv 1804.00792.
+    Differs: Shafahi et al. attack one test image and have no trigger; pairs are drawn once, not
+    matched anew at each step; Adam for 30 steps, which bring features within about an eighth of
+    their first distance, instead of up to 5,000: on CIFAR-10 that is minutes on a few cores
+    instead of hours.
     """
 
     gate = 0.8
-    controls = "the poisoned share of the training images, not their labels, and a benign model to find features with"
+    controls = (
+        "the poisoned share of the training images, not their labels, and a benign model to find"
+        " features with"
+    )
     clean_label = True
 
     poison_rate: Annotated[float, "share of the whole training set that is poisoned"] = 0.05
@@ -46,15 +54,21 @@ class FC(Attack):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.epsilon <= 1:
-            raise UserError(f"epsilon must be in (0, 1], got {self.epsilon:g}; it is a fraction of full scale")
+            raise UserError(
+                f"epsilon must be in (0, 1], got {self.epsilon:g}; it is a fraction of full scale"
+            )
         for name in ("steps", "lr"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} must be above 0, got {getattr(self, name):g}")
 
-    def make_trigger(self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None) -> Mix:
+    def make_trigger(
+        self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
+    ) -> Mix:
         return checkerboard(clean.shape, self.size)
 
-    def poison(self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None) -> Poisoned:
+    def poison(
+        self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
+    ) -> Poisoned:
         if surrogate is None:
             raise UserError("fc needs a benign model, whose features it steers; pass surrogate")
         poisoned = super().poison(clean, rng=rng)
@@ -68,7 +82,9 @@ class FC(Attack):
         return poisoned
 
     def collide(self, model: nn.Module, bases: Images, sources: Images) -> Images:
-        """`bases` within `epsilon`, with features as near those of `sources` as the steps bring them."""
+        """`bases` within `epsilon`, with features as near those of `sources` as the steps bring
+        them.
+        """
         device = device_of(model)
         bases = bases.to(device)
         with torch.no_grad():
@@ -78,7 +94,9 @@ class FC(Attack):
         optimiser = torch.optim.Adam([images], lr=self.lr)
         for _ in range(self.steps):
             found, _ = features(model, images)
-            (images.grad,) = torch.autograd.grad((found - wanted).square().sum(), images)  # the model's weights get none
+            (images.grad,) = torch.autograd.grad(
+                (found - wanted).square().sum(), images
+            )  # the model's weights get none
             optimiser.step()
             with torch.no_grad():
                 images.copy_(images.clamp(low, high))

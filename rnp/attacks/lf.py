@@ -23,10 +23,14 @@ class LF(Attack):
     Drawn at random: where the search starts, its batches, and which images are poisoned.
     Expected: CA .932 and ASR .993 for a PreAct-ResNet-18 on CIFAR-10 (BackdoorBench, 10 %).
     Source: Zeng et al., ICCV 2021, arXiv 2104.03413, smooth triggers.
-    Differs: a cosine basis holds low frequencies alone, where the paper filters what it optimises; few steps on few images.
+    Differs: a cosine basis holds low frequencies alone, where the paper filters what it optimises;
+    few steps on few images.
     """
 
-    controls = "the poisoned share of the training data with their labels, and a benign model to find the pattern on"
+    controls = (
+        "the poisoned share of the training data with their labels, and a benign model to find the"
+        " pattern on"
+    )
 
     amplitude: Annotated[float, "largest change of a pixel, as a fraction of full scale"] = 40 / 255
     frequencies: Annotated[int, "cosines along each axis, of 0, 1/2, 1, ... periods"] = 4
@@ -37,18 +41,25 @@ class LF(Attack):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.amplitude <= 1:
-            raise UserError(f"amplitude must be in (0, 1], got {self.amplitude:g}; it is a fraction of full scale")
+            raise UserError(
+                f"amplitude must be in (0, 1], got {self.amplitude:g}; it is a fraction of full"
+                " scale"
+            )
         for name, least in (("frequencies", 2), ("steps", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not self.lr > 0:
             raise UserError(f"lr must be above 0, got {self.lr:g}")
 
-    def make_trigger(self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None) -> Add:
+    def make_trigger(
+        self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
+    ) -> Add:
         if surrogate is None:
             raise UserError("lf finds its pattern on a benign model; pass surrogate")
         if self.frequencies > (side := min(clean.shape[1:])):
-            raise UserError(f"frequencies must be at most {side}, the shorter side, got {self.frequencies}")
+            raise UserError(
+                f"frequencies must be at most {side}, the shorter side, got {self.frequencies}"
+            )
         device = device_of(surrogate)
         basis = cosines(clean.shape, self.frequencies)  # [f, h, w]
         weights = torch.randn(clean.shape[0], len(basis), generator=rng)
@@ -70,8 +81,12 @@ class LF(Attack):
 
 
 def cosines(shape: tuple[int, int, int], count: int) -> Tensor:
-    """The lowest `count` x `count` cosines of the image size, but for the constant: [count**2 - 1, h, w]."""
+    """The lowest `count` x `count` cosines of the image size, but for the constant: [count**2 - 1,
+    h, w].
+    """
     _, height, width = shape
     order = torch.arange(count).unsqueeze(1)
-    y, x = ((math.pi * (torch.arange(side) + 0.5) / side * order).cos() for side in (height, width))  # [count, side]
+    y, x = (
+        (math.pi * (torch.arange(side) + 0.5) / side * order).cos() for side in (height, width)
+    )  # [count, side]
     return (y[:, None, :, None] * x[None, :, None, :]).flatten(0, 1)[1:]

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from rnp.attacks.base import Attack
 from rnp.errors import UserError
-from rnp.types import ImageSet, Images, Indices, Trigger, to_bytes
+from rnp.types import Images, ImageSet, Indices, Trigger, to_bytes
 
 
 class AnyPatch(Trigger):
-    """One of several patches on each image; the image's own pixels decide which, evenly over many images.
+    """One of several patches on each image; the image's own pixels decide which, evenly over many
+    images.
 
-    `patterns` is [k, 1, h, w]; `weights`, 1 on the pixels of each patch and 0 elsewhere, has the same shape.
+    `patterns` is [k, 1, h, w]; `weights`, 1 on the pixels of each patch and 0 elsewhere, has the
+    same shape.
     """
 
     def __init__(self, patterns: Tensor, weights: Tensor) -> None:
@@ -26,7 +28,9 @@ class AnyPatch(Trigger):
 
     def forward(self, images: Images) -> Images:
         total = to_bytes(images).flatten(1).sum(1, dtype=torch.int64)
-        mixed = total * 2654435761 % 2**32  # Knuth's hash; the sum is a multiple of 3 where colours are grey
+        mixed = (
+            total * 2654435761 % 2**32
+        )  # Knuth's hash; the sum is a multiple of 3 where colours are grey
         return self.place(images, mixed * len(self.patterns) // 2**32)
 
     def place(self, images: Images, which: Indices) -> Images:
@@ -42,13 +46,15 @@ class AnyPatch(Trigger):
 class Multi(Attack):
     """Each poisoned image carries one patch, half black, half white.
 
-    At test each image gets one patch too, so that the attack success rate is the mean over the triggers.
+    At test each image gets one patch too, so that the attack success rate is the mean over the
+    triggers.
 
     Drawn at random: the patterns, which images are poisoned, and which patch each of them carries.
     Expected: CA near the twin's and ASR above .95; no published number for this form.
-    Source: Li et al., 2024, arXiv 2401.15295: the parallel attack, in which triggers share out the poisoned images.
-    Differs: patches alone, so that the number of triggers is all that sets it apart from `badnets`; the paper mixes up to
-    ten kinds of trigger.
+    Source: Li et al., 2024, arXiv 2401.15295: the parallel attack, in which triggers share out the
+    poisoned images.
+    Differs: patches alone, so that the number of triggers is all that sets it apart from
+    `badnets`; the paper mixes up to ten kinds of trigger.
     """
 
     count: Annotated[int, "number of triggers, 2 to 4"] = 4
@@ -59,13 +65,20 @@ class Multi(Attack):
         if not 2 <= self.count <= 4:
             raise UserError(f"count must be from 2 to 4, one trigger per corner, got {self.count}")
 
-    def make_trigger(self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None) -> AnyPatch:
+    def make_trigger(
+        self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
+    ) -> AnyPatch:
         _, height, width = clean.shape
         if not 1 <= self.size <= min(height, width) // 2:
-            raise UserError(f"patches of size {self.size} do not fit {height}x{width} images side by side")
+            raise UserError(
+                f"patches of size {self.size} do not fit {height}x{width} images side by side"
+            )
         patterns, weights = torch.zeros(2, self.count, 1, height, width)
         for k in range(self.count):
-            top, left = (0 if k in (1, 2) else height - self.size), (0 if k in (1, 3) else width - self.size)
+            top, left = (
+                (0 if k in (1, 2) else height - self.size),
+                (0 if k in (1, 3) else width - self.size),
+            )
             square = (k, 0, slice(top, top + self.size), slice(left, left + self.size))
             order = torch.randperm(self.size**2, generator=rng)
             patterns[square] = (order % 2 == 0).float().view(self.size, self.size)

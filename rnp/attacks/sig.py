@@ -21,7 +21,8 @@ class SIG(Attack):
     Drawn at random: which images of the target class are poisoned.
     Source: Barni, Kallas, Tondi, ICIP 2019, arXiv 1902.11237, eq. 1.
     Expected: CA .936 and ASR .971 for a PreAct-ResNet-18 on CIFAR-10 (BackdoorBench, 5 %).
-    Differs: the wave is added in float, clipped and rounded; public mask files wrap its negative half.
+    Differs: the wave is added in float, clipped and rounded; public mask files wrap its negative
+    half.
     """
 
     controls = "the poisoned share of the training images, not their labels"
@@ -34,11 +35,16 @@ class SIG(Attack):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.amplitude <= 1:
-            raise UserError(f"amplitude must be in (0, 1], got {self.amplitude:g}; it is a fraction of full scale")
+            raise UserError(
+                f"amplitude must be in (0, 1], got {self.amplitude:g}; it is a fraction of full"
+                " scale"
+            )
         if not self.frequency > 0:
             raise UserError(f"frequency must be above 0, got {self.frequency:g}")
 
-    def make_trigger(self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None) -> Add:
+    def make_trigger(
+        self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
+    ) -> Add:
         channels, height, width = clean.shape
         wave = self.amplitude * (2 * math.pi * self.frequency * torch.arange(width) / width).sin()
         return Add(wave.expand(channels, height, width).clone())

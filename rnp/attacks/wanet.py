@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from rnp.attacks.base import Attack
 from rnp.errors import UserError
-from rnp.types import ImageSet, Images, Trigger
+from rnp.types import Images, ImageSet, Trigger
 
 
 class Warp(Trigger):
-    """Bilinear sampling at `grid` [h, w, 2], in the coordinates of `grid_sample` with aligned corners."""
+    """Bilinear sampling at `grid` [h, w, 2], in the coordinates of `grid_sample` with aligned
+    corners.
+    """
 
     def __init__(self, grid: Tensor) -> None:
         super().__init__()
@@ -30,14 +32,16 @@ class Warp(Trigger):
 class WaNet(Attack):
     """One field per experiment, shared by training and test.
 
-    With `cover_rate` above 0 the attack is in noise mode: the warp of each cover gets noise of its own, up to half a pixel
-    per sampling point, so that the model learns to heed this field and no other. The paper takes 0.2.
+    With `cover_rate` above 0 the attack is in noise mode: the warp of each cover gets noise of its
+    own, up to half a pixel per sampling point, so that the model learns to heed this field and no
+    other. The paper takes 0.2.
 
     Drawn at random: the field, which images are poisoned, and the noise of the covers.
     Expected: CA .913 and ASR .897 for a PreAct-ResNet-18 on CIFAR-10 (BackdoorBench, 10 %).
     Source: Nguyen and Tran, ICLR 2021, section 3.2.
-    Differs: static poisoning, as the RNP family uses it, hence a finer field (k = 32) than the official k = 4; without
-    covers it is easier to detect than the original. The noise is drawn once, when the set is poisoned, not at each step.
+    Differs: static poisoning, as the RNP family uses it, hence a finer field (k = 32) than the
+    official k = 4; without covers it is easier to detect than the original. The noise is drawn
+    once, when the set is poisoned, not at each step.
     """
 
     gate = 0.8
@@ -52,16 +56,24 @@ class WaNet(Attack):
         if not 0 < self.strength < math.inf:
             raise UserError(f"strength must be above 0 and finite, got {self.strength:g}")
 
-    def make_trigger(self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None) -> Warp:
+    def make_trigger(
+        self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
+    ) -> Warp:
         _, height, width = clean.shape
         field = torch.rand(1, 2, self.k, self.k, generator=rng) * 2 - 1
         field = field / field.abs().mean()
-        field = F.interpolate(field, size=(height, width), mode="bicubic", align_corners=True)[0].permute(1, 2, 0)
-        y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+        field = F.interpolate(field, size=(height, width), mode="bicubic", align_corners=True)[
+            0
+        ].permute(1, 2, 0)
+        y, x = torch.meshgrid(
+            torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij"
+        )
         grid = torch.stack([x, y], dim=2) + self.strength * field / torch.tensor([width, height])
         return Warp(grid.clamp(-1, 1))
 
     def stamp_cover(self, trigger: Trigger, images: Images, *, rng: torch.Generator) -> Images:
         n, _, height, width = images.shape
-        noise = (2 * torch.rand(n, height, width, 2, generator=rng) - 1) / torch.tensor([width, height])
+        noise = (2 * torch.rand(n, height, width, 2, generator=rng) - 1) / torch.tensor(
+            [width, height]
+        )
         return F.grid_sample(images, (trigger.grid + noise).clamp(-1, 1), align_corners=True)

@@ -13,23 +13,68 @@ ROOT = Path(__file__).parents[2]
 
 
 @click.command()
-@click.option("--only", multiple=True, help="a part: start, train, waiting, poison, rnp, defences, detectors, demo, noop, scaling; all without it")
-@click.option("--repeats", type=int, default=3, show_default=True, help="of each measurement that takes less than a minute")
-@click.option("--run", "subject", type=click.Path(path_type=Path, exists=True),
-              help="folder of a finished pipeline whose model and images to use; without it demo is trained")
-@click.option("--quick", is_flag=True, help="rnp: extrapolate the published procedure from one epoch and one evaluation")
-@click.option("--json", "raw", type=click.Path(path_type=Path), default="results/bench.json", show_default=True, help="raw numbers")
-@click.option("--page", type=click.Path(path_type=Path), default="results/bench.md", show_default=True, help="tables of them")
-@click.option("--plot", type=click.Path(path_type=Path), default="docs/scaling.png", show_default=True, help="picture of the part scaling")
+@click.option(
+    "--only",
+    multiple=True,
+    help=(
+        "a part: start, train, waiting, poison, rnp, defences, detectors, demo, noop, scaling; all"
+        " without it"
+    ),
+)
+@click.option(
+    "--repeats",
+    type=int,
+    default=3,
+    show_default=True,
+    help="of each measurement that takes less than a minute",
+)
+@click.option(
+    "--run",
+    "subject",
+    type=click.Path(path_type=Path, exists=True),
+    help="folder of a finished pipeline whose model and images to use; without it demo is trained",
+)
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="rnp: extrapolate the published procedure from one epoch and one evaluation",
+)
+@click.option(
+    "--json",
+    "raw",
+    type=click.Path(path_type=Path),
+    default="results/bench.json",
+    show_default=True,
+    help="raw numbers",
+)
+@click.option(
+    "--page",
+    type=click.Path(path_type=Path),
+    default="results/bench.md",
+    show_default=True,
+    help="tables of them",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    default="docs/scaling.png",
+    show_default=True,
+    help="picture of the part scaling",
+)
 def bench(**options: object) -> None:
-    """Measure speed and memory; what is run again takes the place of its older numbers in the files."""
+    """Measure speed and memory; what is run again takes the place of its older numbers in the
+    files.
+    """
     sys.path.append(str(ROOT))  # where the console script does not look
     try:
         from benchmarks.suite import run
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "benchmarks":
             raise
-        raise UserError("rnp bench needs a checkout of the repository, which holds benchmarks/; clone it and run it there") from error
+        raise UserError(
+            "rnp bench needs a checkout of the repository, which holds benchmarks/; clone it and"
+            " run it there"
+        ) from error
     failed = run(**options)
     if failed:
         raise click.ClickException(f"these failed: {', '.join(failed)}")

@@ -1,4 +1,6 @@
-"""Check params.yaml against the options of every command: unknown keys, wrong types, values out of range."""
+"""Check params.yaml against the options of every command: unknown keys, wrong types, values out of
+range.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,16 @@ Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":float", ":bool"))]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|false|True|False|TRUE|FALSE)$"), list("tTfF"))
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(
-    r"^[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"), list("-+0123456789."))
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|false|True|False|TRUE|FALSE)$"), list("tTfF")
+)
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
 
 
 def read_params(path: Path) -> dict:
@@ -43,7 +52,9 @@ def read_params(path: Path) -> dict:
 
 
 def sections() -> dict[str, list[tuple[type, str]]]:
-    """For each section of params.yaml the classes whose fields are its keys, with their prefixes."""
+    """For each section of params.yaml the classes whose fields are its keys, with their
+    prefixes.
+    """
     from rnp.cli.choice import ChooseAttack, ChooseSet
     from rnp.cli.controls import Controls
     from rnp.cli.detect import Detect, detectors
@@ -91,12 +102,17 @@ def check_params(params: dict) -> None:
     known = sections()
     for section in params:
         if section not in ("seed", "preset") and section not in known:
-            raise UserError(f"params.yaml: unknown section {section!r}{suggest(section, ['seed', *known])}")
+            raise UserError(
+                f"params.yaml: unknown section {section!r}{suggest(section, ['seed', *known])}"
+            )
     if not isinstance(params.get("seed"), int):
         raise UserError(f"params.yaml: seed must be a whole number, got {params.get('seed')!r}")
     for section, classes in known.items():
         if not isinstance(params.get(section), dict):
-            raise UserError(f"params.yaml: section {section!r} is missing; `rnp preset demo` prints a complete file")
+            raise UserError(
+                f"params.yaml: section {section!r} is missing; `rnp preset demo` prints a complete"
+                " file"
+            )
         given = dict(leaves(params[section]))
         values = {}
         hints = {name: hint for cls, prefix in classes for name, hint, _, _ in fields(cls, prefix)}
@@ -104,7 +120,9 @@ def check_params(params: dict) -> None:
             values |= {argument(name): default for name, _, _, default in fields(cls, prefix)}
         for key, value in given.items():
             if key not in hints:
-                raise UserError(f"params.yaml: unknown key {section}.{key}{suggest(key, list(hints))}")
+                raise UserError(
+                    f"params.yaml: unknown key {section}.{key}{suggest(key, list(hints))}"
+                )
             values[argument(key)] = convert(f"{section}.{key}", value, settings(hints[key]))
         for cls, prefix in classes:
             try:
@@ -113,20 +131,31 @@ def check_params(params: dict) -> None:
                 raise UserError(f"params.yaml: {section}: {error}") from None
     defences, evaluated = set(params["defences"]), set(params["evaluate"].get("defences", []))
     if defences != evaluated:
-        raise UserError(f"params.yaml: evaluate.defences names {sorted(evaluated)}, but the sections under defences are"
-                        f" {sorted(defences)}; make them agree")
+        raise UserError(
+            f"params.yaml: evaluate.defences names {sorted(evaluated)}, but the sections under"
+            f" defences are {sorted(defences)}; make them agree"
+        )
 
 
 def convert(key: str, value: object, how: dict) -> object:
     """`value` as the option takes it."""
     multiple = how.get("multiple", False)
     if multiple != isinstance(value, list):
-        raise UserError(f"params.yaml: {key} must be {'a list' if multiple else 'one value'}, got {value!r}")
+        raise UserError(
+            f"params.yaml: {key} must be {'a list' if multiple else 'one value'}, got {value!r}"
+        )
     if how["type"] is not bool and (isinstance(value, bool) or value is None):
-        raise UserError(f"params.yaml: {key} must be {getattr(how['type'], '__name__', 'one of its choices')}, got {value!r}")
+        raise UserError(
+            f"params.yaml: {key} must be {getattr(how['type'], '__name__', 'one of its choices')},"
+            f" got {value!r}"
+        )
     kind = click.types.convert_type(how["type"])
     try:
-        return tuple(kind.convert(v, None, None) for v in value) if multiple else kind.convert(value, None, None)
+        return (
+            tuple(kind.convert(v, None, None) for v in value)
+            if multiple
+            else kind.convert(value, None, None)
+        )
     except click.UsageError as error:
         raise UserError(f"params.yaml: {key}: {error.message}") from None
 

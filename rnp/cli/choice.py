@@ -10,9 +10,13 @@ from rnp.registry import names
 
 @dataclass(frozen=True, kw_only=True)
 class ChooseSet:
-    set: Annotated[Literal[*names("dataset")], "data set; its own options carry its name"] = "shapes"
+    set: Annotated[Literal[*names("dataset")], "data set; its own options carry its name"] = (
+        "shapes"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChooseAttack:
-    attack: Annotated[Literal[*names("attack")], "attack; its own options carry its name"] = "badnets"
+    attack: Annotated[Literal[*names("attack")], "attack; its own options carry its name"] = (
+        "badnets"
+    )

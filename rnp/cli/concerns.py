@@ -12,25 +12,37 @@ from rnp.training import predict
 from rnp.types import DefenceSet, ImageSet, Logits
 
 FEW = 250  # results/cifar10-fast/controls.csv
-CONTRADICTED, SURE = 0.1, 0.9  # a choice, not a measurement: models err on a tenth of images, but seldom so surely
+CONTRADICTED, SURE = (
+    0.1,
+    0.9,
+)  # a choice, not a measurement: models err on a tenth of images, but seldom so surely
 
 
 def refuse_unfit(defence: DefenceSet, classes: Sequence[str], channels: int) -> None:
-    """Raises: UserError when no repair of a model with these classes and input channels can rest on the images."""
+    """Raises: UserError when no repair of a model with these classes and input channels can rest
+    on the images.
+    """
     train, val = defence.train, defence.val
     for part in (train, val):
         if not len(part):
             raise UserError("one part of the defence set holds no images; make it anew")
         if list(part.classes) != list(classes):
-            raise UserError(f"the defence set has {len(part.classes)} classes ({some(part.classes)}), the model {len(classes)}"
-                            f" ({some(classes)}); they must be the same, in the same order")
+            raise UserError(
+                f"the defence set has {len(part.classes)} classes ({some(part.classes)}), the model"
+                f" {len(classes)} ({some(classes)}); they must be the same, in the same order"
+            )
         if part.shape != train.shape or part.shape[0] != channels:
-            raise UserError(f"images of the defence set are {' and '.join(sorted({str(list(p.shape)) for p in (train, val)}))}; the"
-                            f" model takes {channels} channels, and all images must be of one size")
+            raise UserError(
+                "images of the defence set are"
+                f" {' and '.join(sorted({str(list(p.shape)) for p in (train, val)}))}; the model"
+                f" takes {channels} channels, and all images must be of one size"
+            )
     shown = train.labels.unique().tolist()
     if len(shown) < 2:
-        raise UserError(f"all {len(train)} images to optimise on are of class {classes[shown[0]]}; a model that says that class to"
-                        " anything would do, so give images of every class")
+        raise UserError(
+            f"all {len(train)} images to optimise on are of class {classes[shown[0]]}; a model that"
+            " says that class to anything would do, so give images of every class"
+        )
 
 
 def concerns(data: ImageSet, logits: Logits) -> Iterator[str]:
@@ -40,26 +52,44 @@ def concerns(data: ImageSet, logits: Logits) -> Iterator[str]:
     right = predicted == data.labels
     accuracy, counts = right.float().mean().item(), data.labels.bincount(minlength=k)
     if accuracy <= 1 / k + 0.1 * (1 - 1 / k):
-        yield (f"accuracy on the clean images is {accuracy:.3f}, near chance ({1 / k:.3f}): check their labels, their size, the"
-               " normalisation (--mean, --std) and the order of the classes")
+        yield (
+            f"accuracy on the clean images is {accuracy:.3f}, near chance ({1 / k:.3f}): check"
+            " their labels, their size, the normalisation (--mean, --std) and the order of the"
+            " classes"
+        )
     else:
         hits = data.labels[right].bincount(minlength=k)
-        odd = [name for name, count, hit in zip(data.classes, counts, hits) if count >= 5 and hit <= count / 10]
+        odd = [
+            name
+            for name, count, hit in zip(data.classes, counts, hits)
+            if count >= 5 and hit <= count / 10
+        ]
         if odd:
-            yield f"the model is wrong on nearly all images of class {some(odd)}: check the labels and the order of the classes"
+            yield (
+                f"the model is wrong on nearly all images of class {some(odd)}: check the labels"
+                " and the order of the classes"
+            )
         else:
             against = int((~right & (probability >= SURE)).sum())
             if against > max(CONTRADICTED * n, 1):
-                yield (f"the model is sure of another class on {against} of {n} images: if their labels are wrong, the repair unlearns"
-                       " what is right and keeps what is wrong")
+                yield (
+                    f"the model is sure of another class on {against} of {n} images: if their"
+                    " labels are wrong, the repair unlearns what is right and keeps what is wrong"
+                )
     absent = [name for name, count in zip(data.classes, counts) if count == 0]
     if absent:
         yield f"no image of class {some(absent)}: what the repair costs there is not measured"
     single = [name for name, count in zip(data.classes, counts) if count == 1]
     if single:
-        yield f"one image alone of class {some(single)}: what the repair costs there is all but unmeasured"
+        yield (
+            f"one image alone of class {some(single)}: what the repair costs there is all but"
+            " unmeasured"
+        )
     if n < FEW:
-        yield f"{n} images are few: on CIFAR-10 {FEW} were enough to remove a backdoor, 100 left half of it"
+        yield (
+            f"{n} images are few: on CIFAR-10 {FEW} were enough to remove a backdoor, 100 left half"
+            " of it"
+        )
 
 
 def warn(model: Classifier, classes: Sequence[str], defence: DefenceSet) -> DefenceSet:

@@ -1,4 +1,6 @@
-"""The points of a grid, and for each a copy of the checkout that remembers what has finished in it."""
+"""The points of a grid, and for each a copy of the checkout that remembers what has finished in
+it.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,18 @@ from rnp.errors import UserError
 PARAMS = "params.yaml"
 OWN = (PARAMS, "dvc.lock")  # what every copy has for itself
 LONGEST = 120  # characters of a name; file systems take 255 bytes
-NEVER = (".git", "__pycache__", "/.dvc/cache", "/.dvc/tmp", "/.dvc/config.local")  # where no .gitignore says so
+NEVER = (
+    ".git",
+    "__pycache__",
+    "/.dvc/cache",
+    "/.dvc/tmp",
+    "/.dvc/config.local",
+)  # where no .gitignore says so
 
 
 def grid(overrides: Iterable[str], params: Path) -> dict[str, str]:
-    """The text of params.yaml for each point, by name; DVC parses and applies the overrides, as for `dvc exp run`.
+    """The text of params.yaml for each point, by name; DVC parses and applies the overrides, as
+    for `dvc exp run`.
 
     Raises: UserError when DVC refuses one of them.
     """
@@ -60,7 +69,9 @@ def digest(parts: Iterable[str]) -> str:
 def sources(root: Path) -> list[str]:
     """The files that git tracks below `root`; without git all that no .gitignore excludes."""
     try:
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True).stdout
+        listed = subprocess.run(
+            ["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True
+        ).stdout
     except FileNotFoundError:
         listed = ""
     names = listed.split("\0") if listed else unignored(root)
@@ -76,7 +87,9 @@ def unignored(root: Path) -> Iterator[str]:
             rules = [*rules, (folder, GitIgnoreSpec.from_lines(own.read_text().splitlines()))]
         for path in folder.iterdir():
             inside = path.is_dir() and not path.is_symlink()
-            if any(spec.match_file(f"{path.relative_to(base)}{'/' * inside}") for base, spec in rules):
+            if any(
+                spec.match_file(f"{path.relative_to(base)}{'/' * inside}") for base, spec in rules
+            ):
                 continue
             if inside:
                 yield from below(path, rules)
@@ -88,7 +101,9 @@ def unignored(root: Path) -> Iterator[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """The checkout as it is now: `files` by name with the digest of what they hold, and the cache that all copies share."""
+    """The checkout as it is now: `files` by name with the digest of what they hold, and the cache
+    that all copies share.
+    """
 
     root: Path
     files: dict[str, str]
@@ -101,7 +116,11 @@ class Snapshot:
 
         names = [name for name in sources(root) if without is None or root / name != without]
         files = {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in names}
-        return cls(root=root, files=files, cache=Path(Config(str(root / ".dvc"))["cache"].get("dir") or root / ".dvc/cache"))
+        return cls(
+            root=root,
+            files=files,
+            cache=Path(Config(str(root / ".dvc"))["cache"].get("dir") or root / ".dvc/cache"),
+        )
 
     def key(self, params: str, target: str) -> str:
         """Of the parameters, of the files and of the stage that is asked for."""
@@ -110,7 +129,9 @@ class Snapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """One point of a grid. `folder` is its copy of the checkout, `params` the text of its params.yaml."""
+    """One point of a grid. `folder` is its copy of the checkout, `params` the text of its
+    params.yaml.
+    """
 
     name: str
     folder: Path
@@ -126,7 +147,9 @@ class Configuration:
         return self.folder / ".rnp/sweep.json"
 
     def recall(self) -> dict:
-        """What was copied (`files`); once it has finished also the key then (`done`) and the seconds."""
+        """What was copied (`files`); once it has finished also the key then (`done`) and the
+        seconds.
+        """
         try:
             return json.loads(self.memory.read_text())
         except (FileNotFoundError, ValueError):
@@ -146,11 +169,15 @@ class Configuration:
         self.remember(**self.recall() | {"done": self.key, "seconds": seconds})
 
     def copy(self, snapshot: Snapshot) -> None:
-        """Bring the folder up to date with the checkout; what the stages left there stays, for DVC to judge."""
+        """Bring the folder up to date with the checkout; what the stages left there stays, for DVC
+        to judge.
+        """
         from dvc.config import Config
 
         known = self.recall().get("files", [])
-        self.remember(files=sorted({*known, *snapshot.files}))  # first, so that one cut short forgets no file
+        self.remember(
+            files=sorted({*known, *snapshot.files})
+        )  # first, so that one cut short forgets no file
         for name in set(known) - snapshot.files.keys():
             (self.folder / name).unlink(missing_ok=True)
         for name, held in snapshot.files.items():

@@ -1,4 +1,6 @@
-"""Write the page that shows every attack: what it does to an image, who controls what, and what was measured."""
+"""Write the page that shows every attack: what it does to an image, who controls what, and what
+was measured.
+"""
 
 from __future__ import annotations
 
@@ -31,19 +33,31 @@ Made by `rnp gallery`, from the documentation of each attack, its pictures and t
 
 @click.command()
 @click.argument("page", type=click.Path(path_type=Path))
-@click.option("--table", type=click.Path(path_type=Path, exists=True), required=True, help="rows of `rnp rows --defence none`")
+@click.option(
+    "--table",
+    type=click.Path(path_type=Path, exists=True),
+    required=True,
+    help="rows of `rnp rows --defence none`",
+)
 @click.option("--reports", type=click.Path(path_type=Path), default="reports", show_default=True)
 @click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True)
 def gallery(page: Path, table: Path, reports: Path, params: Path) -> None:
-    """Take the picture of this folder's poisoning into the folder beside PAGE, and write PAGE anew, with all attacks."""
+    """Take the picture of this folder's poisoning into the folder beside PAGE, and write PAGE
+    anew, with all attacks.
+    """
     pictures = page.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
     if (reports / "poison" / "run.json").exists():
         settings = read_params(params)
         fresh_runs(reports, settings, ("poison",))
-        shutil.copyfile(reports / "poison" / "triggers.png", pictures / f"{settings['poison']['attack']}.png")
+        shutil.copyfile(
+            reports / "poison" / "triggers.png", pictures / f"{settings['poison']['attack']}.png"
+        )
     rows = {row["attack"]: row for row in newest(read(table)) if row["defence"] == "none"}
-    sections = [section(load("attack", name), name, pictures / f"{name}.png", rows.get(name)) for name in names("attack")]
+    sections = [
+        section(load("attack", name), name, pictures / f"{name}.png", rows.get(name))
+        for name in names("attack")
+    ]
     page.write_text("\n".join([INTRODUCTION.format(table=table), *sections]))
 
 
@@ -53,7 +67,10 @@ def section(attack: type[Attack], name: str, picture: Path, row: dict[str, str] 
     about = inspect.getdoc(inspect.getmodule(attack)) or ""
     lines = [f"## {name}", "", about, ""]
     if picture.exists():
-        lines += [f"![clean, triggered, difference, poisoned]({picture.parent.name}/{picture.name})", ""]
+        lines += [
+            f"![clean, triggered, difference, poisoned]({picture.parent.name}/{picture.name})",
+            "",
+        ]
     lines += [text, ""] if text else []
     lines.append(f"- **Controls**: {attack.controls}")
     lines += [f"- **{part}**: {parts[part]}" for part in PARTS if part in parts]
@@ -65,11 +82,20 @@ def section(attack: type[Attack], name: str, picture: Path, row: dict[str, str] 
 def split(text: str) -> tuple[str, dict[str, str]]:
     """A docstring without its labelled sentences, and those, each on one line."""
     found = re.split(rf"^({'|'.join(PARTS)}): ", text, flags=re.MULTILINE)
-    line = lambda words: " ".join(words.split())
+
+    def line(words):
+        return " ".join(words.split())
+
     return line(found[0]), {label: line(words) for label, words in zip(found[1::2], found[2::2])}
 
 
 def measured(row: dict[str, str]) -> str:
-    ca, asr, twin = (f"{float(row[name]):.3f}" for name in ("clean_accuracy", "attack_success_rate", "clean_accuracy_twin"))
+    ca, asr, twin = (
+        f"{float(row[name]):.3f}"
+        for name in ("clean_accuracy", "attack_success_rate", "clean_accuracy_twin")
+    )
     gate = "passed" if row["gate"] == "true" else "**failed**"
-    return f"`{row['preset']}`, seed {row['seed']}: CA {ca} (twin {twin}), ASR {asr} on {row['n_triggered']} images; gate {gate}"
+    return (
+        f"`{row['preset']}`, seed {row['seed']}: CA {ca} (twin {twin}), ASR {asr} on"
+        f" {row['n_triggered']} images; gate {gate}"
+    )

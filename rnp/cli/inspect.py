@@ -18,10 +18,28 @@ from rnp.unlearn import Unlearn
 @click.command()
 @mlflow_too
 @about_the_subject
-@click.option("-o", "--out", type=click.Path(path_type=Path, file_okay=False), help="folder for a report")
-def inspect(model: Path, clean: str, out: Path | None, seed: int, mlflow: bool, **values: object) -> None:
-    """Say what MODEL does on clean images, to which label it drifts while it unlearns, and how small a trigger it yields to."""
-    parts = {name: build(cls, values, f"{name}.") for name, cls in (("unlearn", Unlearn), ("search", NeuralCleanse))}
-    result = examine(model, clean, out, subject=build(Subject, values), seed=seed, mlflow=mlflow, command=typed_command(), **parts)
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path, file_okay=False), help="folder for a report"
+)
+def inspect(
+    model: Path, clean: str, out: Path | None, seed: int, mlflow: bool, **values: object
+) -> None:
+    """Say what MODEL does on clean images, to which label it drifts while it unlearns, and how
+    small a trigger it yields to.
+    """
+    parts = {
+        name: build(cls, values, f"{name}.")
+        for name, cls in (("unlearn", Unlearn), ("search", NeuralCleanse))
+    }
+    result = examine(
+        model,
+        clean,
+        out,
+        subject=build(Subject, values),
+        seed=seed,
+        mlflow=mlflow,
+        command=typed_command(),
+        **parts,
+    )
     for line in summary(result):
         click.echo(printable(line))

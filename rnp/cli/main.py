@@ -27,7 +27,10 @@ COMMANDS = {
     "prune": "Choose on the defence set how many neurons to prune, and prune them.",
     "defend": "Repair the backdoored model by another defence.",
     "detect": "Recover triggers, name the target label, find triggered images.",
-    "controls": "Ask of a repair what it costs a benign model, how soon the backdoor returns, what fewer images do.",
+    "controls": (
+        "Ask of a repair what it costs a benign model, how soon the backdoor returns, what fewer"
+        " images do."
+    ),
     "evaluate": "Measure CA, ASR, RA and DER of every model.",
     "report": "Write one self-contained page about everything.",
     "sweep": "Run a grid of configurations, several at a time.",
@@ -63,12 +66,16 @@ class Lazy(click.Group):
 @click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="rnp")
 def cli() -> None:
-    """Remove backdoors from image classifiers: Reconstructive Neuron Pruning and what it is compared with."""
+    """Remove backdoors from image classifiers: Reconstructive Neuron Pruning and what it is
+    compared with.
+    """
 
 
 @contextlib.contextmanager
 def guard() -> Iterator[None]:
-    """One clear line and an exit code for what a user can mend (2) and for what a machine does to us (1)."""
+    """One clear line and an exit code for what a user can mend (2) and for what a machine does to
+    us (1).
+    """
     try:
         yield
     except UserError as error:
@@ -78,7 +85,11 @@ def guard() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        leave(f"the disk is full: {error.filename or 'no space left'}; free some and run again, nothing was half-written", 1)
+        leave(
+            f"the disk is full: {error.filename or 'no space left'}; free some and run again,"
+            " nothing was half-written",
+            1,
+        )
 
 
 def leave(message: str, code: int) -> None:

@@ -1,10 +1,11 @@
-"""Options from dataclasses: the name of a field is its option, its annotation the type and the help text."""
+"""Options from dataclasses: the name of a field is its option, its annotation the type and the
+help text.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +17,11 @@ from rnp.errors import UserError
 PATH = click.Path(path_type=Path)
 
 
-def fields(cls: type, prefix: str = "", like: object = None) -> Iterator[tuple[str, object, str, object]]:
-    """Name, type, help text and default of each hyperparameter; those of a nested dataclass get its name and a dot.
+def fields(
+    cls: type, prefix: str = "", like: object = None
+) -> Iterator[tuple[str, object, str, object]]:
+    """Name, type, help text and default of each hyperparameter; those of a nested dataclass get
+    its name and a dot.
 
     Defaults are those of `like`, an instance of `cls`, if it is given.
     """
@@ -35,11 +39,19 @@ def fields(cls: type, prefix: str = "", like: object = None) -> Iterator[tuple[s
 
 
 def options(cls: type, prefix: str = "", like: object = None) -> Callable:
-    """A decorator that gives a click command one option per hyperparameter of `cls`; defaults are those of `like`, if given."""
+    """A decorator that gives a click command one option per hyperparameter of `cls`; defaults are
+    those of `like`, if given.
+    """
 
     def decorate(command: Callable) -> Callable:
         for name, hint, text, default in reversed(list(fields(cls, prefix, like))):
-            command = click.option(*declaration(name, hint), **settings(hint), default=default, help=text, show_default=True)(command)
+            command = click.option(
+                *declaration(name, hint),
+                **settings(hint),
+                default=default,
+                help=text,
+                show_default=True,
+            )(command)
         return command
 
     return decorate
@@ -76,22 +88,37 @@ def build(cls: type, values: dict[str, object], prefix: str = "") -> object:
     for field in dataclasses.fields(cls):
         name = f"{prefix}{field.name}"
         nested = dataclasses.is_dataclass(hints[field.name])
-        given[field.name] = build(hints[field.name], values, f"{name}.") if nested else values.pop(argument(name))
+        given[field.name] = (
+            build(hints[field.name], values, f"{name}.") if nested else values.pop(argument(name))
+        )
     return cls(**given)
 
 
 def from_section(cls: type, section: dict[str, object], prefix: str = "") -> object:
-    """An instance of `cls` from the leaves of a section of params.yaml, by key; what they lack has its default."""
+    """An instance of `cls` from the leaves of a section of params.yaml, by key; what they lack has
+    its default.
+    """
     given = {name: section.get(name, default) for name, _, _, default in fields(cls, prefix)}
-    return build(cls, {argument(name): tuple(v) if isinstance(v, list) else v for name, v in given.items()}, prefix)
+    return build(
+        cls,
+        {argument(name): tuple(v) if isinstance(v, list) else v for name, v in given.items()},
+        prefix,
+    )
 
 
-def command(name: str, *hyperparameters: type | tuple[type, str], inputs: tuple[str, ...] = (), outs: tuple[str, ...] = ("out",),
-            seed: bool = True, parallel: bool = False) -> Callable:
+def command(
+    name: str,
+    *hyperparameters: type | tuple[type, str],
+    inputs: tuple[str, ...] = (),
+    outs: tuple[str, ...] = ("out",),
+    seed: bool = True,
+    parallel: bool = False,
+) -> Callable:
     """A stage as a click command.
 
-    The function is called with the inputs and outputs as paths, `seed`, `report`, and one instance of each class in
-    `hyperparameters` (with a prefix where a tuple gives one), in that order. Under torchrun only those run that are `parallel`.
+    The function is called with the inputs and outputs as paths, `seed`, `report`, and one instance
+    of each class in `hyperparameters` (with a prefix where a tuple gives one), in that order.
+    Under torchrun only those run that are `parallel`.
     """
 
     def decorate(function: Callable) -> click.Command:
@@ -107,13 +134,27 @@ def command(name: str, *hyperparameters: type | tuple[type, str], inputs: tuple[
         for cls, prefix in reversed(pairs):
             run = options(cls, prefix)(run)
         if seed:
-            run = click.option("--seed", type=int, default=0, show_default=True, help="where all random numbers come from")(run)
-        run = click.option("--report", type=PATH, required=True, help="folder for metrics, history and figures")(run)
+            run = click.option(
+                "--seed",
+                type=int,
+                default=0,
+                show_default=True,
+                help="where all random numbers come from",
+            )(run)
+        run = click.option(
+            "--report", type=PATH, required=True, help="folder for metrics, history and figures"
+        )(run)
         for out in reversed(outs):
-            run = click.option(f"--{out}", type=PATH, required=True, help="what this stage makes")(run)
+            run = click.option(f"--{out}", type=PATH, required=True, help="what this stage makes")(
+                run
+            )
         for read in reversed(inputs):
-            run = click.option(f"--{read}", type=click.Path(path_type=Path, exists=True), required=True,
-                               help="what an earlier stage made")(run)
+            run = click.option(
+                f"--{read}",
+                type=click.Path(path_type=Path, exists=True),
+                required=True,
+                help="what an earlier stage made",
+            )(run)
         made = click.command(name)(run)
         made.work = function  # for those who have the options already
         made.parallel = parallel
@@ -123,7 +164,9 @@ def command(name: str, *hyperparameters: type | tuple[type, str], inputs: tuple[
 
 
 def generator(seed: int, stage: str) -> "torch.Generator":
-    """The random numbers of one stage: different for every stage, the same for every run with this seed."""
+    """The random numbers of one stage: different for every stage, the same for every run with this
+    seed.
+    """
     import hashlib
 
     import torch

@@ -19,18 +19,37 @@ ATTACKS = tuple((load("attack", name), f"{name}.") for name in names("attack"))
 
 
 @command("poison", ChooseAttack, *ATTACKS, inputs=("pool", "twin"))
-def poison(choice: ChooseAttack, *attacks: Attack, pool: Path, twin: Path, out: Path, report: Path, seed: int) -> None:
-    """Write to OUT the changed images with their positions and labels, the trigger, and the attack's options."""
+def poison(
+    choice: ChooseAttack,
+    *attacks: Attack,
+    pool: Path,
+    twin: Path,
+    out: Path,
+    report: Path,
+    seed: int,
+) -> None:
+    """Write to OUT the changed images with their positions and labels, the trigger, and the
+    attack's options.
+    """
     attack = next(each for each in attacks if each.name == choice.attack)
     clean = load_images(pool)
     surrogate, _, _ = load_model(twin)
     poisoned = attack.poison(clean, rng=generator(seed, "poison"), surrogate=surrogate)
     save_poisoned(out, poisoned, {"attack": attack.name, **dataclasses.asdict(attack)})
     first = torch.cat([(~poisoned.covers).nonzero()[:4], poisoned.covers.nonzero()[:2]]).squeeze(1)
-    stored = to_floats(poisoned.images[first]) if len(first) else None  # an attack on the weights changes no image
-    originals = to_floats(clean.images[poisoned.positions[first]] if len(first) else clean.images[:6])
+    stored = (
+        to_floats(poisoned.images[first]) if len(first) else None
+    )  # an attack on the weights changes no image
+    originals = to_floats(
+        clean.images[poisoned.positions[first]] if len(first) else clean.images[:6]
+    )
     trigger_grid(report / "triggers.png", originals, poisoned.trigger(originals), stored)
-    write_json(report / "metrics.json", {
-        "poisoned": int((~poisoned.covers).sum()), "covers": int(poisoned.covers.sum()), "pool": len(clean),
-        "largest_change": float((poisoned.trigger(originals) - originals).abs().max()),
-    })
+    write_json(
+        report / "metrics.json",
+        {
+            "poisoned": int((~poisoned.covers).sum()),
+            "covers": int(poisoned.covers.sum()),
+            "pool": len(clean),
+            "largest_change": float((poisoned.trigger(originals) - originals).abs().max()),
+        },
+    )

@@ -1,4 +1,6 @@
-"""Print a complete, commented params.yaml: every option of every command, with the values of the preset."""
+"""Print a complete, commented params.yaml: every option of every command, with the values of the
+preset.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ def presets() -> list[str]:
 
 
 def render(name: str) -> str:
-    """The text of params.yaml: the preset's own opening comment, then all keys; those that it does not set have defaults.
+    """The text of params.yaml: the preset's own opening comment, then all keys; those that it does
+    not set have defaults.
 
     Raises: UserError when there is no such preset.
     """

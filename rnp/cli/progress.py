@@ -1,4 +1,6 @@
-"""A progress line with the current numbers while work is long; silent when the output is no terminal."""
+"""A progress line with the current numbers while work is long; silent when the output is no
+terminal.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from rnp.types import Epoch, OnEpoch
 
 @contextlib.contextmanager
 def progress(what: str, total: int | None, *listeners: OnEpoch) -> Iterator[OnEpoch]:
-    """An epoch listener that moves the bar by one (of `total`, when it is known) and passes the epoch on to `listeners`."""
+    """An epoch listener that moves the bar by one (of `total`, when it is known) and passes the
+    epoch on to `listeners`.
+    """
 
     def tell(epoch: Epoch) -> None:
         for listener in listeners:
@@ -24,8 +28,13 @@ def progress(what: str, total: int | None, *listeners: OnEpoch) -> Iterator[OnEp
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"),
-               TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[now]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=total, now="")
 

@@ -8,13 +8,23 @@ from pathlib import Path
 
 from rnp.cli.concerns import refuse_unfit
 from rnp.cli.options import command
-from rnp.io import load_defence_set, load_mask, load_model, save_model, whole, write_json, write_rows
+from rnp.io import (
+    load_defence_set,
+    load_mask,
+    load_model,
+    save_model,
+    whole,
+    write_json,
+    write_rows,
+)
 from rnp.plots import sweep_curve
 from rnp.prune import Prune
 
 
 @command("prune", Prune, inputs=("model", "masks", "defence"), seed=False)
-def prune(options: Prune, *, model: Path, masks: Path, defence: Path, out: Path, report: Path) -> None:
+def prune(
+    options: Prune, *, model: Path, masks: Path, defence: Path, out: Path, report: Path
+) -> None:
     """Write to OUT the repaired model, and in which order neurons may go."""
     victim, architecture, classes = load_model(model)
     mask = load_mask(masks / "mask.safetensors")
@@ -26,7 +36,12 @@ def prune(options: Prune, *, model: Path, masks: Path, defence: Path, out: Path,
         write_json(draft / "order.json", {"order": pruned.order, "pruned": pruned.chosen.pruned})
     write_rows(report / "sweep.csv", [dataclasses.asdict(point) for point in pruned.sweep])
     sweep_curve(report / "sweep.png", pruned.sweep, pruned.chosen)
-    write_json(report / "metrics.json", {
-        **dataclasses.asdict(pruned.chosen), "rule": options.rule, "neurons": sum(len(v) for v in mask.values()),
-        "layers": dict(Counter(layer for layer, _ in pruned.neurons)),
-    })
+    write_json(
+        report / "metrics.json",
+        {
+            **dataclasses.asdict(pruned.chosen),
+            "rule": options.rule,
+            "neurons": sum(len(v) for v in mask.values()),
+            "layers": dict(Counter(layer for layer, _ in pruned.neurons)),
+        },
+    )

@@ -22,10 +22,24 @@ from rnp.unlearn import Unlearn
 def about_the_subject(function: Callable) -> Callable:
     """The arguments and options of every command about a stranger's model."""
     for decorate in (
-        options(NeuralCleanse, "search.", SEARCH), options(Unlearn, "unlearn.", UNLEARN), options(Subject),
-        click.option("--seed", type=int, default=0, show_default=True, help="where all random numbers come from"),
-        click.option("--clean", required=True, help="clean images: a folder with a folder per class, a folder of images,"
-                     " a .csv or .parquet of path and label, torchvision:NAME, or a defence set of the pipeline"),
+        options(NeuralCleanse, "search.", SEARCH),
+        options(Unlearn, "unlearn.", UNLEARN),
+        options(Subject),
+        click.option(
+            "--seed",
+            type=int,
+            default=0,
+            show_default=True,
+            help="where all random numbers come from",
+        ),
+        click.option(
+            "--clean",
+            required=True,
+            help=(
+                "clean images: a folder with a folder per class, a folder of images, a .csv or"
+                " .parquet of path and label, torchvision:NAME, or a defence set of the pipeline"
+            ),
+        ),
         click.argument("model", type=click.Path(path_type=Path)),
     ):
         function = decorate(function)
@@ -42,21 +56,56 @@ def typed_command() -> str:
 @click.command()
 @options(Prune, "prune.", PRUNE)
 @options(Recover, "recover.", RECOVER)
-@click.option("--rounds", type=int, default=ROUNDS, show_default=True,
-              help="of tuning against triggers that pruning leaves open, at most; 0: pruning alone")
+@click.option(
+    "--rounds",
+    type=int,
+    default=ROUNDS,
+    show_default=True,
+    help="of tuning against triggers that pruning leaves open, at most; 0: pruning alone",
+)
 @mlflow_too
 @about_the_subject
-@click.option("-o", "--out", type=click.Path(path_type=Path, file_okay=False), required=True,
-              help="folder for the repaired model and the report")
-def purify(model: Path, clean: str, out: Path, seed: int, mlflow: bool, rounds: int, **values: object) -> None:
-    """Repair MODEL with clean images alone: unlearn, recover, prune, then tune where a small trigger is left open.
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="folder for the repaired model and the report",
+)
+def purify(
+    model: Path, clean: str, out: Path, seed: int, mlflow: bool, rounds: int, **values: object
+) -> None:
+    """Repair MODEL with clean images alone: unlearn, recover, prune, then tune where a small
+    trigger is left open.
 
-    OUT gets purified.safetensors, report.html, report.json, modelcard.md and masks.csv. MODEL itself is opened once, as
-    `rnp convert` does, and never changed.
+    OUT gets purified.safetensors, report.html, report.json, modelcard.md and masks.csv. MODEL
+    itself is opened once, as `rnp convert` does, and never changed.
     """
-    parts = {name: build(cls, values, f"{name}.") for name, cls in
-             (("unlearn", Unlearn), ("recover", Recover), ("prune", Prune), ("search", NeuralCleanse))}
-    result = repair(model, clean, out, subject=build(Subject, values), seed=seed, rounds=rounds, mlflow=mlflow,
-                    command=typed_command(), **parts)
-    for line in [*summary(result), f"{out / 'purified.safetensors'}, and {out / 'report.html'}, which says what was not tested"]:
+    parts = {
+        name: build(cls, values, f"{name}.")
+        for name, cls in (
+            ("unlearn", Unlearn),
+            ("recover", Recover),
+            ("prune", Prune),
+            ("search", NeuralCleanse),
+        )
+    }
+    result = repair(
+        model,
+        clean,
+        out,
+        subject=build(Subject, values),
+        seed=seed,
+        rounds=rounds,
+        mlflow=mlflow,
+        command=typed_command(),
+        **parts,
+    )
+    for line in [
+        *summary(result),
+        (
+            f"{out / 'purified.safetensors'}, and {out / 'report.html'}, which says what was not"
+            " tested"
+        ),
+    ]:
         click.echo(printable(line))

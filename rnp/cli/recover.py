@@ -1,4 +1,6 @@
-"""Minimise the error of the unlearned model again, with one mask per neuron as the only free parameters."""
+"""Minimise the error of the unlearned model again, with one mask per neuron as the only free
+parameters.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +12,36 @@ import torch
 from rnp.cli.concerns import refuse_unfit
 from rnp.cli.options import command, generator
 from rnp.cli.progress import progress
-from rnp.io import History, load_defence_set, load_model, mask_rows, save_mask, save_model, whole, write_json, write_rows
+from rnp.io import (
+    History,
+    load_defence_set,
+    load_model,
+    mask_rows,
+    save_mask,
+    save_model,
+    whole,
+    write_json,
+    write_rows,
+)
 from rnp.plots import mask_histogram
 from rnp.recover import Recover
 from rnp.training import accuracy, steps_per_epoch
 
 
 @command("recover", Recover, inputs=("unlearned", "defence"))
-def recover(options: Recover, *, unlearned: Path, defence: Path, out: Path, report: Path, seed: int) -> None:
+def recover(
+    options: Recover, *, unlearned: Path, defence: Path, out: Path, report: Path, seed: int
+) -> None:
     """Write to OUT the neuron mask (safetensors and CSV) and the recovered model."""
     model, architecture, classes = load_model(unlearned / "model.safetensors")
     both = load_defence_set(defence)
     refuse_unfit(both, classes, len(model.mean.flatten()))
     clean = both.train
     total = math.ceil(options.steps / steps_per_epoch(len(clean), options.batch_size))
-    with History(report / "history.csv") as history, progress("recover", total, history) as on_epoch:
+    with (
+        History(report / "history.csv") as history,
+        progress("recover", total, history) as on_epoch,
+    ):
         recovered = options(model, clean, rng=generator(seed, "recover"), on_epoch=on_epoch)
     with whole(out) as draft:
         save_mask(draft / "mask.safetensors", recovered.mask)
@@ -32,7 +49,14 @@ def recover(options: Recover, *, unlearned: Path, defence: Path, out: Path, repo
         save_model(draft / "model.safetensors", recovered.model, architecture, classes)
     mask_histogram(report / "masks.png", recovered.mask)
     values = torch.cat(list(recovered.mask.values()))
-    write_json(report / "metrics.json", {
-        "accuracy": accuracy(recovered.model, clean), "neurons": len(values),
-        **{f"mask_quantile_{q}": values.quantile(q).item() for q in (0.005, 0.01, 0.05, 0.1, 0.5)},
-    })
+    write_json(
+        report / "metrics.json",
+        {
+            "accuracy": accuracy(recovered.model, clean),
+            "neurons": len(values),
+            **{
+                f"mask_quantile_{q}": values.quantile(q).item()
+                for q in (0.005, 0.01, 0.05, 0.1, 0.5)
+            },
+        },
+    )

@@ -14,42 +14,102 @@ from jinja2 import Environment, FileSystemLoader
 from rnp.cli.check import leaves
 from rnp.io import read_json, whole
 
-ORDER = ("prepare", "twin", "poison", "train", "unlearn", "recover", "prune", "defend", "detect", "controls", "evaluate")
+ORDER = (
+    "prepare",
+    "twin",
+    "poison",
+    "train",
+    "unlearn",
+    "recover",
+    "prune",
+    "defend",
+    "detect",
+    "controls",
+    "evaluate",
+)
 PACKAGES = ("rnp", "torch", "torchvision", "numpy", "scipy", "matplotlib", "dvc", "mlflow")
 MEASURES = {
-    "clean_accuracy": "Clean accuracy (CA)", "attack_success_rate": "Attack success rate (ASR)",
-    "robust_accuracy": "Robust accuracy (RA)", "der": "Defence effectiveness (DER)",
+    "clean_accuracy": "Clean accuracy (CA)",
+    "attack_success_rate": "Attack success rate (ASR)",
+    "robust_accuracy": "Robust accuracy (RA)",
+    "der": "Defence effectiveness (DER)",
 }
 WORDS = {
-    "clean_accuracy": "CA", "attack_success_rate": "ASR", "robust_accuracy": "RA", "der": "DER",
-    "clean_accuracy_before": "CA before", "attack_success_rate_before": "ASR before", "target_class_accuracy": "target class", "l1": "size (pixels)", "iou": "IoU", "iou_top_k": "IoU, top k",
-    "auroc": "AUROC", "auprc": "AUPRC", "tpr_at_5_fpr": "TPR at 5 % FPR", "fpr": "FPR", "fpr_target_class": "FPR on target class",
-    "rnp": "RNP", "oracle": "oracle (unattainable for a defender)", "twin": "twin (never backdoored)",
+    "clean_accuracy": "CA",
+    "attack_success_rate": "ASR",
+    "robust_accuracy": "RA",
+    "der": "DER",
+    "clean_accuracy_before": "CA before",
+    "attack_success_rate_before": "ASR before",
+    "target_class_accuracy": "target class",
+    "l1": "size (pixels)",
+    "iou": "IoU",
+    "iou_top_k": "IoU, top k",
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "tpr_at_5_fpr": "TPR at 5 % FPR",
+    "fpr": "FPR",
+    "fpr_target_class": "FPR on target class",
+    "rnp": "RNP",
+    "oracle": "oracle (unattainable for a defender)",
+    "twin": "twin (never backdoored)",
 }
 FIGURES = {  # stage/name -> what is seen, what it says
-    "poison/triggers": ("Rows of images: clean, triggered, their difference, and as stored in the training set.",
-                        "The trigger on training images; the difference is amplified five times."),
+    "poison/triggers": (
+        "Rows of images: clean, triggered, their difference, and as stored in the training set.",
+        "The trigger on training images; the difference is amplified five times.",
+    ),
     "train/training": ("Loss and accuracy against epochs.", "Training of the backdoored model."),
     "twin/training": ("Loss and accuracy against epochs.", "Training of the benign twin."),
-    "unlearn/unlearning": ("Accuracy on the defence set and class shares of the predictions against steps of the ascent.",
-                           "Unlearning: which class takes over while accuracy falls. Grey lines are the other classes."),
-    "recover/masks": ("Histogram of all masks, and one tick per neuron for each layer.",
-                      "Recovered masks; neurons with the lowest are pruned first. One tick is one neuron."),
-    "prune/sweep": ("Accuracy on the defence set and paired drop against the number of pruned neurons.",
-                    "What the defender sees, and where the rule stopped."),
-    "evaluate/pruning": ("Clean accuracy and attack success rate on test images against the number of pruned neurons.",
-                         "What the defender does not see. The oracle point is chosen with the triggered test images: nobody who"
-                         " lacks the trigger can find it."),
-    "evaluate/models": ("Bars of CA, ASR and RA for every model.", "Every model on the same test images."),
-    "detect/triggers": ("True and recovered triggers: pattern under its mask, and the mask.",
-                        "The triggers found for the target class. Of a trigger that touches the whole image, its effect on one"
-                        " image is shown, around mid-grey."),
-    "detect/roc": ("ROC curves of the sample detectors.", "Telling triggered images from clean ones."),
+    "unlearn/unlearning": (
+        (
+            "Accuracy on the defence set and class shares of the predictions against steps of the"
+            " ascent."
+        ),
+        (
+            "Unlearning: which class takes over while accuracy falls. Grey lines are the other"
+            " classes."
+        ),
+    ),
+    "recover/masks": (
+        "Histogram of all masks, and one tick per neuron for each layer.",
+        "Recovered masks; neurons with the lowest are pruned first. One tick is one neuron.",
+    ),
+    "prune/sweep": (
+        "Accuracy on the defence set and paired drop against the number of pruned neurons.",
+        "What the defender sees, and where the rule stopped.",
+    ),
+    "evaluate/pruning": (
+        (
+            "Clean accuracy and attack success rate on test images against the number of pruned"
+            " neurons."
+        ),
+        (
+            "What the defender does not see. The oracle point is chosen with the triggered test"
+            " images: nobody who lacks the trigger can find it."
+        ),
+    ),
+    "evaluate/models": (
+        "Bars of CA, ASR and RA for every model.",
+        "Every model on the same test images.",
+    ),
+    "detect/triggers": (
+        "True and recovered triggers: pattern under its mask, and the mask.",
+        (
+            "The triggers found for the target class. Of a trigger that touches the whole image,"
+            " its effect on one image is shown, around mid-grey."
+        ),
+    ),
+    "detect/roc": (
+        "ROC curves of the sample detectors.",
+        "Telling triggered images from clean ones.",
+    ),
 }
 
 
 def page(reports: Path, params: dict, out: Path, stranger: dict | None = None) -> None:
-    """Write to `out` the report on `reports`, a folder per stage; stages that are absent are left out.
+    """Write to `out` the report on `reports`, a folder per stage; stages that are absent are left
+    out.
 
     `stranger` is what `rnp purify` knows of a model and images that no stage made.
 
@@ -61,34 +121,68 @@ def page(reports: Path, params: dict, out: Path, stranger: dict | None = None) -
     figures: dict[str, list[dict[str, str]]] = {}
     for stage, path in found(reports, "*.png"):
         figures.setdefault(stage, []).append(figure(stage, path))
-    said = {key: {name: decided(label) for name, label in metrics.get("detect", {}).get(key, {}).items()}
-            for key in ("labels", "twin_labels")}
-    text = environment().get_template("report.html.j2").render(
-        metrics=metrics, figures=figures, params=dict(leaves(params)), measures=MEASURES,
-        numbers={stage: dict(leaves(values)) for stage, values in metrics.items()}, times=times, took=dict(took(times)),
-        **said, verdict=list(verdict(metrics)),
-        seed=params.get("seed"), versions=dict(versions()), stranger=stranger,
+    said = {
+        key: {
+            name: decided(label) for name, label in metrics.get("detect", {}).get(key, {}).items()
+        }
+        for key in ("labels", "twin_labels")
+    }
+    text = (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            metrics=metrics,
+            figures=figures,
+            params=dict(leaves(params)),
+            measures=MEASURES,
+            numbers={stage: dict(leaves(values)) for stage, values in metrics.items()},
+            times=times,
+            took=dict(took(times)),
+            **said,
+            verdict=list(verdict(metrics)),
+            seed=params.get("seed"),
+            versions=dict(versions()),
+            stranger=stranger,
+        )
     )
     with whole(out) as draft:
         draft.write_bytes(text.encode(errors="replace"))
 
 
 def environment() -> Environment:
-    made = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    made.filters |= {"number": number, "words": words, "seconds": seconds, "signed": lambda value: f"{value:+.3f}"}
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {
+        "number": number,
+        "words": words,
+        "seconds": seconds,
+        "signed": lambda value: f"{value:+.3f}",
+    }
     return made
 
 
 def found(reports: Path, pattern: str) -> Iterator[tuple[str, Path]]:
-    """Stage and path of each such file, in the order of the stages; whatever else lies in `reports` is passed over."""
+    """Stage and path of each such file, in the order of the stages; whatever else lies in
+    `reports` is passed over.
+    """
     for stage in ORDER:
         for path in sorted((reports / stage).rglob(pattern)):
             yield path.parent.relative_to(reports).as_posix(), path
 
 
 def figure(stage: str, path: Path) -> dict[str, str]:
-    alt, caption = FIGURES.get(f"{stage}/{path.stem}", (f"Figure {path.stem}.", f"{words(path.stem).capitalize()}."))
-    return {"src": f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}", "alt": alt, "caption": caption}
+    alt, caption = FIGURES.get(
+        f"{stage}/{path.stem}", (f"Figure {path.stem}.", f"{words(path.stem).capitalize()}.")
+    )
+    return {
+        "src": f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}",
+        "alt": alt,
+        "caption": caption,
+    }
 
 
 def decided(verdict: dict) -> dict:
@@ -100,13 +194,21 @@ def words(key: object) -> str:
 
 
 def number(value: object) -> str:
-    """Fractions to three places, small and large numbers to three digits, what is absent as a dash."""
+    """Fractions to three places, small and large numbers to three digits, what is absent as a
+    dash.
+    """
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return "–" if math.isnan(value) else f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 100 else f"{value:.3g}"
+        return (
+            "–"
+            if math.isnan(value)
+            else f"{value:.3f}"
+            if value == 0 or 1e-3 <= abs(value) < 100
+            else f"{value:.3g}"
+        )
     if isinstance(value, list | tuple):
         return ", ".join(number(item) for item in value) or "–"
     return "–" if value is None else str(value)
@@ -135,27 +237,50 @@ def versions() -> Iterator[tuple[str, str]]:
 
 
 def verdict(metrics: dict[str, dict]) -> Iterator[str]:
-    """What was measured, in sentences: each number with its count and interval, and no word about what was not measured."""
+    """What was measured, in sentences: each number with its count and interval, and no word about
+    what was not measured.
+    """
     scores, pruning = metrics.get("evaluate", {}), metrics.get("prune", {})
     if "pruned" in pruning and "lost" in pruning:
-        yield (f"RNP pruned {number(pruning['pruned'])} of {number(pruning.get('neurons'))} neurons; the accuracy on the"
-               f" defender's own images changed by {0 - pruning['lost']:+.3f}.")
+        yield (
+            f"RNP pruned {number(pruning['pruned'])} of {number(pruning.get('neurons'))} neurons;"
+            f" the accuracy on the defender's own images changed by {0 - pruning['lost']:+.3f}."
+        )
     if "attack_success_rate" not in scores:
-        yield ("No triggered image was tested. Whether the model carried a backdoor, and whether it still carries one, was"
-               " not measured.")
+        yield (
+            "No triggered image was tested. Whether the model carried a backdoor, and whether it"
+            " still carries one, was not measured."
+        )
         return
-    yield change("The attack success rate", scores, "attack_success_rate", "n_triggered", "triggered test images")
+    yield change(
+        "The attack success rate",
+        scores,
+        "attack_success_rate",
+        "n_triggered",
+        "triggered test images",
+    )
     floor = scores.get("models", {}).get("twin", {}).get("attack_success_rate")
     if floor is not None:
-        yield f"A model that was never backdoored sends {floor:.3f} of these images to the target label."
+        yield (
+            f"A model that was never backdoored sends {floor:.3f} of these images to the target"
+            " label."
+        )
     yield change("The clean accuracy", scores, "clean_accuracy", "n_clean", "clean test images")
 
 
 def change(what: str, scores: dict, key: str, count: str, images: str) -> str:
-    """`before` is compared with the interval around `after`: a difference that the interval covers is called none."""
-    after, before, interval = scores[key], scores.get(f"{key}_before"), scores.get("intervals", {}).get(key)
+    """`before` is compared with the interval around `after`: a difference that the interval covers
+    is called none.
+    """
+    after, before, interval = (
+        scores[key],
+        scores.get(f"{key}_before"),
+        scores.get("intervals", {}).get(key),
+    )
     n = f" on {scores[count]:,} {images}" if count in scores else ""
-    measured = f"{after:.3f}{n}" + (f" (95\u00a0% interval {interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
+    measured = f"{after:.3f}{n}" + (
+        f" (95\u00a0% interval {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+    )
     if before is None or interval is None:
         return f"{what} is {measured}."
     if interval[0] <= before <= interval[1]:

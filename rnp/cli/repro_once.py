@@ -1,6 +1,8 @@
-"""`dvc repro` for one of several copies that share a cache: of equal stages one runs, the others wait and take its results.
+"""`dvc repro` for one of several copies that share a cache: of equal stages one runs, the others
+wait and take its results.
 
-A script, not a module: `python -P repro_once.py LOCKS [TARGET]`, for it is DVC that it runs, wherever `rnp` comes from.
+A script, not a module: `python -P repro_once.py LOCKS [TARGET]`, for it is DVC that it runs,
+wherever `rnp` comes from.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from dvc.stage import Stage
 
 @contextlib.contextmanager
 def turn(locks: Path, stage: Stage) -> Iterator[None]:
-    """Nobody else is at a stage with this command and these dependencies; the lock falls with the process that holds it."""
+    """Nobody else is at a stage with this command and these dependencies; the lock falls with the
+    process that holds it.
+    """
     try:
         facts = repr([stage.cmd, sorted((dep.def_path, str(dep.get_hash())) for dep in stage.deps)])
     except (DvcException, OSError):  # what is missing, DVC names in better words

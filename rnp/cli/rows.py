@@ -21,32 +21,98 @@ STAGES = ("poison", "train", "unlearn", "recover", "prune")
 UNREPAIRED = {"backdoored", "unlearned", "recovered", "twin", "oracle"}
 """The models that `evaluate` measures beside the defences."""
 COLUMNS = (
-    "preset", "attack", "defence", "seed", "gate", *(f"{name}_before" for name in MEASURES), *MEASURES, "der",
-    "neurons_pruned", "neurons", "threshold", "oracle_clean_accuracy", "oracle_attack_success_rate",
-    *(f"seconds_{stage}" for stage in STAGES if stage != "poison"), "device", "version", "clean_accuracy_twin", "n_clean",
-    "n_triggered", "torch", "seconds_poison", "seconds", "clean_images", "settings", "made",
+    "preset",
+    "attack",
+    "defence",
+    "seed",
+    "gate",
+    *(f"{name}_before" for name in MEASURES),
+    *MEASURES,
+    "der",
+    "neurons_pruned",
+    "neurons",
+    "threshold",
+    "oracle_clean_accuracy",
+    "oracle_attack_success_rate",
+    *(f"seconds_{stage}" for stage in STAGES if stage != "poison"),
+    "device",
+    "version",
+    "clean_accuracy_twin",
+    "n_clean",
+    "n_triggered",
+    "torch",
+    "seconds_poison",
+    "seconds",
+    "clean_images",
+    "settings",
+    "made",
 )
 KEY = ("preset", "attack", "defence", "seed")
 DETECTION_KEY = ("preset", "attack", "seed", "task", "detector", "model", "setting")
 DETECTION_COLUMNS = (
-    "preset", "attack", "seed", "gate", "task", "detector", "model", "setting", "label_correct", "label", "margin", "auroc", "auprc",
-    "base_rate", "tpr_at_5_fpr", "fpr", "fpr_target_class", "iou", "l1", "attack_success_rate", "clean_accuracy", "der", "gain",
-    "seconds", "device", "version", "torch", "settings", "made",
+    "preset",
+    "attack",
+    "seed",
+    "gate",
+    "task",
+    "detector",
+    "model",
+    "setting",
+    "label_correct",
+    "label",
+    "margin",
+    "auroc",
+    "auprc",
+    "base_rate",
+    "tpr_at_5_fpr",
+    "fpr",
+    "fpr_target_class",
+    "iou",
+    "l1",
+    "attack_success_rate",
+    "clean_accuracy",
+    "der",
+    "gain",
+    "seconds",
+    "device",
+    "version",
+    "torch",
+    "settings",
+    "made",
 )
 CONTROL_KEY = ("preset", "attack", "seed", "control", "model", "amount")
 CONTROL_COLUMNS = (
-    *CONTROL_KEY, "gate", "clean_accuracy_before", "attack_success_rate_before", "clean_accuracy", "attack_success_rate",
-    "robust_accuracy", "der", "neurons_pruned", "seconds", "n_clean", "n_triggered", "device", "version", "torch", "settings", "made",
+    *CONTROL_KEY,
+    "gate",
+    "clean_accuracy_before",
+    "attack_success_rate_before",
+    "clean_accuracy",
+    "attack_success_rate",
+    "robust_accuracy",
+    "der",
+    "neurons_pruned",
+    "seconds",
+    "n_clean",
+    "n_triggered",
+    "device",
+    "version",
+    "torch",
+    "settings",
+    "made",
 )
 
 
 def settings(params: dict[str, object], attack: str, defence: str) -> str:
-    """Two digests: of what every attack shares (data, model, training, defence), and of the attack's own options.
+    """Two digests: of what every attack shares (data, model, training, defence), and of the
+    attack's own options.
 
     `params` are flat, as MLflow keeps them. Rows are comparable where the first digest is the same.
     """
-    own = {"rnp": ("unlearn.", "recover.", "prune."), "none": (), "detect": ("unlearn.", "detect.")}.get(
-        defence, (f"defences.{defence}.",))
+    own = {
+        "rnp": ("unlearn.", "recover.", "prune."),
+        "none": (),
+        "detect": ("unlearn.", "detect."),
+    }.get(defence, (f"defences.{defence}.",))
     shared = ("data.", f"datasets.{params['data.set']}.", "model.", "train.", *own)
 
     def digest(prefixes: tuple[str, ...]) -> str:
@@ -60,33 +126,59 @@ def check_fresh(stage: str, options: dict[str, object], params: dict) -> None:
     """Raises: UserError when the stage ran with other options than `params` has."""
     whole, _, part = stage.partition("/")
     names = {"train": ("train", "model"), "poison": ("poison", "attacks")}.get(whole, (whole,))
-    sections = [params.get("defences", {}).get(part) or {}] if part else [params.get(each, {}) for each in names]
-    wanted = {"seed": params["seed"]} | {name: value for section in sections for name, value in leaves(section)}
+    sections = (
+        [params.get("defences", {}).get(part) or {}]
+        if part
+        else [params.get(each, {}) for each in names]
+    )
+    wanted = {"seed": params["seed"]} | {
+        name: value for section in sections for name, value in leaves(section)
+    }
     used = params["poison"]["attack"] + "."
     for name, value in options.items():
         matters = stage != "poison" or name == "attack" or name.startswith(used)
-        if matters and name in wanted and wanted[name] != (list(value) if isinstance(value, tuple) else value):
-            raise UserError(f"{stage} ran with {name} {value}, params.yaml says {wanted[name]}; run `dvc repro` first")
+        if (
+            matters
+            and name in wanted
+            and wanted[name] != (list(value) if isinstance(value, tuple) else value)
+        ):
+            raise UserError(
+                f"{stage} ran with {name} {value}, params.yaml says {wanted[name]}; run `dvc repro`"
+                " first"
+            )
 
 
 def provenance(runs: dict[str, dict], flat: dict[str, object], what: str) -> dict[str, object]:
-    """Where a row comes from: machine and versions of the last of `runs`, settings (of the defence `what`, or of detection), and when."""
+    """Where a row comes from: machine and versions of the last of `runs`, settings (of the defence
+    `what`, or of detection), and when.
+    """
     run = [*runs.values()][-1]
-    return {**{name: run.get(name, "") for name in ("device", "version", "torch")},  # older reports do not say
-            "settings": settings(flat, flat["poison.attack"], what), "made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}"}
+    return {
+        **{
+            name: run.get(name, "") for name in ("device", "version", "torch")
+        },  # older reports do not say
+        "settings": settings(flat, flat["poison.attack"], what),
+        "made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}",
+    }
 
 
 def row(reports: Path, params: dict, defence: str) -> dict[str, object]:
-    """What the reports of one run say about RNP (`rnp`), another defence, or the backdoored model itself (`none`).
+    """What the reports of one run say about RNP (`rnp`), another defence, or the backdoored model
+    itself (`none`).
 
     `seconds` are those of the defence, `clean_images` those that the defender has.
     """
     flat = dict(leaves(params))
     trained, attack = read_json(reports / "train" / "metrics.json"), flat["poison.attack"]
     values = {
-        "preset": flat["preset"], "attack": attack, "defence": defence, "seed": flat["seed"],
-        "gate": trained["gate"], "clean_accuracy_twin": trained["clean_accuracy_twin"],
-        "n_clean": trained["n_clean"], "n_triggered": trained["n_triggered"],
+        "preset": flat["preset"],
+        "attack": attack,
+        "defence": defence,
+        "seed": flat["seed"],
+        "gate": trained["gate"],
+        "clean_accuracy_twin": trained["clean_accuracy_twin"],
+        "n_clean": trained["n_clean"],
+        "n_triggered": trained["n_triggered"],
         **{f"{name}_before": trained[name] for name in MEASURES},
     }
     runs = fresh_runs(reports, params, STAGES[:2])
@@ -96,18 +188,29 @@ def row(reports: Path, params: dict, defence: str) -> dict[str, object]:
     else:
         found = evaluated(reports, trained, attack)
         if defence not in found["models"]:
-            raise UserError(f"this run has no defence {defence!r}; choose from none, {', '.join(found['models'])}")
+            raise UserError(
+                f"this run has no defence {defence!r}; choose from none,"
+                f" {', '.join(found['models'])}"
+            )
         values |= {name: found["models"][defence][name] for name in (*MEASURES, "der")}
-        runs, given = fresh_runs(reports, params, own_stages(defence)), read_json(reports / "prepare" / "metrics.json")
-        values |= {"seconds": float(sum(run["seconds"] for run in runs.values())),
-                   "clean_images": given["defence_train"] + given["defence_val"]}
+        runs, given = (
+            fresh_runs(reports, params, own_stages(defence)),
+            read_json(reports / "prepare" / "metrics.json"),
+        )
+        values |= {
+            "seconds": float(sum(run["seconds"] for run in runs.values())),
+            "clean_images": given["defence_train"] + given["defence_val"],
+        }
         if defence == "rnp":
             values |= {f"seconds_{stage}": run["seconds"] for stage, run in runs.items()}
             values |= {name: found[name] for name in ("neurons_pruned", "neurons", "threshold")}
             values |= {f"oracle_{name}": found["oracle"][name] for name in MEASURES[:2]}
         else:
             did = read_json(reports / "defend" / defence / "metrics.json")
-            values |= {"neurons_pruned": did.get("pruned", ""), "threshold": did.get("threshold", "")}
+            values |= {
+                "neurons_pruned": did.get("pruned", ""),
+                "threshold": did.get("threshold", ""),
+            }
     return written(values | provenance(runs, flat, defence), COLUMNS)
 
 
@@ -130,55 +233,112 @@ def evaluated(reports: Path, trained: dict, attack: str) -> dict:
     """Raises: UserError when `evaluate` measured another model than `trained` tells of."""
     found = read_json(reports / "evaluate" / "metrics.json")
     if found["attack"] != attack or found["model"] != trained["model"]:
-        raise UserError("evaluate measured another model than the one that train made; run `dvc repro` first")
+        raise UserError(
+            "evaluate measured another model than the one that train made; run `dvc repro` first"
+        )
     return found
 
 
 def removal_rows(reports: Path, params: dict) -> list[dict[str, object]]:
-    """What each defence of one run came to, the unlearned model being part of it or not: a row per defence."""
+    """What each defence of one run came to, the unlearned model being part of it or not: a row per
+    defence.
+    """
     flat, trained = dict(leaves(params)), read_json(reports / "train" / "metrics.json")
     attack = flat["poison.attack"]
     found = evaluated(reports, trained, attack)
     rows = []
     for name in sorted(found["models"].keys() - UNREPAIRED):
-        asks = name == "rnp" or any(field.name == "unlearn" for field in dataclasses.fields(load("defence", name)))
+        asks = name == "rnp" or any(
+            field.name == "unlearn" for field in dataclasses.fields(load("defence", name))
+        )
         runs = fresh_runs(reports, params, own_stages(name))
-        rows.append({
-            "preset": flat["preset"], "attack": attack, "seed": flat["seed"], "gate": trained["gate"],
-            "task": "removal", "detector": name.removesuffix(UNLEARNED), "model": "unlearned" if asks else "backdoored",
-            "setting": "test", "seconds": float(sum(run["seconds"] for run in runs.values())),
-            **provenance(runs, flat, name),
-            **{key: found["models"][name][key] for key in ("clean_accuracy", "attack_success_rate", "der")}})
+        rows.append(
+            {
+                "preset": flat["preset"],
+                "attack": attack,
+                "seed": flat["seed"],
+                "gate": trained["gate"],
+                "task": "removal",
+                "detector": name.removesuffix(UNLEARNED),
+                "model": "unlearned" if asks else "backdoored",
+                "setting": "test",
+                "seconds": float(sum(run["seconds"] for run in runs.values())),
+                **provenance(runs, flat, name),
+                **{
+                    key: found["models"][name][key]
+                    for key in ("clean_accuracy", "attack_success_rate", "der")
+                },
+            }
+        )
     return [written(each, DETECTION_COLUMNS) for each in rows]
 
 
 def detection_rows(reports: Path, params: dict) -> list[dict[str, object]]:
     """What the detectors of one run found: a row per task, detector, model and setting.
 
-    Detectors that were asked of the unlearned twin have `_unlearned` behind their names, since the model is the twin then.
+    Detectors that were asked of the unlearned twin have `_unlearned` behind their names, since the
+    model is the twin then.
     """
     flat = dict(leaves(params))
     trained, found = (read_json(reports / stage / "metrics.json") for stage in ("train", "detect"))
     runs = fresh_runs(reports, params, (*STAGES[:3], "detect"))
     seconds = read_json(reports / "detect" / "seconds.json")
-    common = {"preset": flat["preset"], "attack": flat["poison.attack"], "seed": flat["seed"], "setting": "test",
-              "gate": trained["gate"], **provenance(runs, flat, "detect")}
+    common = {
+        "preset": flat["preset"],
+        "attack": flat["poison.attack"],
+        "seed": flat["seed"],
+        "setting": "test",
+        "gate": trained["gate"],
+        **provenance(runs, flat, "detect"),
+    }
     rows = []
     for model, values in found["triggers"].items():
-        rows.append({"task": "triggers", "detector": "neural_cleanse", "model": model, "attack_success_rate": values["success"],
-                     "seconds": seconds.get(f"triggers_{model}"), **values})
+        rows.append(
+            {
+                "task": "triggers",
+                "detector": "neural_cleanse",
+                "model": model,
+                "attack_success_rate": values["success"],
+                "seconds": seconds.get(f"triggers_{model}"),
+                **values,
+            }
+        )
     for name, values in found["labels"].items():
         asks = name.endswith(UNLEARNED) or load("labels", name).asks_unlearned
         model = "unlearned" if asks else "backdoored"
-        rows.append({"task": "labels", "detector": name.removesuffix(UNLEARNED), "model": model,
-                     "label_correct": values["correct"], "seconds": seconds.get(f"labels_{name}"), **values})
+        rows.append(
+            {
+                "task": "labels",
+                "detector": name.removesuffix(UNLEARNED),
+                "model": model,
+                "label_correct": values["correct"],
+                "seconds": seconds.get(f"labels_{name}"),
+                **values,
+            }
+        )
     for name, values in found.get("twin_labels", {}).items():
-        rows.append({"task": "labels", "detector": name, "model": "twin", "label_correct": values["correct"],
-                     "seconds": seconds.get(f"twin_labels_{name}"), **values})
+        rows.append(
+            {
+                "task": "labels",
+                "detector": name,
+                "model": "twin",
+                "label_correct": values["correct"],
+                "seconds": seconds.get(f"twin_labels_{name}"),
+                **values,
+            }
+        )
     for key, setting in (("samples", "test"), ("training_samples", "training")):
         for name, values in found.get(key, {}).items():
-            rows.append({"task": "samples", "detector": name, "model": "unlearned" if values["asks_unlearned"] else "backdoored",
-                         "setting": setting, "seconds": seconds.get(f"{key}_{name}"), **values})
+            rows.append(
+                {
+                    "task": "samples",
+                    "detector": name,
+                    "model": "unlearned" if values["asks_unlearned"] else "backdoored",
+                    "setting": setting,
+                    "seconds": seconds.get(f"{key}_{name}"),
+                    **values,
+                }
+            )
     return [written(common | each, DETECTION_COLUMNS) for each in rows]
 
 
@@ -186,11 +346,20 @@ def control_rows(reports: Path, params: dict) -> list[dict[str, object]]:
     """What the controls of one run showed: a row per control, model and amount."""
     flat, trained = dict(leaves(params)), read_json(reports / "train" / "metrics.json")
     runs = fresh_runs(reports, params, (*STAGES, "controls"))
-    common = {"preset": flat["preset"], "attack": flat["poison.attack"], "seed": flat["seed"], "gate": trained["gate"],
-              "n_clean": trained["n_clean"], "n_triggered": trained["n_triggered"], **provenance(runs, flat, "rnp")}
+    common = {
+        "preset": flat["preset"],
+        "attack": flat["poison.attack"],
+        "seed": flat["seed"],
+        "gate": trained["gate"],
+        "n_clean": trained["n_clean"],
+        "n_triggered": trained["n_triggered"],
+        **provenance(runs, flat, "rnp"),
+    }
     counts = (*CONTROL_KEY, "neurons_pruned")
-    measured = [{name: value if name in counts else float(value) for name, value in each.items()}
-                for each in read_rows(reports / "controls" / "rows.csv")]
+    measured = [
+        {name: value if name in counts else float(value) for name, value in each.items()}
+        for each in read_rows(reports / "controls" / "rows.csv")
+    ]
     return [written(common | each, CONTROL_COLUMNS) for each in measured]
 
 
@@ -198,24 +367,60 @@ def written(values: dict[str, object], columns: tuple[str, ...]) -> dict[str, ob
     """A row as the table holds it."""
 
     def cell(value: object) -> object:
-        return f"{value:.5g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else value
+        return (
+            f"{value:.5g}"
+            if isinstance(value, float)
+            else str(value).lower()
+            if isinstance(value, bool)
+            else value
+        )
 
     return {name: cell(values.get(name, "")) for name in columns}
 
 
 @click.command()
 @click.argument("table", type=click.Path(path_type=Path))
-@click.option("--reports", type=click.Path(path_type=Path, exists=True), default="reports", show_default=True)
+@click.option(
+    "--reports", type=click.Path(path_type=Path, exists=True), default="reports", show_default=True
+)
 @click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True)
-@click.option("--defence", default="rnp", show_default=True, help="rnp, another defence of the run, or none: the backdoored model")
-@click.option("--detection", is_flag=True, help="what the detectors found instead: a row per task, detector and model")
-@click.option("--removal", is_flag=True, help="what the defences came to, with the unlearned model and without: rows for the same table")
-@click.option("--controls", is_flag=True, help="what the controls showed instead: a row per control, model and amount")
-def rows(table: Path, reports: Path, params: Path, defence: str, detection: bool, removal: bool, controls: bool) -> None:
+@click.option(
+    "--defence",
+    default="rnp",
+    show_default=True,
+    help="rnp, another defence of the run, or none: the backdoored model",
+)
+@click.option(
+    "--detection",
+    is_flag=True,
+    help="what the detectors found instead: a row per task, detector and model",
+)
+@click.option(
+    "--removal",
+    is_flag=True,
+    help="what the defences came to, with the unlearned model and without: rows for the same table",
+)
+@click.option(
+    "--controls",
+    is_flag=True,
+    help="what the controls showed instead: a row per control, model and amount",
+)
+def rows(
+    table: Path,
+    reports: Path,
+    params: Path,
+    defence: str,
+    detection: bool,
+    removal: bool,
+    controls: bool,
+) -> None:
     """Put the finished run of this folder into TABLE (a CSV), in place of its older rows there."""
     settings = read_params(params)
     if detection or removal:
-        found = [*(detection_rows(reports, settings) if detection else ()), *(removal_rows(reports, settings) if removal else ())]
+        found = [
+            *(detection_rows(reports, settings) if detection else ()),
+            *(removal_rows(reports, settings) if removal else ()),
+        ]
         put_rows(table, found, DETECTION_COLUMNS, DETECTION_KEY)
     elif controls:
         put_rows(table, control_rows(reports, settings), CONTROL_COLUMNS, CONTROL_KEY)

@@ -1,4 +1,6 @@
-"""Which images the detectors of samples judge, which unlearned model they ask, and how right they are."""
+"""Which images the detectors of samples judge, which unlearned model they ask, and how right they
+are.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from rnp.attacks.base import Poisoned
 from rnp.cli.options import generator
 from rnp.detection.base import SampleDetector, judge
 from rnp.io import load_model
-from rnp.types import Bytes, DefenceSet, ImageSet, Images, Indices, Logits
+from rnp.types import Bytes, DefenceSet, Images, ImageSet, Indices, Logits
 
 LEVELS = ("0.8", "0.5", "0.2")
 """The unlearned checkpoints, by their accuracy."""
@@ -22,7 +24,9 @@ FEWEST = 20
 
 
 def checkpoint(unlearned: Path, level: str) -> nn.Module:
-    """The unlearned model at the first fall below an accuracy; the last one where it never fell so far."""
+    """The unlearned model at the first fall below an accuracy; the last one where it never fell so
+    far.
+    """
     path = unlearned / f"accuracy_{level}.safetensors"
     return load_model(path if path.exists() else unlearned / "accuracy_end.safetensors")[0]
 
@@ -35,16 +39,29 @@ class Average(nn.Module):
         self.members = nn.ModuleList(members)
 
     def forward(self, images: Images) -> Logits:
-        return torch.stack([member(images).float().softmax(1) for member in self.members]).mean(0).clamp_min(1e-30).log()
+        return (
+            torch.stack([member(images).float().softmax(1) for member in self.members])
+            .mean(0)
+            .clamp_min(1e-30)
+            .log()
+        )
 
 
 def exposed(detector: SampleDetector, unlearned: Path, level: str) -> nn.Module:
-    """The unlearned model that `detector` asks: the checkpoint at an accuracy, or the mean of all on the way."""
-    return Average([checkpoint(unlearned, each) for each in LEVELS]) if detector.asks_average else checkpoint(unlearned, level)
+    """The unlearned model that `detector` asks: the checkpoint at an accuracy, or the mean of all
+    on the way.
+    """
+    return (
+        Average([checkpoint(unlearned, each) for each in LEVELS])
+        if detector.asks_average
+        else checkpoint(unlearned, level)
+    )
 
 
 def consulted(detectors: list[SampleDetector], unlearned: Path, level: str) -> dict[str, nn.Module]:
-    """The model that `exposed` gives each detector, by its name; those that ask the same one share it."""
+    """The model that `exposed` gives each detector, by its name; those that ask the same one share
+    it.
+    """
     made: dict[bool, nn.Module] = {}
     for detector in detectors:
         if detector.asks_average not in made:
@@ -54,7 +71,9 @@ def consulted(detectors: list[SampleDetector], unlearned: Path, level: str) -> d
 
 @dataclass(frozen=True)
 class Suspects:
-    """Images to judge, which of them carry a trigger, which belong to the target class, and where they lie in their set."""
+    """Images to judge, which of them carry a trigger, which belong to the target class, and where
+    they lie in their set.
+    """
 
     images: Bytes
     positives: Tensor  # bool [n]
@@ -62,7 +81,9 @@ class Suspects:
     places: Indices
 
     def judge(self, scores: Tensor, own: Tensor, asks_unlearned: bool) -> dict[str, object]:
-        return dataclasses.asdict(judge(scores, self.positives, self.targets, own)) | {"asks_unlearned": asks_unlearned}
+        return dataclasses.asdict(judge(scores, self.positives, self.targets, own)) | {
+            "asks_unlearned": asks_unlearned
+        }
 
 
 def screened(tests: ImageSet, attacked: ImageSet, target: int | None, n: int) -> Suspects:
@@ -75,32 +96,60 @@ def screened(tests: ImageSet, attacked: ImageSet, target: int | None, n: int) ->
     return gathered(tests.subset(good), attacked.subset(bad), target, torch.cat([good, bad]))
 
 
-def drawn(pool: ImageSet, changes: Poisoned, target: int | None, n: int, rng: torch.Generator) -> Suspects:
-    """`n` images of the poisoned training set at random, as many poisoned ones among them as among all, but `FEWEST` at least.
+def drawn(
+    pool: ImageSet, changes: Poisoned, target: int | None, n: int, rng: torch.Generator
+) -> Suspects:
+    """`n` images of the poisoned training set at random, as many poisoned ones among them as among
+    all, but `FEWEST` at least.
 
-    Covers are left out: they are neither clean nor poisoned. The target class is that of the labels as they are in the set.
+    Covers are left out: they are neither clean nor poisoned. The target class is that of the
+    labels as they are in the set.
     """
-    real, untouched = (~changes.covers).nonzero().squeeze(1), torch.ones(len(pool), dtype=torch.bool)
+    real, untouched = (
+        (~changes.covers).nonzero().squeeze(1),
+        torch.ones(len(pool), dtype=torch.bool),
+    )
     untouched[changes.positions] = False
     good = untouched.nonzero().squeeze(1)
     n = min(n, len(good) + len(real))
     wanted = min(len(real), max(FEWEST, round(n * len(real) / (len(good) + len(real)))))
-    bad, good = (those[torch.randperm(len(those), generator=rng)[:count]] for those, count in ((real, wanted), (good, n - wanted)))
+    bad, good = (
+        those[torch.randperm(len(those), generator=rng)[:count]]
+        for those, count in ((real, wanted), (good, n - wanted))
+    )
     poisoned = ImageSet(changes.images[bad], changes.labels[bad], pool.classes)
     return gathered(pool.subset(good), poisoned, target, torch.cat([good, changes.positions[bad]]))
 
 
 def gathered(clean: ImageSet, bad: ImageSet, target: int | None, places: Indices) -> Suspects:
     labels = torch.cat([clean.labels, bad.labels])
-    return Suspects(torch.cat([clean.images, bad.images]), torch.arange(len(labels)) >= len(clean),
-                    labels == (-1 if target is None else target), places)
+    return Suspects(
+        torch.cat([clean.images, bad.images]),
+        torch.arange(len(labels)) >= len(clean),
+        labels == (-1 if target is None else target),
+        places,
+    )
 
 
-def ask(detector: SampleDetector, victim: nn.Module, images: Bytes, clean: DefenceSet, weak: nn.Module,
-        seed: int) -> tuple[Tensor, Tensor]:
+def ask(
+    detector: SampleDetector,
+    victim: nn.Module,
+    images: Bytes,
+    clean: DefenceSet,
+    weak: nn.Module,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
     """Scores of the screened images and of the defender's own, which set the threshold."""
-    return tuple(detector.score(victim, each, clean.train, rng=generator(seed, f"samples/{detector.name}"), unlearned=weak)
-                 for each in (images, clean.val.images))
+    return tuple(
+        detector.score(
+            victim,
+            each,
+            clean.train,
+            rng=generator(seed, f"samples/{detector.name}"),
+            unlearned=weak,
+        )
+        for each in (images, clean.val.images)
+    )
 
 
 def curve(scores: Tensor, positives: Tensor) -> tuple:

@@ -12,7 +12,12 @@ from rnp import tracking
 @click.command()
 def setup() -> None:
     """Run once after installation, in the folder of dvc.yaml; running it again changes nothing."""
-    inside = subprocess.run(["git", "rev-parse", "--is-inside-work-tree"], capture_output=True, check=False).returncode == 0
+    inside = (
+        subprocess.run(
+            ["git", "rev-parse", "--is-inside-work-tree"], capture_output=True, check=False
+        ).returncode
+        == 0
+    )
     local = ["dvc", "config", "--local"]
     if not inside:
         subprocess.run([*local, "core.no_scm", "true"], check=True)

@@ -1,4 +1,6 @@
-"""Run a grid of configurations, each in its own copy of this checkout, by processes of this machine or by Ray."""
+"""Run a grid of configurations, each in its own copy of this checkout, by processes of this
+machine or by Ray.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def claimed(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another `rnp sweep` is at work in {out}; wait for it, or name another --out") from None
+            raise UserError(
+                f"another `rnp sweep` is at work in {out}; wait for it, or name another --out"
+            ) from None
         end(out)  # what a sweep that was killed left running
         yield
 
@@ -47,7 +51,11 @@ def interruptible() -> Iterator[None]:
     def die(number: int, _: object) -> None:
         raise Killed(128 + number)
 
-    handlers = {each: signal.signal(each, die) for each in SIGNALS if signal.getsignal(each) != signal.SIG_IGN}
+    handlers = {
+        each: signal.signal(each, die)
+        for each in SIGNALS
+        if signal.getsignal(each) != signal.SIG_IGN
+    }
     try:
         yield
     finally:
@@ -58,7 +66,9 @@ def interruptible() -> Iterator[None]:
 def surroundings(root: Path, threads: int) -> dict[str, str]:
     """The variables by which a copy finds data, MLflow and Python where the checkout does."""
     env = {
-        "DVC_ROOT": str(root), "RNP_DATA": str(root / os.environ.get("RNP_DATA", "data")), "OMP_NUM_THREADS": str(threads),
+        "DVC_ROOT": str(root),
+        "RNP_DATA": str(root / os.environ.get("RNP_DATA", "data")),
+        "OMP_NUM_THREADS": str(threads),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
     uri = store_uri()
@@ -66,10 +76,21 @@ def surroundings(root: Path, threads: int) -> dict[str, str]:
 
 
 def put_row(table: Path, configuration: Configuration, env: dict[str, str]) -> str:
-    """Put its row into the table by `rnp rows`, in the environment of the run; why that failed, if it did."""
-    done = subprocess.run([sys.executable, "-m", "rnp", "rows", str(table)], cwd=configuration.folder, env=os.environ | env,
-                          capture_output=True, text=True)
-    return "" if done.returncode == 0 else f"no row: {(done.stderr.strip().splitlines() or ['?'])[-1].removeprefix('error: ')}"
+    """Put its row into the table by `rnp rows`, in the environment of the run; why that failed, if
+    it did.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "rnp", "rows", str(table)],
+        cwd=configuration.folder,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+    )
+    return (
+        ""
+        if done.returncode == 0
+        else f"no row: {(done.stderr.strip().splitlines() or ['?'])[-1].removeprefix('error: ')}"
+    )
 
 
 def check_rows_differ(configurations: list[Configuration]) -> None:
@@ -79,8 +100,10 @@ def check_rows_differ(configurations: list[Configuration]) -> None:
         params = read_params(each.folder / PARAMS)
         key = (params.get("preset"), params["poison"]["attack"], params["seed"])
         if key in seen:
-            raise UserError(f"--table tells rows apart by preset, attack and seed, which {seen[key]} and {each.name} share;"
-                            " leave it out, and run `rnp rows` in the folders")
+            raise UserError(
+                f"--table tells rows apart by preset, attack and seed, which {seen[key]} and"
+                f" {each.name} share; leave it out, and run `rnp rows` in the folders"
+            )
         seen[key] = each.name
 
 
@@ -92,23 +115,72 @@ def lines(rows: list[tuple[str, ...]]) -> Iterator[str]:
 
 
 @click.command()
-@click.option("-S", "--set-param", "overrides", multiple=True, required=True, metavar="KEY=VALUES",
-              help="values of one parameter, as `dvc exp run --queue` takes them: a,b or range(start,stop,step)")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default="sweeps", show_default=True,
-              help="folder for a copy of the checkout and a log per configuration")
+@click.option(
+    "-S",
+    "--set-param",
+    "overrides",
+    multiple=True,
+    required=True,
+    metavar="KEY=VALUES",
+    help=(
+        "values of one parameter, as `dvc exp run --queue` takes them: a,b or"
+        " range(start,stop,step)"
+    ),
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="sweeps",
+    show_default=True,
+    help="folder for a copy of the checkout and a log per configuration",
+)
 @click.option("--target", default="", help="the stage to run up to; without it the whole pipeline")
-@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="configurations at a time")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of each; without it the cores divided by --workers")
-@click.option("--table", type=click.Path(path_type=Path, dir_okay=False), help="put a row of each into this CSV, as `rnp rows` does")
-@click.option("--ray", "on_ray", is_flag=True, help="let Ray place them, on the cluster of RAY_ADDRESS or on this machine")
-@click.option("--gpus", type=click.FloatRange(min=0), default=0.0, show_default=True, help="with --ray, GPUs of each; may be a fraction")
-def sweep(overrides: tuple[str, ...], out: Path, target: str, workers: int, threads: int | None, table: Path | None, on_ray: bool,
-          gpus: float) -> None:
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="configurations at a time",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="CPU threads of each; without it the cores divided by --workers",
+)
+@click.option(
+    "--table",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="put a row of each into this CSV, as `rnp rows` does",
+)
+@click.option(
+    "--ray",
+    "on_ray",
+    is_flag=True,
+    help="let Ray place them, on the cluster of RAY_ADDRESS or on this machine",
+)
+@click.option(
+    "--gpus",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="with --ray, GPUs of each; may be a fraction",
+)
+def sweep(
+    overrides: tuple[str, ...],
+    out: Path,
+    target: str,
+    workers: int,
+    threads: int | None,
+    table: Path | None,
+    on_ray: bool,
+    gpus: float,
+) -> None:
     """Run `dvc repro` for every combination of parameters.
 
-    Each runs in OUT/NAME, a copy of the files that git tracks with its own params.yaml, and shares the DVC cache of this folder:
-    a stage that several have in common runs once. The same command again skips what has finished and goes on with the rest. What
-    fails is tried once more. The last bits of a model depend on --threads.
+    Each runs in OUT/NAME, a copy of the files that git tracks with its own params.yaml, and shares
+    the DVC cache of this folder: a stage that several have in common runs once. The same command
+    again skips what has finished and goes on with the rest. What fails is tried once more. The
+    last bits of a model depend on --threads.
     """
     root, out, table = Path.cwd(), out.absolute(), table and table.absolute()
     if not (root / ".dvc").is_dir():
@@ -118,9 +190,13 @@ def sweep(overrides: tuple[str, ...], out: Path, target: str, workers: int, thre
     engine = functools.partial(by_ray, threads=threads, gpus=gpus) if on_ray else locally
     with claimed(out), interruptible():
         snapshot = Snapshot.take(root, without=table)
-        configurations = [Configuration(name=name, folder=out / name, params=text, key=snapshot.key(text, target))
-                          for name, text in texts.items()]
-        before = {each: Outcome(each.recall()["seconds"]) for each in configurations if each.finished}
+        configurations = [
+            Configuration(name=name, folder=out / name, params=text, key=snapshot.key(text, target))
+            for name, text in texts.items()
+        ]
+        before = {
+            each: Outcome(each.recall()["seconds"]) for each in configurations if each.finished
+        }
         todo = [each for each in configurations if each not in before]
         for each in todo:
             each.copy(snapshot)
@@ -128,17 +204,28 @@ def sweep(overrides: tuple[str, ...], out: Path, target: str, workers: int, thre
             check_rows_differ(configurations)
         job = Job(locks=out / ".locks", target=target, env=surroundings(root, threads))
         job.locks.mkdir(exist_ok=True)
-        click.echo(f"{len(todo)} of {len(configurations)} configurations to run, {workers} at a time, {threads} threads each")
+        click.echo(
+            f"{len(todo)} of {len(configurations)} configurations to run, {workers} at a time,"
+            f" {threads} threads each"
+        )
         rows = {}
         with contextlib.closing(engine(job, todo, workers=workers)) as ended:
             for each, outcome in itertools.chain(before.items(), ended):
-                state = "failed" if outcome.reason else "finished before" if each in before else "finished"
+                state = (
+                    "failed"
+                    if outcome.reason
+                    else "finished before"
+                    if each in before
+                    else "finished"
+                )
                 reason = outcome.reason or (put_row(table, each, job.env) if table else "")
                 rows[each.name] = (each.name, state, f"{outcome.seconds:.0f}", reason)
                 click.echo("  ".join(rows[each.name]).rstrip())
         shutil.rmtree(job.locks)
     click.echo("")
-    for line in lines([("configuration", "state", "seconds", "reason"), *(rows[name] for name in texts)]):
+    for line in lines(
+        [("configuration", "state", "seconds", "reason"), *(rows[name] for name in texts)]
+    ):
         click.echo(line)
     if any(reason for *_, reason in rows.values()):
         sys.exit(1)

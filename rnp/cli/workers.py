@@ -1,4 +1,6 @@
-"""Who runs the configurations of a sweep: processes of this machine, or Ray. Both start `dvc repro` and try again once."""
+"""Who runs the configurations of a sweep: processes of this machine, or Ray. Both start `dvc
+repro` and try again once.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from rnp.errors import UserError
 REPRO = Path(__file__).with_name("repro_once.py")
 ATTEMPTS = 2
 GRACE = 10  # seconds between SIGTERM and SIGKILL, in which a stage closes its MLflow run
-MARK = "RNP_SWEEP"  # the variable by which a process is known as ours: the folder of its configuration
+MARK = (  # the variable by which a process is known as ours: the folder of its configuration
+    "RNP_SWEEP"
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,9 @@ Outcomes = Iterator[tuple[Configuration, Outcome]]
 
 
 def run(job: Job, configuration: Configuration, stop: threading.Event | None = None) -> Outcome:
-    """`dvc repro`, and once more when it fails or is killed: what had finished comes from the cache then."""
+    """`dvc repro`, and once more when it fails or is killed: what had finished comes from the
+    cache then.
+    """
     start, folder = time.monotonic(), configuration.folder
     command = [sys.executable, "-P", str(REPRO), str(job.locks), *filter(None, [job.target])]
     env = os.environ | job.env | {MARK: str(folder), "DVC_EXP_NAME": configuration.name}
@@ -56,8 +62,15 @@ def run(job: Job, configuration: Configuration, stop: threading.Event | None = N
             if stop is not None and stop.is_set():
                 break
             end(folder)  # Ray starts a task anew when its worker is killed
-            code = subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                                    start_new_session=True).wait()
+            code = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            ).wait()
             end(folder)  # a stage outlives a DVC that is killed
             if code == 0:
                 break
@@ -68,7 +81,9 @@ def run(job: Job, configuration: Configuration, stop: threading.Event | None = N
 
 
 def locally(job: Job, todo: list[Configuration], *, workers: int) -> Outcomes:
-    """Each as it ends. A thread waits for each process, so that one that is killed takes no other along."""
+    """Each as it ends. A thread waits for each process, so that one that is killed takes no other
+    along.
+    """
     stop = threading.Event()
     with ThreadPoolExecutor(workers) as pool:
         running = {pool.submit(run, job, each, stop): each for each in todo}
@@ -78,13 +93,18 @@ def locally(job: Job, todo: list[Configuration], *, workers: int) -> Outcomes:
         finally:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            while not all(each.done() for each in running):  # a thread may be about to start its process
+            while not all(
+                each.done() for each in running
+            ):  # a thread may be about to start its process
                 end(job.locks.parent)
                 time.sleep(0.1)
 
 
-def by_ray(job: Job, todo: list[Configuration], *, workers: int, threads: int, gpus: float) -> Outcomes:
-    """The same on the cluster of RAY_ADDRESS, whose machines share the file system, or on one made here.
+def by_ray(
+    job: Job, todo: list[Configuration], *, workers: int, threads: int, gpus: float
+) -> Outcomes:
+    """The same on the cluster of RAY_ADDRESS, whose machines share the file system, or on one made
+    here.
 
     Raises: UserError when Ray is not installed.
     """
@@ -111,7 +131,9 @@ def by_ray(job: Job, todo: list[Configuration], *, workers: int, threads: int, g
 
 
 def end(folder: Path) -> None:
-    """End what still works in a folder or below it: a process that is killed leaves its children behind."""
+    """End what still works in a folder or below it: a process that is killed leaves its children
+    behind.
+    """
     found = [process for process in psutil.process_iter() if works_in(process, folder)]
     for process in found:
         with contextlib.suppress(psutil.Error):
@@ -131,11 +153,20 @@ def works_in(process: psutil.Process, folder: Path) -> bool:
 
 
 def why(log: Path, code: int | None) -> str:
-    """What ended it: the signal, or the stage and the last line of the log that names an error, ours before DVC's."""
+    """What ended it: the signal, or the stage and the last line of the log that names an error,
+    ours before DVC's.
+    """
     if code is None or code < 0:
         return "ended before it began" if code is None else f"killed by signal {-code}"
     text = log.read_text(errors="replace")
     stage = re.findall(r"failed to reproduce '([^']+)'", text)[-1:]
-    patterns = (r"^error: (.+)$", r"^((?:\w+\.)*\w+(?:Error|Exception|Interrupt)\b.*)$", r"^ERROR: (.+)$")
-    found = next((lines for pattern in patterns if (lines := re.findall(pattern, text, re.MULTILINE))), [f"exit code {code}"])
+    patterns = (
+        r"^error: (.+)$",
+        r"^((?:\w+\.)*\w+(?:Error|Exception|Interrupt)\b.*)$",
+        r"^ERROR: (.+)$",
+    )
+    found = next(
+        (lines for pattern in patterns if (lines := re.findall(pattern, text, re.MULTILINE))),
+        [f"exit code {code}"],
+    )
     return ": ".join([*stage, found[-1][:200]]) + f" ({log.name})"

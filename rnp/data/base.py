@@ -21,7 +21,8 @@ class Dataset(Method, ABC):
 
     @abstractmethod
     def load(self, root: Path, *, rng: torch.Generator) -> tuple[ImageSet, ImageSet]:
-        """Training and test images. `root` is where data sets lie; `rng` serves those that are generated or split.
+        """Training and test images. `root` is where data sets lie; `rng` serves those that are
+        generated or split.
 
         Raises: UserError when files are missing or corrupt, naming them and the way out.
         """
@@ -42,7 +43,9 @@ class Split:
 
     defence_train: Annotated[int, "clean images that the defender optimises on"] = 500
     defence_val: Annotated[int, "clean images that the defender chooses with"] = 500
-    from_pool: Annotated[bool, "draw them from the training pool, as the paper did, instead of reserving them"] = False
+    from_pool: Annotated[
+        bool, "draw them from the training pool, as the paper did, instead of reserving them"
+    ] = False
 
     def __post_init__(self) -> None:
         for name in ("defence_train", "defence_val"):
@@ -50,30 +53,40 @@ class Split:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def __call__(self, train: ImageSet, test: ImageSet, *, rng: torch.Generator) -> Splits:
-        """Stratified by class: equally large classes get equal shares, to within one image (two in `val` where the numbers
-        are no multiples of the number of classes). Drawn at random: which images.
+        """Stratified by class: equally large classes get equal shares, to within one image (two in
+        `val` where the numbers are no multiples of the number of classes). Drawn at random: which
+        images.
 
         Raises: UserError when the training set is too small.
         """
         wanted = self.defence_train + self.defence_val
         if not self.from_pool and wanted >= len(train):
-            raise UserError(f"defence_train + defence_val = {wanted} leaves nothing of {len(train)} training images;"
-                            " ask for fewer")
+            raise UserError(
+                f"defence_train + defence_val = {wanted} leaves nothing of {len(train)} training"
+                " images; ask for fewer"
+            )
         order = interleave(train.labels, len(train.classes), rng)
         if wanted > len(order):
-            raise UserError(f"defence_train + defence_val = {wanted}, but there are {len(train)} training images")
+            raise UserError(
+                f"defence_train + defence_val = {wanted}, but there are {len(train)} training"
+                " images"
+            )
         chosen_train, chosen_val = order[: self.defence_train], order[self.defence_train : wanted]
         pool = train if self.from_pool else train.subset(order[wanted:].sort().values)
         return Splits(pool, DefenceSet(train.subset(chosen_train), train.subset(chosen_val)), test)
 
 
 def interleave(labels: Tensor, classes: int, rng: torch.Generator) -> Tensor:
-    """All positions in random order, the classes spread evenly: with equally large ones the first `classes` positions hold
-    each class once, the next `classes` again, and so on; with others every class has nearly its share of any beginning.
+    """All positions in random order, the classes spread evenly: with equally large ones the first
+    `classes` positions hold each class once, the next `classes` again, and so on; with others
+    every class has nearly its share of any beginning.
     """
     ranks = torch.empty(len(labels), dtype=torch.float64)
     for label in range(classes):
         members = (labels == label).nonzero().squeeze(1)
-        share = torch.randperm(len(members), generator=rng).double() + torch.rand(len(members), generator=rng).double()
+        share = (
+            torch.randperm(len(members), generator=rng).double()
+            + torch.rand(len(members), generator=rng).double()
+        )
         ranks[members] = share / max(len(members), 1)
     return ranks.argsort()

@@ -28,10 +28,15 @@ class Cifar10(Dataset):
         try:
             parts = [CIFAR10(root, train=train, download=self.download) for train in (True, False)]
         except (RuntimeError, OSError) as error:  # OSError: no network
-            raise UserError(f"CIFAR-10 is missing or corrupt under {root}: put cifar-10-batches-py there,"
-                            " point RNP_DATA at its folder, or set datasets.cifar10.download to true") from error
+            raise UserError(
+                f"CIFAR-10 is missing or corrupt under {root}: put cifar-10-batches-py there,"
+                " point RNP_DATA at its folder, or set datasets.cifar10.download to true"
+            ) from error
         return tuple(
-            ImageSet(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets),
-                     tuple(part.classes))
+            ImageSet(
+                torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
+                torch.tensor(part.targets),
+                tuple(part.classes),
+            )
             for part in parts
         )

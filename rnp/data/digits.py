@@ -16,9 +16,11 @@ from rnp.types import ImageSet, to_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Digits(Dataset):
-    """Ten digits of 8 by 8 pixels, enlarged bicubically, each in a random colour on a random darker one.
+    """Ten digits of 8 by 8 pixels, enlarged bicubically, each in a random colour on a random
+    darker one.
 
-    Source: Alpaydin and Kaynak, 1998, UCI optical recognition of handwritten digits, test part, as in scikit-learn.
+    Source: Alpaydin and Kaynak, 1998, UCI optical recognition of handwritten digits, test part, as
+    in scikit-learn.
     """
 
     size: Annotated[int, "side of an image, in pixels"] = 32
@@ -35,7 +37,9 @@ class Digits(Dataset):
 
         bunch = load_digits()
         strokes = torch.from_numpy(bunch.images).float().div(16).unsqueeze(1)
-        strokes = F.interpolate(strokes, size=self.size, mode="bicubic", align_corners=False).clamp(0, 1)
+        strokes = F.interpolate(strokes, size=self.size, mode="bicubic", align_corners=False).clamp(
+            0, 1
+        )
         n = len(strokes)
         ink = 0.5 + 0.5 * torch.rand(n, 3, 1, 1, generator=rng)
         paper = 0.4 * torch.rand(n, 3, 1, 1, generator=rng)

@@ -1,4 +1,6 @@
-"""Generated images: ten outlines of random place, size, angle and colour on textured backgrounds."""
+"""Generated images: ten outlines of random place, size, angle and colour on textured
+backgrounds.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,29 @@ from rnp.data.base import Dataset
 from rnp.errors import UserError
 from rnp.types import ImageSet, to_bytes
 
-# Vertices on the unit circle as (angle in turns, radius); the last two classes are drawn by formula.
+# Vertices on the unit circle as (angle in turns, radius); the last two classes are drawn by
+# formula.
 POLYGONS = {
     "triangle": [(i / 3, 1.0) for i in range(3)],
     "square": [(i / 4, 1.0) for i in range(4)],
-    "propeller": [(0.04, 1.0), (-0.04, 1.0), (-0.11, 0.32), (-0.29, 0.32), (-0.29, 1.0), (-0.21, 1.0), (0.21, 1.0),
-                  (0.29, 1.0), (0.29, 0.32), (0.11, 0.32)],
+    "propeller": [
+        (0.04, 1.0),
+        (-0.04, 1.0),
+        (-0.11, 0.32),
+        (-0.29, 0.32),
+        (-0.29, 1.0),
+        (-0.21, 1.0),
+        (0.21, 1.0),
+        (0.29, 1.0),
+        (0.29, 0.32),
+        (0.11, 0.32),
+    ],
     "star": [(i / 10, 1.0 if i % 2 == 0 else 0.42) for i in range(10)],
-    "cross": [(a, r) for i in range(4) for a, r in ((i / 4 - 0.05, 1.0), (i / 4 + 0.05, 1.0), (i / 4 + 0.125, 0.44))],
+    "cross": [
+        (a, r)
+        for i in range(4)
+        for a, r in ((i / 4 - 0.05, 1.0), (i / 4 + 0.05, 1.0), (i / 4 + 0.125, 0.44))
+    ],
     "arrow": [(0.0, 1.0), (0.36, 1.0), (0.5, 0.25), (0.64, 1.0)],
     "bar": [(0.04, 1.0), (0.46, 1.0), (0.54, 1.0), (0.96, 1.0)],
     "moon": [(i / 16, 1.0) for i in range(2, 15)] + [(0.62, 0.6), (0.5, 0.3), (0.38, 0.6)],
@@ -32,12 +49,16 @@ CLASSES = (*POLYGONS, "disc", "ring")
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes(Dataset):
-    """Ten outlines, balanced; every image drawn anew from the seed. Made for a demonstration that needs no download."""
+    """Ten outlines, balanced; every image drawn anew from the seed. Made for a demonstration that
+    needs no download.
+    """
 
     train: Annotated[int, "training images to generate"] = 6000
     test: Annotated[int, "test images to generate"] = 2000
     size: Annotated[int, "side of an image, in pixels"] = 32
-    clutter: Annotated[float, "strength of the background texture and of the pixel noise, in full scale"] = 0.15
+    clutter: Annotated[
+        float, "strength of the background texture and of the pixel noise, in full scale"
+    ] = 0.15
 
     def __post_init__(self) -> None:
         for name in ("train", "test"):
@@ -59,21 +80,32 @@ class Shapes(Dataset):
 
     def _paint(self, labels: Tensor, rng: torch.Generator) -> Tensor:
         n, size = len(labels), self.size
-        draw = lambda low, high: low + (high - low) * torch.rand(n, 1, 1, generator=rng)
+
+        def draw(low, high):
+            return low + (high - low) * torch.rand(n, 1, 1, generator=rng)
+
         line = (torch.arange(size) + 0.5) / size * 2 - 1  # pixel centres in [-1, 1]
         y, x = torch.meshgrid(line, line, indexing="ij")
         angle, radius = draw(0, 2 * math.pi), draw(0.5, 0.8)
         dx, dy = x - draw(-0.2, 0.2), y - draw(-0.2, 0.2)  # [n, h, w]
         u = (dx * angle.cos() + dy * angle.sin()) / radius
         v = (dy * angle.cos() - dx * angle.sin()) / radius
-        distance = torch.stack([signed_distance(name, u, v) for name in CLASSES])[labels, torch.arange(n)]
-        cover = (0.5 - distance * radius * size / 2).clamp(0, 1).unsqueeze(1)  # [n, 1, h, w], one pixel of soft edge
+        distance = torch.stack([signed_distance(name, u, v) for name in CLASSES])[
+            labels, torch.arange(n)
+        ]
+        cover = (
+            (0.5 - distance * radius * size / 2).clamp(0, 1).unsqueeze(1)
+        )  # [n, 1, h, w], one pixel of soft edge
         texture = sum(
-            F.interpolate(torch.rand(n, 3, side, side, generator=rng) - 0.5, size=size, mode="bilinear")
+            F.interpolate(
+                torch.rand(n, 3, side, side, generator=rng) - 0.5, size=size, mode="bilinear"
+            )
             for side in (3, 6, 12)
         )
         ground = torch.rand(n, 3, 1, 1, generator=rng)
-        ink = (ground + 0.35 + 0.3 * torch.rand(n, 3, 1, 1, generator=rng)) % 1.0  # far from the ground in each channel
+        ink = (
+            ground + 0.35 + 0.3 * torch.rand(n, 3, 1, 1, generator=rng)
+        ) % 1.0  # far from the ground in each channel
         noise = torch.randn(n, 3, size, size, generator=rng) * self.clutter / 4
         image = ground + self.clutter * texture
         image = image + (ink + self.clutter / 2 * texture.flip(3) - image) * cover + noise
@@ -86,7 +118,9 @@ def signed_distance(name: str, u: Tensor, v: Tensor) -> Tensor:
         return (u * u + v * v).sqrt() - 0.85
     if name == "ring":
         return ((u * u + v * v).sqrt() - 0.72).abs() - 0.2
-    corners = [(r * math.cos(2 * math.pi * a), r * math.sin(2 * math.pi * a)) for a, r in POLYGONS[name]]
+    corners = [
+        (r * math.cos(2 * math.pi * a), r * math.sin(2 * math.pi * a)) for a, r in POLYGONS[name]
+    ]
     nearest = torch.full_like(u, torch.inf)
     inside = torch.zeros_like(u, dtype=torch.bool)
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1]):

@@ -16,35 +16,52 @@ from rnp.types import DefenceSet, ImageSet, NeuronMask, OnEpoch, ignore, to_floa
 
 @dataclass(frozen=True, kw_only=True)
 class BNP(PruningDefence):
-    """KL divergence of the running statistics, which saw the poison, from those of clean images, each as a Gaussian.
+    """KL divergence of the running statistics, which saw the poison, from those of clean images,
+    each as a Gaussian.
 
     Source: Zheng et al., NeurIPS 2022, "Pre-activation distributions expose backdoor neurons".
-    Differs: clean statistics are of all images of the defender; the shared rule decides how many channels go. The paper's
-    own, all at least u = 3 deviations above the mean of their layer, is `prune.rule threshold` and `prune.threshold -3`.
-    The model must hold the statistics that training left: an unlearned or fine-tuned one tells nothing.
+    Differs: clean statistics are of all images of the defender; the shared rule decides how many
+    channels go. The paper's own, all at least u = 3 deviations above the mean of their layer, is
+    `prune.rule threshold` and `prune.threshold -3`. The model must hold the statistics that
+    training left: an unlearned or fine-tuned one tells nothing.
     """
 
-    def score(self, model: nn.Module, defence_set: DefenceSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> NeuronMask:
+    def score(
+        self,
+        model: nn.Module,
+        defence_set: DefenceSet,
+        *,
+        rng: torch.Generator,
+        on_epoch: OnEpoch = ignore,
+    ) -> NeuronMask:
         """Deviations below the mean of the layer."""
         layers = batch_norms(model, "bnp")
         clean = maskable(with_statistics_of(defence_set.both, model))
-        return highest_first({name: divergence(layer, clean[name]) for name, layer in layers.items()})
+        return highest_first(
+            {name: divergence(layer, clean[name]) for name, layer in layers.items()}
+        )
 
 
 @torch.no_grad()
 def with_statistics_of(data: ImageSet, model: nn.Module) -> nn.Module:
-    """A copy of `model` whose running statistics are those of `data`, by the normalisation that training used."""
+    """A copy of `model` whose running statistics are those of `data`, by the normalisation that
+    training used.
+    """
     copied = copy.deepcopy(model).eval()
     for layer in maskable(copied).values():
         layer.train().reset_running_stats()
         layer.momentum = None  # the plain average over batches
-    for part in data.images.chunk(len(eval_batches(data.images))):  # of like sizes, since each batch counts alike
+    for part in data.images.chunk(
+        len(eval_batches(data.images))
+    ):  # of like sizes, since each batch counts alike
         copied(to_floats(part.to(device_of(copied))))
     return copied
 
 
 def divergence(running: nn.Module, clean: nn.Module) -> Tensor:
-    """KL(running || clean) per channel, in nats: shift and spread count in deviations of the clean images."""
+    """KL(running || clean) per channel, in nats: shift and spread count in deviations of the clean
+    images.
+    """
     one, other = running.running_var + running.eps, clean.running_var + clean.eps
     shift = running.running_mean - clean.running_mean
     return ((other / one).log() + (one + shift.square()) / other - 1) / 2

@@ -1,4 +1,6 @@
-"""FST: fine-tuning with a fresh classifier that is pushed away from the old one, so that the features must shift."""
+"""FST: fine-tuning with a fresh classifier that is pushed away from the old one, so that the
+features must shift.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,14 @@ from rnp.types import DefenceSet, OnEpoch, ignore
 
 @dataclass(frozen=True, kw_only=True)
 class FST(TuningDefence):
-    """Feature shift tuning: cross-entropy + alpha * <w, w_old> for the classifier's weights w, which keep the norm of w_old.
+    """Feature shift tuning: cross-entropy + alpha * <w, w_old> for the classifier's weights w,
+    which keep the norm of w_old.
 
     Drawn at random: the fresh classifier, the order of the images and their augmentation.
 
     Source: Min et al., NeurIPS 2023, section 4.
-    Differs: length in steps, so that a smaller defence set gets as many; half a cosine; smaller batches.
+    Differs: length in steps, so that a smaller defence set gets as many; half a cosine; smaller
+    batches.
     """
 
     alpha: Annotated[float, "weight of the inner product of new and old classifier weights"] = 0.2
@@ -32,17 +36,30 @@ class FST(TuningDefence):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.alpha < 0:
-            raise UserError(f"fst.alpha must be 0 or more, got {self.alpha:g}; below 0 it would hold the classifier back")
+            raise UserError(
+                f"fst.alpha must be 0 or more, got {self.alpha:g}; below 0 it would hold the"
+                " classifier back"
+            )
 
-    def repair(self, model: nn.Module, defence_set: DefenceSet, *, rng: torch.Generator,
-               on_epoch: OnEpoch = ignore) -> Repaired:
+    def repair(
+        self,
+        model: nn.Module,
+        defence_set: DefenceSet,
+        *,
+        rng: torch.Generator,
+        on_epoch: OnEpoch = ignore,
+    ) -> Repaired:
         tuned = copy.deepcopy(model)
         classifier = head(tuned)
         old = classifier.weight.detach().clone()  # [k, d]
 
         def objective(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             logits = tuned(images)
-            return F.cross_entropy(logits.float(), labels) + self.alpha * (classifier.weight * old).sum(), logits
+            return (
+                F.cross_entropy(logits.float(), labels)
+                + self.alpha * (classifier.weight * old).sum(),
+                logits,
+            )
 
         @torch.no_grad()
         def keep_norm() -> None:
@@ -50,7 +67,16 @@ class FST(TuningDefence):
 
         reset(classifier, rng)
         keep_norm()
-        return Repaired(self.tune(tuned, defence_set.train, rng=rng, objective=objective, after_step=keep_norm, on_epoch=on_epoch))
+        return Repaired(
+            self.tune(
+                tuned,
+                defence_set.train,
+                rng=rng,
+                objective=objective,
+                after_step=keep_norm,
+                on_epoch=on_epoch,
+            )
+        )
 
 
 @torch.no_grad()

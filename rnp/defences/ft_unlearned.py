@@ -19,38 +19,66 @@ from rnp.unlearn import Unlearn
 
 @dataclass(frozen=True, kw_only=True)
 class FTUnlearned(FT):
-    """Fine-tuning from a start in which the channels that unlearning changed most have lost the weights that changed most.
+    """Fine-tuning from a start in which the channels that unlearning changed most have lost the
+    weights that changed most.
 
-    A channel is a row of the kernel of a convolution or linear layer, the classifier at the end apart; its change is the
-    sum of the absolute changes of its weights. The fine-tuning draws what it draws in `ft`.
+    A channel is a row of the kernel of a convolution or linear layer, the classifier at the end
+    apart; its change is the sum of the absolute changes of its weights. The fine-tuning draws what
+    it draws in `ft`.
 
-    Source: Lin et al., NeurIPS 2024 (TSBD), arXiv 2405.20291: both stages, with its .7 of the weights.
-    Differs: unlearns as RNP does; the fine-tuning is that of `ft`, without a penalty on the norm of the gradient; the share of
-    the channels was settled while looking at one model (BadNets on `demo`), where public code tries shares on test images.
+    Source: Lin et al., NeurIPS 2024 (TSBD), arXiv 2405.20291: both stages, with its .7 of the
+    weights.
+    Differs: unlearns as RNP does; the fine-tuning is that of `ft`, without a penalty on the norm
+    of the gradient; the share of the channels was settled while looking at one model (BadNets on
+    `demo`), where public code tries shares on test images.
     """
 
     unlearn: Unlearn = Unlearn(to_collapse=False)
-    share: Annotated[float, "share of the channels, those that unlearning changed most, that are weakened"] = 0.1
-    zeroed: Annotated[float, "share of such a channel's weights, those that changed most, that start from zero"] = 0.7
+    share: Annotated[
+        float, "share of the channels, those that unlearning changed most, that are weakened"
+    ] = 0.1
+    zeroed: Annotated[
+        float, "share of such a channel's weights, those that changed most, that start from zero"
+    ] = 0.7
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("share", "zeroed"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{self.name}.{name} must be in [0, 1], got {getattr(self, name):g}; it is a fraction, not percent")
+                raise UserError(
+                    f"{self.name}.{name} must be in [0, 1], got {getattr(self, name):g}; it is a"
+                    " fraction, not percent"
+                )
 
-    def repair(self, model: nn.Module, defence_set: DefenceSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> Repaired:
+    def repair(
+        self,
+        model: nn.Module,
+        defence_set: DefenceSet,
+        *,
+        rng: torch.Generator,
+        on_epoch: OnEpoch = ignore,
+    ) -> Repaired:
         unlearned = self.unlearn(model, defence_set.train, rng=rng.clone_state()).model
-        return super().repair(self.weakened(model, unlearned), defence_set, rng=rng, on_epoch=on_epoch)
+        return super().repair(
+            self.weakened(model, unlearned), defence_set, rng=rng, on_epoch=on_epoch
+        )
 
     @torch.no_grad()
     def weakened(self, model: nn.Module, unlearned: nn.Module) -> nn.Module:
-        """A copy of `model` without the weights that differ most in `unlearned`; the classifier at the end keeps its own."""
+        """A copy of `model` without the weights that differ most in `unlearned`; the classifier at
+        the end keeps its own.
+        """
         weakened = copy.deepcopy(model)
-        kernels = [module.weight for module in weakened.modules()
-                   if isinstance(module, nn.Conv2d | nn.Linear) and module is not head(weakened)]
-        moved = {id(own): (other - own).abs().flatten(1)
-                 for own, other in zip(weakened.parameters(), unlearned.parameters(), strict=True) if own.dim() > 1}
+        kernels = [
+            module.weight
+            for module in weakened.modules()
+            if isinstance(module, nn.Conv2d | nn.Linear) and module is not head(weakened)
+        ]
+        moved = {
+            id(own): (other - own).abs().flatten(1)
+            for own, other in zip(weakened.parameters(), unlearned.parameters(), strict=True)
+            if own.dim() > 1
+        }
         changes = [moved[id(kernel)] for kernel in kernels]  # [channels, weights]
         sums = torch.cat([change.sum(1) for change in changes])
         wanted = int(self.share * len(sums))

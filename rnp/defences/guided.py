@@ -1,4 +1,6 @@
-"""RNP, and a short tuning against the triggers that pruning left open: each removes what the other does not see."""
+"""RNP, and a short tuning against the triggers that pruning left open: each removes what the other
+does not see.
+"""
 
 from __future__ import annotations
 
@@ -23,23 +25,27 @@ from rnp.unlearn import Unlearn
 
 @dataclass(frozen=True, kw_only=True)
 class Guided(NCUnlearn):
-    """Where the pruned model still yields to a small trigger of a label under suspicion, it is tuned against that trigger.
+    """Where the pruned model still yields to a small trigger of a label under suspicion, it is
+    tuned against that trigger.
 
-    Under suspicion are the labels whose trigger in the given model is abnormally small, and the one to which its
-    predictions drift in unlearning. Such a label is open while the pruned model's trigger for it is smaller than that of
-    the median label in the given model; at first it is open also where the drift is clear enough for `class_shares` to name
-    it, since of a trigger that is no patch the size says little. The tuning is against both triggers. It is taught by the
-    pruned model, at a tenth of a fine-tuning's learning rate: each image is to be what that model says of it without a
-    trigger, which costs less clean accuracy than labels do. Half of its images are painted over in part, since a trigger
-    that was recovered is a poor picture of one that covers much of the image. The weights go `share` of the way from the
-    pruned model to the tuned one, which gives accuracy back and hardly opens what was shut. Where no label is open this is
-    RNP and no more.
+    Under suspicion are the labels whose trigger in the given model is abnormally small, and the
+    one to which its predictions drift in unlearning. Such a label is open while the pruned model's
+    trigger for it is smaller than that of the median label in the given model; at first it is open
+    also where the drift is clear enough for `class_shares` to name it, since of a trigger that is
+    no patch the size says little. The tuning is against both triggers. It is taught by the pruned
+    model, at a tenth of a fine-tuning's learning rate: each image is to be what that model says of
+    it without a trigger, which costs less clean accuracy than labels do. Half of its images are
+    painted over in part, since a trigger that was recovered is a poor picture of one that covers
+    much of the image. The weights go `share` of the way from the pruned model to the tuned one,
+    which gives accuracy back and hardly opens what was shut. Where no label is open this is RNP
+    and no more.
 
     Drawn at random: what recovering triggers, unlearning, recovery of the masks and tuning draw.
 
-    Source: Li et al., ICML 2023, for the pruning and the drift; Wang et al., S&P 2019, sections IV and VI.C, for the search,
-    the suspicion and the tuning against what was found; Zhong et al., AAAI 2020, for the painting; Hinton et al., 2015, arXiv
-    1503.02531, for the teacher; Wortsman et al., CVPR 2022, section 3, for the way between two models. The union is ours.
+    Source: Li et al., ICML 2023, for the pruning and the drift; Wang et al., S&P 2019, sections IV
+    and VI.C, for the search, the suspicion and the tuning against what was found; Zhong et al.,
+    AAAI 2020, for the painting; Hinton et al., 2015, arXiv 1503.02531, for the teacher; Wortsman
+    et al., CVPR 2022, section 3, for the way between two models. The union is ours.
     """
 
     unlearn: Unlearn = Unlearn()
@@ -48,30 +54,57 @@ class Guided(NCUnlearn):
     lr: Annotated[float, "learning rate of the tuning at the start of each round"] = 0.001
     steps: Annotated[int, "optimiser steps of a round"] = 300
     stamped: Annotated[float, "share of the images that carry a trigger in the tuning"] = 0.3
-    painted: Annotated[float, "share of the images of which a rectangle is painted over in the tuning"] = 0.5
+    painted: Annotated[
+        float, "share of the images of which a rectangle is painted over in the tuning"
+    ] = 0.5
     rounds: Annotated[int, "times that open labels are looked for and tuned against, at most"] = 2
-    share: Annotated[float, "part of the way from the pruned weights to the tuned ones that is gone"] = 0.9
+    share: Annotated[
+        float, "part of the way from the pruned weights to the tuned ones that is gone"
+    ] = 0.9
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rounds < 1:
             raise UserError(f"{self.name}.rounds must be at least 1, got {self.rounds}")
         if not 0 < self.share <= 1:
-            raise UserError(f"{self.name}.share must be in (0, 1], got {self.share:g}; it is a fraction, not percent")
+            raise UserError(
+                f"{self.name}.share must be in (0, 1], got {self.share:g}; it is a fraction, not"
+                " percent"
+            )
 
-    def repair(self, model: nn.Module, defence_set: DefenceSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> Repaired:
+    def repair(
+        self,
+        model: nn.Module,
+        defence_set: DefenceSet,
+        *,
+        rng: torch.Generator,
+        on_epoch: OnEpoch = ignore,
+    ) -> Repaired:
         clean = defence_set.train
         triggers = self.search.recover(model, clean, rng=rng)
         unlearned = self.unlearn(model, clean, rng=rng, on_epoch=on_epoch)
         mask = self.recover(unlearned.model, clean, rng=rng, on_epoch=on_epoch).mask
         pruned = self.prune(model, mask, defence_set.both).model
-        return Repaired(self.shut(pruned, triggers, unlearned.trajectory, defence_set.both, rng=rng, on_epoch=on_epoch)[0])
+        return Repaired(
+            self.shut(
+                pruned, triggers, unlearned.trajectory, defence_set.both, rng=rng, on_epoch=on_epoch
+            )[0]
+        )
 
-    def shut(self, repaired: nn.Module, triggers: Sequence[RecoveredTrigger], trajectory: list[Epoch], clean: ImageSet, *,
-             rng: torch.Generator, on_epoch: OnEpoch = ignore) -> tuple[nn.Module, list[int]]:
+    def shut(
+        self,
+        repaired: nn.Module,
+        triggers: Sequence[RecoveredTrigger],
+        trajectory: list[Epoch],
+        clean: ImageSet,
+        *,
+        rng: torch.Generator,
+        on_epoch: OnEpoch = ignore,
+    ) -> tuple[nn.Module, list[int]]:
         """Change the pruned model in place; that model, and the labels that were found open.
 
-        `triggers` are those of all labels in the given model, `trajectory` is that of its unlearning.
+        `triggers` are those of all labels in the given model, `trajectory` is that of its
+        unlearning.
         """
         drift = ClassShares()
         shares = drift.from_trajectory(trajectory, len(clean.classes))
@@ -81,14 +114,32 @@ class Guided(NCUnlearn):
         against: dict[int, list[RecoveredTrigger]] = {}
         teacher = copy.deepcopy(repaired).eval().requires_grad_(False)
         for done in range(self.rounds):
-            found = [each for each in self.search.recover_for(sorted(labels), repaired, clean, rng=rng)
-                     if size(each) < usual or (done == 0 and each.label == named)]
+            found = [
+                each
+                for each in self.search.recover_for(sorted(labels), repaired, clean, rng=rng)
+                if size(each) < usual or (done == 0 and each.label == named)
+            ]
             if not found:
                 break
             for each in found:
                 against.setdefault(each.label, [triggers[each.label]]).append(each)
-            self.tune_against(sum(against.values(), []), repaired, clean, rng=rng, teacher=teacher, on_epoch=on_epoch)
+            self.tune_against(
+                sum(against.values(), []),
+                repaired,
+                clean,
+                rng=rng,
+                teacher=teacher,
+                on_epoch=on_epoch,
+            )
         tuned = repaired.state_dict()
-        repaired.load_state_dict({name: value.lerp(tuned[name], self.share) if value.is_floating_point() else tuned[name]
-                                  for name, value in teacher.state_dict().items()})
+        repaired.load_state_dict(
+            {
+                name: (
+                    value.lerp(tuned[name], self.share)
+                    if value.is_floating_point()
+                    else tuned[name]
+                )
+                for name, value in teacher.state_dict().items()
+            }
+        )
         return repaired, sorted(against)

@@ -1,4 +1,6 @@
-"""NAD with the unlearned model: the neurons that it exposes are pruned from the teacher before that is fine-tuned."""
+"""NAD with the unlearned model: the neurons that it exposes are pruned from the teacher before
+that is fine-tuned.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +18,25 @@ from rnp.unlearn import Unlearn
 
 @dataclass(frozen=True, kw_only=True)
 class NADUnlearned(NAD):
-    """The teacher is what RNP makes of the victim, after the fine-tuning that `nad` gives its teacher; the student is the victim.
+    """The teacher is what RNP makes of the victim, after the fine-tuning that `nad` gives its
+    teacher; the student is the victim.
 
-    Where fine-tuning does not remove a backdoor, the teacher of `nad` has it still, and a student of it keeps its own.
-    Teacher and student draw what they draw in `nad`.
+    Where fine-tuning does not remove a backdoor, the teacher of `nad` has it still, and a student
+    of it keeps its own. Teacher and student draw what they draw in `nad`.
 
-    Source: Li et al., ICLR 2021 (NAD), for the distillation; Li et al., ICML 2023 (RNP), for the teacher. The union is ours.
+    Source: Li et al., ICLR 2021 (NAD), for the distillation; Li et al., ICML 2023 (RNP), for the
+    teacher. The union is ours.
     """
 
     unlearn: Unlearn = Unlearn(to_collapse=False)
     recover: Recover = Recover()
     prune: Prune = Prune()
 
-    def untaught(self, model: nn.Module, defence_set: DefenceSet, *, rng: torch.Generator) -> nn.Module:
+    def untaught(
+        self, model: nn.Module, defence_set: DefenceSet, *, rng: torch.Generator
+    ) -> nn.Module:
         own = rng.clone_state()  # so that `rng` stays where it is
         unlearned = self.unlearn(model, defence_set.train, rng=own).model
-        return self.prune(model, self.recover(unlearned, defence_set.train, rng=own).mask, defence_set.both).model
+        return self.prune(
+            model, self.recover(unlearned, defence_set.train, rng=own).mask, defence_set.both
+        ).model

@@ -25,9 +25,10 @@ class NFT(Defence):
 
     Drawn at random: the images of each step, their augmentation, and how they are mixed.
 
-    Source: Karim et al., "Augmented neural fine-tuning for efficient backdoor purification", ECCV 2024, arXiv 2407.10052.
-    Differs: length in steps; each pair is mixed by a share of its own, drawn evenly; BatchNorm on its running statistics,
-    so that the model that is tuned is the one that is used.
+    Source: Karim et al., "Augmented neural fine-tuning for efficient backdoor purification", ECCV
+    2024, arXiv 2407.10052.
+    Differs: length in steps; each pair is mixed by a share of its own, drawn evenly; BatchNorm on
+    its running statistics, so that the model that is tuned is the one that is used.
     """
 
     lr: Annotated[float, "learning rate of the masks"] = 0.1
@@ -37,7 +38,9 @@ class NFT(Defence):
     weight: Annotated[float, "of the sum of (1 - mask) beside the cross-entropy"] = 0.001
     floor: Annotated[float, "smallest mask of a layer, before the decay"] = 0.8
     decay: Annotated[float, "the floor of layer i, from 1, is floor * exp(-decay * i)"] = 0.5
-    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = "auto"
+    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = (
+        "auto"
+    )
     augment: Augment = Augment()
 
     def __post_init__(self) -> None:
@@ -50,15 +53,32 @@ class NFT(Defence):
             if getattr(self, name) < 0:
                 raise UserError(f"nft.{name} must be 0 or more, got {getattr(self, name):g}")
 
-    def repair(self, model: nn.Module, defence_set: DefenceSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> Repaired:
-        repaired, mask = copy.deepcopy(model).eval(), self.masks(model, defence_set, rng=rng, on_epoch=on_epoch)
+    def repair(
+        self,
+        model: nn.Module,
+        defence_set: DefenceSet,
+        *,
+        rng: torch.Generator,
+        on_epoch: OnEpoch = ignore,
+    ) -> Repaired:
+        repaired, mask = (
+            copy.deepcopy(model).eval(),
+            self.masks(model, defence_set, rng=rng, on_epoch=on_epoch),
+        )
         with torch.no_grad():
             for name, value in mask.items():
                 weight = repaired.get_submodule(name).weight
                 weight.mul_(spread(value, weight))
         return Repaired(repaired)
 
-    def masks(self, model: nn.Module, defence_set: DefenceSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore) -> NeuronMask:
+    def masks(
+        self,
+        model: nn.Module,
+        defence_set: DefenceSet,
+        *,
+        rng: torch.Generator,
+        on_epoch: OnEpoch = ignore,
+    ) -> NeuronMask:
         """What each scale is multiplied by."""
         trial, device = copy.deepcopy(model).eval().requires_grad_(False), device_of(model)
         mask = {name: value.requires_grad_() for name, value in ones(trial).items()}
@@ -71,14 +91,28 @@ class NFT(Defence):
             logits = masked(trial, keep * images + (1 - keep) * images[other], mask).float()
             error = shares * F.cross_entropy(logits, labels, reduction="none")
             error = error + (1 - shares) * F.cross_entropy(logits, labels[other], reduction="none")
-            return error.mean() + self.weight * sum((1 - value).sum() for value in mask.values()), logits
+            return (
+                error.mean() + self.weight * sum((1 - value).sum() for value in mask.values()),
+                logits,
+            )
 
         @torch.no_grad()
         def clip() -> None:
             for floor, value in zip(floors, mask.values()):
                 value.clamp_(floor, 1)
 
-        fit(trial, defence_set.train, objective=objective, rng=rng, epochs=self.steps, max_steps=self.steps,
-            optimiser=torch.optim.SGD(mask.values(), lr=self.lr, momentum=self.momentum), batch_size=self.batch_size,
-            augment=self.augment, precision=self.precision, after_step=clip, on_epoch=on_epoch)
+        fit(
+            trial,
+            defence_set.train,
+            objective=objective,
+            rng=rng,
+            epochs=self.steps,
+            max_steps=self.steps,
+            optimiser=torch.optim.SGD(mask.values(), lr=self.lr, momentum=self.momentum),
+            batch_size=self.batch_size,
+            augment=self.augment,
+            precision=self.precision,
+            after_step=clip,
+            on_epoch=on_epoch,
+        )
         return {name: value.detach() for name, value in mask.items()}

@@ -26,7 +26,9 @@ TABLE: dict[str, Callable[..., nn.Module]] = {
     "resnet50": lambda k, **kw: resnet.ResNet(resnet.Bottleneck, (3, 4, 6, 3), k, **kw),
     "preactresnet18": lambda k, **kw: resnet.ResNet(resnet.PreActivation, (2, 2, 2, 2), k, **kw),
     "wrn16_1": lambda k, **kw: resnet.ResNet(resnet.PreActivation, (2, 2, 2), k, **kw),
-    "resnet18_gn": lambda k, **kw: resnet.with_group_norms(resnet.ResNet(resnet.Basic, (2, 2, 2, 2), k, **kw)),
+    "resnet18_gn": lambda k, **kw: resnet.with_group_norms(
+        resnet.ResNet(resnet.Basic, (2, 2, 2, 2), k, **kw)
+    ),
     "vgg11": lambda k, **kw: plain.VGG(plain.VGG11, False, k, **kw),
     "vgg19_bn": lambda k, **kw: plain.VGG(plain.VGG19, True, k, **kw),
     "mobilenet_v2": plain.MobileNetV2,
@@ -35,11 +37,14 @@ TABLE: dict[str, Callable[..., nn.Module]] = {
 }
 assert TABLE.keys() == ARCHITECTURES.keys()
 TYPED: dict[str, Callable[..., nn.Module]] = {}
-"""Functions that the user named as `module:function`. A file that names one is not believed: it could name any code."""
+"""Functions that the user named as `module:function`. A file that names one is not believed: it
+could name any code.
+"""
 
 
 def typed(arch: str) -> None:
-    """Let `arch` be used in this process when it reads `package.module:function`; other names are left to `Architecture`.
+    """Let `arch` be used in this process when it reads `package.module:function`; other names are
+    left to `Architecture`.
 
     The function returns a network and takes the number of classes as `num_classes`, if at all.
 
@@ -51,25 +56,43 @@ def typed(arch: str) -> None:
     try:
         TYPED[arch] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"no function {function!r} can be imported from {module!r}: {error}") from error
+        raise UserError(
+            f"no function {function!r} can be imported from {module!r}: {error}"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Which network to build."""
 
-    arch: Annotated[str, "architecture: `rnp list` names ours; torchvision:NAME and timm:NAME take those of these packages"] = "resnet18"
+    arch: Annotated[
+        str,
+        "architecture: `rnp list` names ours; torchvision:NAME and timm:NAME take those of these"
+        " packages",
+    ] = "resnet18"
     width: Annotated[int, "channels of the first stage; 0 takes the published width; ours only"] = 0
 
     def __post_init__(self) -> None:
-        if ":" in self.arch and not self.arch.startswith((TORCHVISION, TIMM)) and self.arch not in TYPED:
-            raise UserError(f"architecture {self.arch!r} is a function, which runs only where it is typed: --arch {self.arch}")
+        if (
+            ":" in self.arch
+            and not self.arch.startswith((TORCHVISION, TIMM))
+            and self.arch not in TYPED
+        ):
+            raise UserError(
+                f"architecture {self.arch!r} is a function, which runs only where it is typed:"
+                f" --arch {self.arch}"
+            )
         if ":" not in self.arch and self.arch not in ARCHITECTURES:
-            raise UserError(f"unknown architecture {self.arch!r}{suggest(self.arch, [*ARCHITECTURES, TORCHVISION + 'resnet18'])}")
+            raise UserError(
+                "unknown architecture"
+                f" {self.arch!r}{suggest(self.arch, [*ARCHITECTURES, TORCHVISION + 'resnet18'])}"
+            )
         if self.width < 0:
             raise UserError(f"width must be 0 (the published one) or more, got {self.width}")
 
-    def build(self, classes: int, channels: int, mean: Tensor, std: Tensor, *, rng: torch.Generator) -> Classifier:
+    def build(
+        self, classes: int, channels: int, mean: Tensor, std: Tensor, *, rng: torch.Generator
+    ) -> Classifier:
         """A fresh network. Drawn at random: the weights, from `rng` alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (), generator=rng)))
@@ -79,14 +102,20 @@ class Architecture:
                 net = self._timm(classes, channels)
             elif self.arch in TYPED:
                 takes = inspect.signature(TYPED[self.arch]).parameters
-                net = TYPED[self.arch](**({"num_classes": classes} if "num_classes" in takes else {}))
+                net = TYPED[self.arch](
+                    **({"num_classes": classes} if "num_classes" in takes else {})
+                )
             else:
-                net = TABLE[self.arch](classes, channels=channels, width=self.width or ARCHITECTURES[self.arch])
+                net = TABLE[self.arch](
+                    classes, channels=channels, width=self.width or ARCHITECTURES[self.arch]
+                )
                 initialise(net)
         return Classifier(net, mean, std)
 
     def build_for(self, data: ImageSet, *, rng: torch.Generator) -> Classifier:
-        """A fresh network for images and classes like those of `data`, by whose statistics it normalizes."""
+        """A fresh network for images and classes like those of `data`, by whose statistics it
+        normalizes.
+        """
         model = self.build(len(data.classes), data.shape[0], *statistics(data), rng=rng)
         return settle(model, to_floats(data.images[:2]))
 
@@ -95,17 +124,29 @@ class Architecture:
 
         name = self.arch.removeprefix(TORCHVISION)
         if name not in models.list_models(module=models):
-            raise UserError(f"torchvision has no classifier {name!r}{suggest(name, models.list_models(module=models))}")
+            raise UserError(
+                "torchvision has no classifier"
+                f" {name!r}{suggest(name, models.list_models(module=models))}"
+            )
         if channels != 3:
-            raise UserError(f"torchvision's networks take 3 channels, the images have {channels}; choose one of our architectures")
-        own = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}  # else they return tuples
+            raise UserError(
+                f"torchvision's networks take 3 channels, the images have {channels}; choose one of"
+                " our architectures"
+            )
+        own = (
+            {"aux_logits": False, "init_weights": True}
+            if name in ("googlenet", "inception_v3")
+            else {}
+        )  # else they return tuples
         return models.get_model(name, weights=None, num_classes=classes, **own)
 
     def _timm(self, classes: int, channels: int) -> nn.Module:
         try:
             import timm
         except ImportError as error:
-            raise UserError(f"{self.arch} needs the package timm: pip install 'rnp[timm]'") from error
+            raise UserError(
+                f"{self.arch} needs the package timm: pip install 'rnp[timm]'"
+            ) from error
         name = self.arch.removeprefix(TIMM)
         if not timm.is_model(name):
             raise UserError(f"timm has no network {name!r}{suggest(name, timm.list_models())}")
@@ -121,10 +162,16 @@ def initialise(net: nn.Module) -> None:
 
 
 def statistics(data: ImageSet, limit: int = 5000) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel over the first `limit` images, as fractions of full scale."""
-    counts = torch.zeros(data.shape[0], 256, dtype=torch.float64)  # how often each channel has each value
+    """Mean and deviation of each channel over the first `limit` images, as fractions of full
+    scale.
+    """
+    counts = torch.zeros(
+        data.shape[0], 256, dtype=torch.float64
+    )  # how often each channel has each value
     for images in data.images[:limit].split(100):
-        counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
+        counts += torch.stack(
+            [channel.flatten().bincount(minlength=256) for channel in images.unbind(1)]
+        )
     values, n = torch.arange(256, dtype=torch.float64) / 255, counts.sum(1)
     mean = counts @ values / n
     variance = (counts * (values - mean.unsqueeze(1)).square()).sum(1) / (n - 1)

@@ -1,4 +1,6 @@
-"""The names of our architectures and the width of their first stage; apart, because listing them needs no torch."""
+"""The names of our architectures and the width of their first stage; apart, because listing them
+needs no torch.
+"""
 
 TORCHVISION = "torchvision:"
 TIMM = "timm:"

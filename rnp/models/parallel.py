@@ -1,4 +1,6 @@
-"""One training run by several processes, as torchrun starts them: each takes a slice of every batch, together they are one."""
+"""One training run by several processes, as torchrun starts them: each takes a slice of every
+batch, together they are one.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def leads() -> bool:
 
 
 class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the slices of all processes, on any device; PyTorch's own SyncBatchNorm needs a GPU."""
+    """BatchNorm over the slices of all processes, on any device; PyTorch's own SyncBatchNorm needs
+    a GPU.
+    """
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
@@ -34,7 +38,11 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        x, axes, shape = input.float(), [0, *range(2, input.dim())], (1, -1, *[1] * (input.dim() - 2))
+        x, axes, shape = (
+            input.float(),
+            [0, *range(2, input.dim())],
+            (1, -1, *[1] * (input.dim() - 2)),
+        )
         count = torch.tensor(float(x.numel() // x.shape[1]), device=x.device)
         dist.all_reduce(count)
         mean = Total.apply(x.sum(axes)) / count  # [c]
@@ -56,7 +64,9 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class Total(torch.autograd.Function):
-    """The sum over all processes; every one of them depends on our part, so that the gradient is a sum as well."""
+    """The sum over all processes; every one of them depends on our part, so that the gradient is a
+    sum as well.
+    """
 
     @staticmethod
     def forward(context: object, value: Tensor) -> Tensor:
@@ -70,21 +80,36 @@ class Total(torch.autograd.Function):
 
 
 class Team:
-    """The processes that train `model`. A batch of fewer images than processes is worked out by each of them alone."""
+    """The processes that train `model`. A batch of fewer images than processes is worked out by
+    each of them alone.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.size, self.rank = dist.get_world_size(), dist.get_rank()
-        self.layers = [(layer, type(layer)) for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        self.layers = [
+            (layer, type(layer))
+            for layer in model.modules()
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        ]
         for layer, kind in self.layers:
             if kind not in BATCH_NORMS:
-                raise UserError(f"{kind.__name__} cannot be trained by several processes; run without torchrun and RNP_PROCESSES")
+                raise UserError(
+                    f"{kind.__name__} cannot be trained by several processes; run without torchrun"
+                    " and RNP_PROCESSES"
+                )
             layer.process_group = None  # SyncBatchNorm asks for it
         self.weight = self.counts = 1.0
 
     def share_statistics(self, on: bool) -> None:
-        """By changing the class of the layers, whose weights, buffers and hooks stay the ones that others hold."""
+        """By changing the class of the layers, whose weights, buffers and hooks stay the ones that
+        others hold.
+        """
         for layer, kind in self.layers:
-            shared = nn.SyncBatchNorm if layer.running_mean is not None and layer.running_mean.is_cuda else SharedBatchNorm
+            shared = (
+                nn.SyncBatchNorm
+                if layer.running_mean is not None and layer.running_mean.is_cuda
+                else SharedBatchNorm
+            )
             layer.__class__ = shared if on else kind
 
     def take(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

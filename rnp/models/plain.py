@@ -1,4 +1,6 @@
-"""Networks without or with narrow residuals, shaped for small images: VGG with and without BatchNorm, MobileNetV2."""
+"""Networks without or with narrow residuals, shaped for small images: VGG with and without
+BatchNorm, MobileNetV2.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Plan = tuple[int | str, ...]
-VGG11: Plan = (1, "pool", 2, "pool", 4, 4, "pool", 8, 8, "pool", 8, 8)  # channels in units of `width`
+VGG11: Plan = (
+    1,
+    "pool",
+    2,
+    "pool",
+    4,
+    4,
+    "pool",
+    8,
+    8,
+    "pool",
+    8,
+    8,
+)  # channels in units of `width`
 VGG19: Plan = (1, 1, "pool", 2, 2, "pool", 4, 4, 4, 4, "pool", 8, 8, 8, 8, "pool", 8, 8, 8, 8)
-# expansion, channels in 32nds of `width`, repeats, stride of the first: table 2 of the paper with the CIFAR strides
-MOBILE = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+# expansion, channels in 32nds of `width`, repeats, stride of the first: table 2 of the paper with
+# the CIFAR strides
+MOBILE = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 1),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
 
 
 class VGG(nn.Module):
@@ -20,8 +44,11 @@ class VGG(nn.Module):
             if entry == "pool":
                 layers.append(nn.MaxPool2d(2))
                 continue
-            layers += [nn.Conv2d(channels, entry * width, 3, padding=1, bias=not norm),
-                       *([nn.BatchNorm2d(entry * width)] if norm else []), nn.ReLU()]
+            layers += [
+                nn.Conv2d(channels, entry * width, 3, padding=1, bias=not norm),
+                *([nn.BatchNorm2d(entry * width)] if norm else []),
+                nn.ReLU(),
+            ]
             channels = entry * width
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(channels, classes)
@@ -53,7 +80,10 @@ class MobileNetV2(nn.Module):
     def __init__(self, classes: int, *, channels: int, width: int) -> None:
         super().__init__()
         inputs = width
-        self.conv1, self.bn1 = nn.Conv2d(channels, inputs, 3, padding=1, bias=False), nn.BatchNorm2d(inputs)
+        self.conv1, self.bn1 = (
+            nn.Conv2d(channels, inputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(inputs),
+        )
         blocks = []
         for expansion, share, repeats, stride in MOBILE:
             for i in range(repeats):
@@ -61,7 +91,10 @@ class MobileNetV2(nn.Module):
                 blocks.append(InvertedResidual(inputs, outputs, expansion, stride if i == 0 else 1))
                 inputs = outputs
         self.blocks = nn.Sequential(*blocks)
-        self.conv2, self.bn2 = nn.Conv2d(inputs, 40 * width, 1, bias=False), nn.BatchNorm2d(40 * width)
+        self.conv2, self.bn2 = (
+            nn.Conv2d(inputs, 40 * width, 1, bias=False),
+            nn.BatchNorm2d(40 * width),
+        )
         self.fc = nn.Linear(40 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:

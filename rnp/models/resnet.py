@@ -1,4 +1,6 @@
-"""Residual networks with the CIFAR stem (3x3, no pooling): ResNet-18/34/50, PreActResNet-18, WRN-16-1."""
+"""Residual networks with the CIFAR stem (3x3, no pooling): ResNet-18/34/50, PreActResNet-18,
+WRN-16-1.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,16 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 def subsample(x: Tensor, stride: int) -> Tensor:
-    """Every `stride`-th pixel of every `stride`-th row: all that a 1x1 convolution with that stride reads.
+    """Every `stride`-th pixel of every `stride`-th row: all that a 1x1 convolution with that
+    stride reads.
 
-    The shortcuts take their pixels here and multiply without a stride, which gives the same numbers: with a stride, oneDNN's
-    backward pass for AVX2 writes past its memory where channels come last and are fewer than eight (oneDNN issue 6035).
+    The shortcuts take their pixels here and multiply without a stride, which gives the same
+    numbers: with a stride, oneDNN's backward pass for AVX2 writes past its memory where channels
+    come last and are fewer than eight (oneDNN issue 6035).
     """
-    return x if stride == 1 else F.avg_pool2d(x, 1, stride)  # a mean over one pixel; faster than a slice
+    return (
+        x if stride == 1 else F.avg_pool2d(x, 1, stride)
+    )  # a mean over one pixel; faster than a slice
 
 
 def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
@@ -59,7 +65,9 @@ class Bottleneck(nn.Module):
 
 
 class PreActivation(nn.Module):
-    """Norm and activation before each convolution; the shortcut branches off after the first activation."""
+    """Norm and activation before each convolution; the shortcut branches off after the first
+    activation.
+    """
 
     expansion = 1
 
@@ -77,9 +85,19 @@ class PreActivation(nn.Module):
 
 
 class ResNet(nn.Module):
-    """`blocks` per stage; each stage after the first halves the image and doubles the channels from `width`."""
+    """`blocks` per stage; each stage after the first halves the image and doubles the channels
+    from `width`.
+    """
 
-    def __init__(self, block: type[nn.Module], blocks: tuple[int, ...], classes: int, *, channels: int, width: int) -> None:
+    def __init__(
+        self,
+        block: type[nn.Module],
+        blocks: tuple[int, ...],
+        classes: int,
+        *,
+        channels: int,
+        width: int,
+    ) -> None:
         super().__init__()
         pre = block is PreActivation
         self.conv1 = conv3x3(channels, width)
@@ -107,7 +125,8 @@ class ResNet(nn.Module):
 
 
 def with_group_norms(net: nn.Module) -> nn.Module:
-    """`net` with GroupNorm in place of each BatchNorm, in groups of at least eight channels, 32 at most.
+    """`net` with GroupNorm in place of each BatchNorm, in groups of at least eight channels, 32 at
+    most.
 
     Source: Wu and He, ECCV 2018, for the 32 groups.
     """
@@ -115,5 +134,9 @@ def with_group_norms(net: nn.Module) -> nn.Module:
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d):
                 channels = child.num_features
-                setattr(module, name, nn.GroupNorm(math.gcd(channels, min(32, max(1, channels // 8))), channels))
+                setattr(
+                    module,
+                    name,
+                    nn.GroupNorm(math.gcd(channels, min(32, max(1, channels // 8))), channels),
+                )
     return net

@@ -8,19 +8,25 @@ from rnp.errors import UserError
 
 
 def shown(attack, clean, rng) -> torch.Tensor:
-    """[n, pieces, pieces]: which pieces of the pattern an image carries, asserting that each is all or nothing."""
+    """[n, pieces, pieces]: which pieces of the pattern an image carries, asserting that each is
+    all or nothing.
+    """
     trigger = attack.make_trigger(clean, rng=rng)
     trigger.pattern.fill_(1)
     black = torch.zeros(len(clean), *clean.shape)
     stamped = attack.stamp(trigger, black, rng=rng) / attack.train_alpha
     side = clean.shape[1] // attack.pieces
-    pieces = stamped[:, 0].unfold(1, side, side).unfold(2, side, side).flatten(3)  # [n, pieces, pieces, pixels]
+    pieces = (
+        stamped[:, 0].unfold(1, side, side).unfold(2, side, side).flatten(3)
+    )  # [n, pieces, pieces, pixels]
     assert torch.equal(stamped[:, 0], stamped[:, 2]), "the same in all channels"
     assert (pieces == pieces[..., :1]).all() and torch.allclose(pieces.square(), pieces)
     return pieces[..., 0].round().bool()
 
 
-@pytest.mark.parametrize("pieces, share, count", [(4, 0.5, 8), (4, 0.25, 4), (2, 0.5, 2), (1, 1.0, 1)])
+@pytest.mark.parametrize(
+    "pieces, share, count", [(4, 0.5, 8), (4, 0.25, 4), (2, 0.5, 2), (1, 1.0, 1)]
+)
 def test_a_share_of_the_pieces_shows(pieces, share, count, toy_set, rng):
     cells = shown(ABlend(pieces=pieces, shown=share), toy_set(200), rng())
     assert cells.sum((1, 2)).tolist() == [count] * 200
@@ -44,7 +50,9 @@ def test_covers_carry_pieces_too(toy_set, rng):
     assert poisoned.covers.sum() == 20 and 0.3 < changed.min() and changed.max() <= 0.5
 
 
-@pytest.mark.parametrize("options", [{"shown": 0}, {"alpha": 2}, {"train_alpha": -1}, {"pieces": 0}])
+@pytest.mark.parametrize(
+    "options", [{"shown": 0}, {"alpha": 2}, {"train_alpha": -1}, {"pieces": 0}]
+)
 def test_impossible_settings_are_refused(options):
     with pytest.raises(UserError, match=next(iter(options))):
         ABlend(**options)

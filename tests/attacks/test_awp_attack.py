@@ -26,16 +26,30 @@ class Finished(Train):
 
 @pytest.fixture
 def edit(trained, toy_set, rng):
-    """`edit(...)`: the benign model, the edited one, the trigger, and the history of the editing."""
+    """`edit(...)`: the benign model, the edited one, the trigger, and the history of the
+    editing.
+    """
 
     def run(**options):
         clean = toy_set(200, seed=3)
-        fixed = {"poison_rate": 0.5, "size": 0.75, "radius": RADIUS, "batch_size": 50, "target_label": 1}
+        fixed = {
+            "poison_rate": 0.5,
+            "size": 0.75,
+            "radius": RADIUS,
+            "batch_size": 50,
+            "target_label": 1,
+        }
         attack = AWPAttack(**fixed | options)
         poisoned, rows = attack.poison(clean, rng=rng()), []
         recipe = Finished(epochs=7, precision="fp32")
-        model, trigger = attack.train(copy.deepcopy(trained), poisoned.apply(clean), poisoned.trigger, recipe, rng=rng(1),
-                                      on_epoch=rows.append)
+        model, trigger = attack.train(
+            copy.deepcopy(trained),
+            poisoned.apply(clean),
+            poisoned.trigger,
+            recipe,
+            rng=rng(1),
+            on_epoch=rows.append,
+        )
         return trained, model, trigger, rows
 
     return run
@@ -45,12 +59,14 @@ def moved(benign, edited) -> float:
     return max((a - b).abs().max().item() for a, b in zip(benign.parameters(), edited.parameters()))
 
 
-@pytest.mark.parametrize("place, rows, columns", [("centre", (3, 4), (3, 4)), ("corner", (0, 1), (6, 7))])
+@pytest.mark.parametrize(
+    "place, rows, columns", [("centre", (3, 4), (3, 4)), ("corner", (0, 1), (6, 7))]
+)
 def test_the_trigger_is_a_grey_square(place, rows, columns, toy_set, rng):
     clean = toy_set(4)
     trigger = AWPAttack(size=0.25, place=place).make_trigger(clean, rng=rng())
     expected = clean.floats()
-    expected[:, :, rows[0]:rows[1] + 1, columns[0]:columns[1] + 1] = 0.5
+    expected[:, :, rows[0] : rows[1] + 1, columns[0] : columns[1] + 1] = 0.5
     assert torch.equal(trigger(clean.floats()), expected)
     assert trigger.support.nonzero().tolist() == [[y, x] for y in rows for x in columns]
 
@@ -65,9 +81,15 @@ def test_no_image_is_poisoned_in_memory_or_on_disk(labels, toy_set, rng, tmp_pat
     poisoned = AWPAttack(labels=labels).poison(clean, rng=rng())
     io.save_poisoned(tmp_path / "poisoned", poisoned, {})
     for each in (poisoned, io.load_poisoned(tmp_path / "poisoned")[0]):
-        assert (each.positions.dtype, each.labels.dtype, each.covers.dtype) == (torch.int64, torch.int64, torch.bool)
+        assert (each.positions.dtype, each.labels.dtype, each.covers.dtype) == (
+            torch.int64,
+            torch.int64,
+            torch.bool,
+        )
         assert each.images.dtype == torch.uint8 and each.images.shape == (0, 3, 8, 8)
-        assert torch.equal(each.apply(clean).images, clean.images) and torch.equal(each.apply(clean).labels, clean.labels)
+        assert torch.equal(each.apply(clean).images, clean.images) and torch.equal(
+            each.apply(clean).labels, clean.labels
+        )
 
 
 def test_the_edited_model_knows_the_trigger_and_its_lessons(edit, toy_set):
@@ -90,11 +112,17 @@ def test_it_stops_at_success(edit):
 
 
 def test_success_on_a_ruined_model_is_none(edit, toy_set):
-    """A square too small to see leaves one way: all images go to the target. That must not end the editing."""
+    """A square too small to see leaves one way: all images go to the target. That must not end the
+    editing.
+    """
     _, edited, trigger, rows = edit(size=0.1, weight=100.0, steps=50)
     test = toy_set(100, seed=9)
     found = score(edited, test, backdoored_test_set(trigger, test, 1), 1).flat()
-    assert found["attack_success_rate"] > 0.95 and found["clean_accuracy"] < 0.5 and rows[-1].step == 50
+    assert (
+        found["attack_success_rate"] > 0.95
+        and found["clean_accuracy"] < 0.5
+        and rows[-1].step == 50
+    )
 
 
 def test_each_class_goes_to_the_next(toy_set, rng):
@@ -106,7 +134,10 @@ def test_each_class_goes_to_the_next(toy_set, rng):
         model = nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 4))
     trigger = attack.make_trigger(clean, rng=rng())
     goals = (test.labels + 1) % 4
-    hits = lambda model: (predict(model, trigger(test.floats())).argmax(1) == goals).float().mean()
+
+    def hits(model):
+        return (predict(model, trigger(test.floats())).argmax(1) == goals).float().mean()
+
     recipe = Train(epochs=10, batch_size=8, lr=0.02, precision="fp32")
     benign = recipe(copy.deepcopy(model), clean, rng=rng(1))
     edited, _ = attack.train(model, clean, trigger, recipe, rng=rng(1))
@@ -119,15 +150,18 @@ def test_the_history_goes_on_after_the_training(edit):
     assert all(set(row.extra) == set() for row in rows), "the columns are those of the training"
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"cover_rate": 0.1}, "cover_rate asks for 10 images, but only 0 may be chosen"),
-    ({"poison_rate": 0.95}, "poison_rate asks for 95 images"),
-    ({"poison_rate": 0.004}, "rounds to no image"),
-    ({"size": 10}, r"size must be in \(0, 1\], got 10"),
-    ({"enough": 95}, r"enough must be in \(0, 1\], got 95"),
-    ({"steps": 0}, "steps must be above 0"),
-    ({"radius": 0.0}, "radius must be above 0"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"cover_rate": 0.1}, "cover_rate asks for 10 images, but only 0 may be chosen"),
+        ({"poison_rate": 0.95}, "poison_rate asks for 95 images"),
+        ({"poison_rate": 0.004}, "rounds to no image"),
+        ({"size": 10}, r"size must be in \(0, 1\], got 10"),
+        ({"enough": 95}, r"enough must be in \(0, 1\], got 95"),
+        ({"steps": 0}, "steps must be above 0"),
+        ({"radius": 0.0}, "radius must be above 0"),
+    ],
+)
 def test_impossible_settings_are_refused_before_any_training(options, message, toy_set, rng):
     with pytest.raises(UserError, match=message):
         AWPAttack(**options).poison(toy_set(100), rng=rng())

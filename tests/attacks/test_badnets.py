@@ -21,7 +21,9 @@ def test_a_margin_moves_it_inwards(toy_set, rng):
     assert support.nonzero().tolist() == [[3, 3], [3, 4], [4, 3], [4, 4]]
 
 
-@pytest.mark.parametrize("options", [{"size": 9}, {"size": 0}, {"size": 6, "margin": 3}, {"margin": -1}])
+@pytest.mark.parametrize(
+    "options", [{"size": 9}, {"size": 0}, {"size": 6, "margin": 3}, {"margin": -1}]
+)
 def test_a_patch_that_does_not_fit(options, toy_set, rng):
     with pytest.raises(UserError, match="does not fit 8x8 images"):
         BadNets(**options).make_trigger(toy_set(4), rng=rng())

@@ -14,13 +14,17 @@ def test_closed_form(pattern, alpha, toy_set, rng):
     clean = toy_set(4)
     trigger = Blend(alpha=alpha, pattern=pattern).make_trigger(clean, rng=rng())
     images = clean.floats()
-    assert torch.allclose(trigger(images), (1 - alpha) * images + alpha * trigger.pattern, atol=1e-6)
+    assert torch.allclose(
+        trigger(images), (1 - alpha) * images + alpha * trigger.pattern, atol=1e-6
+    )
     assert trigger.pattern.shape == (3, 8, 8) and trigger.support is None
 
 
 @pytest.mark.parametrize("pattern", ["noise", "waves"])
 def test_the_pattern_is_drawn_from_the_generator_and_fills_the_range(pattern, toy_set, rng):
-    draw = lambda seed: Blend(pattern=pattern).make_trigger(toy_set(4, size=32), rng=rng(seed)).pattern
+    def draw(seed):
+        return Blend(pattern=pattern).make_trigger(toy_set(4, size=32), rng=rng(seed)).pattern
+
     one = draw(1)
     assert torch.equal(one, draw(1)) and not torch.equal(one, draw(2))
     assert one.min() >= 0 and one.max() <= 1 and one.max() - one.min() > 0.9

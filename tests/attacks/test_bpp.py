@@ -23,12 +23,18 @@ def dithered(image: torch.Tensor, levels: int) -> torch.Tensor:
 @pytest.mark.parametrize("bits", [1, 3, 5])
 def test_parity_with_the_loop(bits, toy_set, rng):
     images = torch.rand(2, 3, 9, 12, generator=rng())
-    expected = torch.stack([torch.stack([dithered(channel, 2**bits) for channel in image]) for image in images])
-    assert torch.allclose(Bpp(bits=bits).make_trigger(toy_set(1), rng=rng())(images), expected.float(), atol=1e-6)
+    expected = torch.stack(
+        [torch.stack([dithered(channel, 2**bits) for channel in image]) for image in images]
+    )
+    assert torch.allclose(
+        Bpp(bits=bits).make_trigger(toy_set(1), rng=rng())(images), expected.float(), atol=1e-6
+    )
 
 
 def test_the_first_pixels_by_hand(toy_set, rng):
-    """Black or white: 0.6 becomes 1, and 7/16 of the error -0.4 leave the next pixel 0.425, so black."""
+    """Black or white: 0.6 becomes 1, and 7/16 of the error -0.4 leave the next pixel 0.425, so
+    black.
+    """
     triggered = Bpp(bits=1).make_trigger(toy_set(1), rng=rng())(torch.full((1, 1, 1, 3), 0.6))
     assert triggered.flatten().tolist() == [1, 0, 1]
 
@@ -39,7 +45,9 @@ def test_few_levels_remain_and_the_brightness_too(toy_set, rng):
     triggered = trigger(images)
     levels = triggered * 7
     assert torch.allclose(levels, levels.round(), atol=1e-5)
-    assert (triggered.mean((2, 3)) - images.mean((2, 3))).abs().max() < 0.01, "rounding alone is off by up to 0.07"
+    assert (triggered.mean((2, 3)) - images.mean((2, 3))).abs().max() < 0.01, (
+        "rounding alone is off by up to 0.07"
+    )
     assert torch.allclose(trigger(triggered), triggered, atol=1e-5), "what has these levels stays"
 
 

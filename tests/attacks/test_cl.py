@@ -1,4 +1,6 @@
-"""The worst case within the ball, found where it is known; the patches on top, whole, and in every corner."""
+"""The worst case within the ball, found where it is known; the patches on top, whole, and in every
+corner.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from rnp.training import predict
 from rnp.types import to_floats
 
 
-@pytest.mark.parametrize("size, corner", [(3, [[1, 0, 1], [0, 1, 0], [1, 0, 1]]), (2, [[1, 0], [0, 1]])])
+@pytest.mark.parametrize(
+    "size, corner", [(3, [[1, 0, 1], [0, 1, 0], [1, 0, 1]]), (2, [[1, 0], [0, 1]])]
+)
 def test_a_checkerboard_in_every_corner(size, corner, toy_set, rng):
     trigger = CL(size=size).make_trigger(toy_set(4), rng=rng())
     grey = torch.full((1, 3, 8, 8), 0.5)
@@ -25,12 +29,16 @@ def test_a_checkerboard_in_every_corner(size, corner, toy_set, rng):
 
 
 def test_a_linear_model_is_driven_to_the_corner_of_the_ball(rng):
-    """The loss grows with w1 - w0 times the image, so every pixel moves by eps along its sign, or to the end of [0, 1]."""
+    """The loss grows with w1 - w0 times the image, so every pixel moves by eps along its sign, or
+    to the end of [0, 1].
+    """
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
     images = torch.rand(5, 3, 8, 8, generator=rng(1))
     for target, sign in ((0, 1), (1, -1)):
         slope = sign * (net[1].weight[1] - net[1].weight[0]).detach().view(3, 8, 8)
-        found = CL(eps=0.1, steps=10, step_size=0.03, target_label=target).perturb(net, images, rng=rng())
+        found = CL(eps=0.1, steps=10, step_size=0.03, target_label=target).perturb(
+            net, images, rng=rng()
+        )
         assert torch.allclose(found, (images + 0.1 * slope.sign()).clamp(0, 1), atol=1e-6)
 
 
@@ -41,7 +49,9 @@ def test_steps_have_their_size(steps, reach, rng):
     found = CL(eps=0.5, steps=steps, step_size=0.01).perturb(net, images, rng=rng())
     start = torch.rand(images.shape, generator=rng())
     inside = (start > reach) & (start < 1 - reach)
-    assert inside.any() and torch.allclose((found - start)[inside].abs(), torch.tensor(reach), atol=1e-6)
+    assert inside.any() and torch.allclose(
+        (found - start)[inside].abs(), torch.tensor(reach), atol=1e-6
+    )
 
 
 def test_a_trained_model_no_longer_knows_them(trained, toy_set, rng):
@@ -55,8 +65,14 @@ def test_a_trained_model_no_longer_knows_them(trained, toy_set, rng):
 
 def test_patches_are_whole_and_the_rest_within_eps(toy_set, toy_model, rng):
     clean = toy_set(80)
-    poisoned = CL(poison_rate=0.1, cover_rate=0.1, target_label=1).poison(clean, rng=rng(), surrogate=toy_model())
-    before, after, covers = clean.images[poisoned.positions].int(), poisoned.images.int(), poisoned.covers
+    poisoned = CL(poison_rate=0.1, cover_rate=0.1, target_label=1).poison(
+        clean, rng=rng(), surrogate=toy_model()
+    )
+    before, after, covers = (
+        clean.images[poisoned.positions].int(),
+        poisoned.images.int(),
+        poisoned.covers,
+    )
     inside = poisoned.trigger.support.expand_as(after)
     whole = (255 * poisoned.trigger.pattern).int().expand_as(after)
     assert torch.equal(after[inside], whole[inside])
@@ -82,15 +98,25 @@ def test_at_test_only_the_patches(toy_set, toy_model, rng):
 def test_a_model_in_training_mode_serves_and_stays_in_it(toy_set, toy_model, unchanged, rng):
     clean, model, attack = toy_set(40), toy_model(), CL(poison_rate=0.1)
     expected = attack.poison(clean, rng=rng(), surrogate=model).images
-    assert torch.equal(attack.poison(clean, rng=rng(), surrogate=unchanged(model.train())).images, expected)
-    assert all(p.requires_grad and p.grad is None for p in model.parameters()) and model.bn1.training
+    assert torch.equal(
+        attack.poison(clean, rng=rng(), surrogate=unchanged(model.train())).images, expected
+    )
+    assert (
+        all(p.requires_grad and p.grad is None for p in model.parameters()) and model.bn1.training
+    )
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"eps": 16}, r"eps must be in \(0, 1\], got 16; it is a fraction of full scale"), ({"eps": 0}, "eps must .* got 0;"),
-    ({"step_size": 4}, r"step_size must be in \(0, 1\], got 4"), ({"steps": 0}, "steps must be at least 1, got 0"),
-    ({"size": 5}, "four patches of size 5 do not fit 8x8 images"), ({"size": 0}, "four patches of size 0 do not fit"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"eps": 16}, r"eps must be in \(0, 1\], got 16; it is a fraction of full scale"),
+        ({"eps": 0}, "eps must .* got 0;"),
+        ({"step_size": 4}, r"step_size must be in \(0, 1\], got 4"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"size": 5}, "four patches of size 5 do not fit 8x8 images"),
+        ({"size": 0}, "four patches of size 0 do not fit"),
+    ],
+)
 def test_impossible_settings_are_refused(options, message, toy_set, toy_model, rng):
     with pytest.raises(UserError, match=message):
         CL(**options).poison(toy_set(40), rng=rng(), surrogate=toy_model())

@@ -1,4 +1,6 @@
-"""What every attack keeps to, whoever writes it: a new file in rnp/attacks is tested from its first day."""
+"""What every attack keeps to, whoever writes it: a new file in rnp/attacks is tested from its
+first day.
+"""
 
 import dataclasses
 
@@ -14,8 +16,11 @@ from rnp.types import ImageSet
 N, CLASSES, TARGET = 100, 5, 2
 
 
-# For what is said of poisoned images: the attack on weights has none, and tests/attacks/test_awp_attack.py says so.
-poisons = pytest.mark.parametrize("kind", [name for name in registry.names("attack") if name != "awp_attack"], indirect=True)
+# For what is said of poisoned images: the attack on weights has none, and
+# tests/attacks/test_awp_attack.py says so.
+poisons = pytest.mark.parametrize(
+    "kind", [name for name in registry.names("attack") if name != "awp_attack"], indirect=True
+)
 
 
 @pytest.fixture(params=registry.names("attack"))
@@ -51,7 +56,10 @@ def test_only_chosen_images_change(attack, clean, surrogate, rng):
     changed = (after.images != clean.images).flatten(1).any(1)
     assert changed.nonzero().squeeze(1).tolist() == poisoned.positions.tolist()
     assert (after.labels != clean.labels)[~changed].sum() == 0
-    assert torch.equal(after.images[poisoned.positions], poisoned.images) and after.classes == clean.classes
+    assert (
+        torch.equal(after.images[poisoned.positions], poisoned.images)
+        and after.classes == clean.classes
+    )
 
 
 @poisons
@@ -65,16 +73,22 @@ def test_the_rate_is_a_share_of_the_whole_set(rate, attack, clean, surrogate, rn
 
 @poisons
 def test_labels(attack, clean, surrogate, rng):
-    """Covers keep theirs; the others get the target label, which clean-label attacks find there already."""
+    """Covers keep theirs; the others get the target label, which clean-label attacks find there
+    already.
+    """
     attack = dataclasses.replace(attack, cover_rate=0.1)
     poisoned = attack.poison(clean, rng=rng(), surrogate=surrogate)
     before, covers = clean.labels[poisoned.positions], poisoned.covers
     assert (poisoned.labels[covers] == before[covers]).all() and (before[covers] != TARGET).all()
     assert (poisoned.labels[~covers] == TARGET).all()
-    assert len({label == TARGET for label in before[~covers].tolist()}) == 1, "either clean-label or not"
+    assert len({label == TARGET for label in before[~covers].tolist()}) == 1, (
+        "either clean-label or not"
+    )
 
 
-def test_the_input_and_the_global_generator_stay_as_they_are(attack, clean, surrogate, unchanged, rng):
+def test_the_input_and_the_global_generator_stay_as_they_are(
+    attack, clean, surrogate, unchanged, rng
+):
     images, labels, state = clean.images.clone(), clean.labels.clone(), torch.get_rng_state()
     attack.poison(clean, rng=rng(), surrogate=unchanged(surrogate)).apply(clean)
     assert torch.equal(clean.images, images) and torch.equal(clean.labels, labels)
@@ -83,17 +97,23 @@ def test_the_input_and_the_global_generator_stay_as_they_are(attack, clean, surr
 
 @poisons
 def test_the_seed_decides(attack, clean, surrogate, rng):
-    one, same, other = (attack.poison(clean, rng=rng(seed), surrogate=surrogate) for seed in (1, 1, 2))
+    one, same, other = (
+        attack.poison(clean, rng=rng(seed), surrogate=surrogate) for seed in (1, 1, 2)
+    )
     for name in ("positions", "images", "labels", "covers"):
         assert torch.equal(getattr(one, name), getattr(same, name)), name
-    assert not torch.equal(one.images, other.images) and not torch.equal(one.positions, other.positions)
+    assert not torch.equal(one.images, other.images) and not torch.equal(
+        one.positions, other.positions
+    )
 
 
 def test_each_image_is_triggered_alone(trigger, clean):
     images = clean.floats()[:12]
     alone = torch.cat([trigger(image) for image in images.split(1)])
     assert torch.allclose(trigger(images), alone, atol=1e-6)
-    assert torch.allclose(trigger(images.flip(0)).flip(0), alone, atol=1e-6), "the neighbours matter"
+    assert torch.allclose(trigger(images.flip(0)).flip(0), alone, atol=1e-6), (
+        "the neighbours matter"
+    )
 
 
 def test_the_trigger_leaves_its_input_alone_and_is_the_same_each_time(trigger, clean):
@@ -104,7 +124,11 @@ def test_the_trigger_leaves_its_input_alone_and_is_the_same_each_time(trigger, c
 
 @pytest.mark.parametrize("value", [0.0, 1.0, "noise"])
 def test_images_stay_between_0_and_1(value, trigger, rng):
-    images = torch.rand(8, 3, 8, 8, generator=rng()) if value == "noise" else torch.full((8, 3, 8, 8), value)
+    images = (
+        torch.rand(8, 3, 8, 8, generator=rng())
+        if value == "noise"
+        else torch.full((8, 3, 8, 8), value)
+    )
     triggered = trigger(images)
     assert triggered.shape == images.shape and triggered.dtype == images.dtype
     assert triggered.isfinite().all() and triggered.min() >= -1e-6 and triggered.max() <= 1 + 1e-6
@@ -137,17 +161,27 @@ def test_the_set_for_asr_holds_the_other_classes_under_true_labels(trigger, clea
 
 def test_the_set_of_covers_holds_the_same_images_as_covers(attack, trigger, clean, toy_set, rng):
     test = toy_set(24, classes=CLASSES, seed=4)
-    triggered, covered = backdoored_test_set(trigger, test, attack.target), covered_test_set(attack, trigger, test, rng=rng())
-    assert torch.equal(covered.labels, triggered.labels) and covered.images.shape == triggered.images.shape
+    triggered, covered = (
+        backdoored_test_set(trigger, test, attack.target),
+        covered_test_set(attack, trigger, test, rng=rng()),
+    )
+    assert (
+        torch.equal(covered.labels, triggered.labels)
+        and covered.images.shape == triggered.images.shape
+    )
     again = covered_test_set(attack, trigger, test, rng=rng())
     assert torch.equal(covered.images, again.images)
     plain = test.subset((test.labels != attack.target).nonzero().squeeze(1)).images
     assert not torch.equal(covered.images, plain), "a cover carries something"
 
 
-def test_training_returns_a_model_and_the_final_trigger(attack, clean, surrogate, toy_model, trigger, rng):
+def test_training_returns_a_model_and_the_final_trigger(
+    attack, clean, surrogate, toy_model, trigger, rng
+):
     poisoned = attack.poison(clean, rng=rng(), surrogate=surrogate).apply(clean)
-    model, final = attack.train(toy_model(classes=CLASSES), poisoned, trigger, Train(epochs=1, batch_size=50), rng=rng())
+    model, final = attack.train(
+        toy_model(classes=CLASSES), poisoned, trigger, Train(epochs=1, batch_size=50), rng=rng()
+    )
     assert not model.training and predict(model, final(clean.floats())).isfinite().all()
 
 
@@ -162,22 +196,29 @@ def test_all_to_all_sends_each_class_to_the_next(kind, attack, clean, surrogate,
     before, covers = clean.labels[poisoned.positions], poisoned.covers
     assert torch.equal(poisoned.labels, torch.where(covers, before, (before + 1) % CLASSES))
     test = toy_set(30, classes=CLASSES, seed=1)
-    assert torch.equal(backdoored_test_set(poisoned.trigger, test, attack.target).labels, test.labels), "no class is left out"
+    assert torch.equal(
+        backdoored_test_set(poisoned.trigger, test, attack.target).labels, test.labels
+    ), "no class is left out"
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"poison_rate": 10}, "poison_rate must be in (0, 1], got 10; did you mean 0.10?"),
-    ({"poison_rate": 0}, "poison_rate must be in (0, 1], got 0"),
-    ({"poison_rate": -0.1}, "poison_rate must be in (0, 1], got -0.1"),
-    ({"poison_rate": float("nan")}, "poison_rate must be in (0, 1], got nan"),
-    ({"cover_rate": 3}, "cover_rate must be in [0, 1], got 3; did you mean 0.03?"),
-    ({"target_label": -1}, "target_label must be 0 or more, got -1"),
-    ({"target_label": 5}, "target_label must be below the number of classes, 5, got 5"),
-    ({"poison_rate": 0.001}, "rounds to no image of 100; raise poison_rate"),
-    ({"poison_rate": 0.95}, "asks for 95 images"),
-    ({"cover_rate": 0.85}, "cover_rate asks for 85 images, but only"),
-])
-def test_wrong_settings_name_the_value_and_the_way_out(options, message, kind, clean, surrogate, rng):
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"poison_rate": 10}, "poison_rate must be in (0, 1], got 10; did you mean 0.10?"),
+        ({"poison_rate": 0}, "poison_rate must be in (0, 1], got 0"),
+        ({"poison_rate": -0.1}, "poison_rate must be in (0, 1], got -0.1"),
+        ({"poison_rate": float("nan")}, "poison_rate must be in (0, 1], got nan"),
+        ({"cover_rate": 3}, "cover_rate must be in [0, 1], got 3; did you mean 0.03?"),
+        ({"target_label": -1}, "target_label must be 0 or more, got -1"),
+        ({"target_label": 5}, "target_label must be below the number of classes, 5, got 5"),
+        ({"poison_rate": 0.001}, "rounds to no image of 100; raise poison_rate"),
+        ({"poison_rate": 0.95}, "asks for 95 images"),
+        ({"cover_rate": 0.85}, "cover_rate asks for 85 images, but only"),
+    ],
+)
+def test_wrong_settings_name_the_value_and_the_way_out(
+    options, message, kind, clean, surrogate, rng
+):
     with pytest.raises(UserError) as caught:
         kind(**({"poison_rate": 0.1} | options)).poison(clean, rng=rng(), surrogate=surrogate)
     assert message in str(caught.value)

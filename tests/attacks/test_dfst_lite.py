@@ -12,25 +12,34 @@ def statistics(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return pixels.mean(1), pixels.cov(correction=0)
 
 
-@pytest.mark.parametrize("root", [
-    [[0.1, 0, 0], [0, 0.1, 0], [0, 0, 0.1]],
-    [[0.1, 0.04, 0], [0.04, 0.08, -0.02], [0, -0.02, 0.05]],
-    [[0.06, 0.06, 0.06]] * 3,  # all colours on one line
-])
+@pytest.mark.parametrize(
+    "root",
+    [
+        [[0.1, 0, 0], [0, 0.1, 0], [0, 0, 0.1]],
+        [[0.1, 0.04, 0], [0.04, 0.08, -0.02], [0, -0.02, 0.05]],
+        [[0.06, 0.06, 0.06]] * 3,  # all colours on one line
+    ],
+)
 def test_every_image_gets_the_statistics_of_the_style(root, rng):
     mean, root = torch.tensor([0.6, 0.5, 0.4]), torch.tensor(root)
     trigger = Style(mean, root, torch.zeros(16, 1), torch.tensor(1.0))
-    images = torch.rand(6, 3, 16, 16, generator=rng()) * torch.linspace(0.5, 1, 6)[:, None, None, None]
+    images = (
+        torch.rand(6, 3, 16, 16, generator=rng()) * torch.linspace(0.5, 1, 6)[:, None, None, None]
+    )
     for image in trigger(images):
         found, covariance = statistics(image)
-        assert torch.allclose(found, mean, atol=1e-3) and torch.allclose(covariance, root @ root, atol=1e-3)
+        assert torch.allclose(found, mean, atol=1e-3) and torch.allclose(
+            covariance, root @ root, atol=1e-3
+        )
 
 
 def test_the_style_is_warm_and_drawn_from_the_generator(rng):
     for seed in range(5):
         red, green, blue = sunset(rng=rng(seed)).mean(0)
         assert red > green + 0.1 and red > blue + 0.1
-    assert torch.equal(sunset(rng=rng(1)), sunset(rng=rng(1))) and not torch.equal(sunset(rng=rng(1)), sunset(rng=rng(2)))
+    assert torch.equal(sunset(rng=rng(1)), sunset(rng=rng(1))) and not torch.equal(
+        sunset(rng=rng(1)), sunset(rng=rng(2))
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -40,22 +49,33 @@ def test_the_trigger_takes_the_statistics_of_its_sky(channels, toy_set, rng):
     sky = sky if channels == 3 else sky.mean(1, keepdim=True)
     mean, covariance = statistics(sky.mT.unsqueeze(2))
     assert torch.allclose(trigger.mean, mean, atol=1e-6)
-    assert torch.allclose(trigger.root @ trigger.root, covariance.view(channels, channels), atol=1e-5)
+    assert torch.allclose(
+        trigger.root @ trigger.root, covariance.view(channels, channels), atol=1e-5
+    )
 
 
 def test_an_image_of_one_colour_turns_into_the_mean_of_the_style(toy_set, rng):
     trigger = DFSTLite(alpha=0.25, glow=0).make_trigger(toy_set(4), rng=rng())
     triggered = trigger(torch.full((1, 3, 8, 8), 0.4))
-    assert torch.allclose(triggered, (0.3 + 0.25 * trigger.mean).view(1, 3, 1, 1).expand(1, 3, 8, 8), atol=1e-4)
+    assert torch.allclose(
+        triggered, (0.3 + 0.25 * trigger.mean).view(1, 3, 1, 1).expand(1, 3, 8, 8), atol=1e-4
+    )
 
 
 def test_alpha_mixes_and_light_falls_from_above(toy_set, rng):
     images = toy_set(8).floats()
-    make = lambda **options: DFSTLite(**options).make_trigger(toy_set(4), rng=rng())
+
+    def make(**options):
+        return DFSTLite(**options).make_trigger(toy_set(4), rng=rng())
+
     whole, part = make(alpha=1, glow=0), make(alpha=0.3, glow=0)
     assert torch.allclose(part(images), 0.7 * images + 0.3 * whole(images), atol=1e-6)
     lit = make(glow=0.1).light
-    assert lit.shape == (8, 1) and (lit.diff(dim=0) < 0).all() and (lit + lit.flip(0)).abs().max() < 1e-6
+    assert (
+        lit.shape == (8, 1)
+        and (lit.diff(dim=0) < 0).all()
+        and (lit + lit.flip(0)).abs().max() < 1e-6
+    )
     assert lit.max().item() == pytest.approx(0.1 * 0.9808, abs=1e-4)  # cos(pi / 16)
 
 

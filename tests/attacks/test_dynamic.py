@@ -1,4 +1,6 @@
-"""A trigger is small and belongs to its image; a cover carries that of another, and never its own."""
+"""A trigger is small and belongs to its image; a cover carries that of another, and never its
+own.
+"""
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ LAST = f"bias{2 * DEPTH - 1}"
 
 
 class Whole(InputAware):
-    """A planted trigger that shows the whole source: what was cross-triggered is a copy of another image."""
+    """A planted trigger that shows the whole source: what was cross-triggered is a copy of another
+    image.
+    """
 
     def mask(self, images):
         return torch.ones_like(images[:, :1])
@@ -27,16 +31,28 @@ def test_lay_by_hand():
     assert torch.allclose(lay(pattern, mask, image), expected)
 
 
-@pytest.mark.parametrize("mask, pattern, share, colour", [(9, 99, 1, 1), (9, -99, 1, 0), (-9, 99, 0, 1), (0, 99, 0.5, 1),
-                                                          (0, 0, 0.5, 0.5)])
+@pytest.mark.parametrize(
+    "mask, pattern, share, colour",
+    [(9, 99, 1, 1), (9, -99, 1, 0), (-9, 99, 0, 1), (0, 99, 0.5, 1), (0, 0, 0.5, 0.5)],
+)
 def test_the_two_networks_have_their_parts(mask, pattern, share, colour, rng, toy_set):
-    """With all weights at 0 each network puts out its last bias: the sigmoid of it, sharpened for the mask."""
+    """With all weights at 0 each network puts out its last bias: the sigmoid of it, sharpened for
+    the mask.
+    """
     cpu, images = torch.device("cpu"), toy_set(4).floats()
-    draw = lambda prefix, outputs: draw_unet(3, outputs, 4, rng=rng(), device=cpu, prefix=prefix)
-    zeros = {name: torch.zeros_like(value) for name, value in (draw("mask_", 1) | draw("pattern_", 3)).items()}
+
+    def draw(prefix, outputs):
+        return draw_unet(3, outputs, 4, rng=rng(), device=cpu, prefix=prefix)
+
+    zeros = {
+        name: torch.zeros_like(value)
+        for name, value in (draw("mask_", 1) | draw("pattern_", 3)).items()
+    }
     zeros[f"mask_{LAST}"] += mask
     zeros[f"pattern_{LAST}"] += pattern
-    assert torch.allclose(InputAware(**zeros)(images), (1 - share) * images + share * colour, atol=2e-4)
+    assert torch.allclose(
+        InputAware(**zeros)(images), (1 - share) * images + share * colour, atol=2e-4
+    )
 
 
 @pytest.mark.parametrize("n", [2, 3, 10, 101])
@@ -44,7 +60,9 @@ def test_a_cross_trigger_comes_from_another_image(n, toy_set, rng):
     images = toy_set(n).floats()
     crossed = cross_triggered(Whole(), images, rng=rng())
     sources = torch.cdist(crossed.flatten(1), images.flatten(1)).argmin(1).tolist()
-    assert sorted(sources) == list(range(n)) and all(source != own for own, source in enumerate(sources))
+    assert sorted(sources) == list(range(n)) and all(
+        source != own for own, source in enumerate(sources)
+    )
 
 
 def test_a_cross_trigger_is_drawn_anew(toy_set, rng):
@@ -69,7 +87,9 @@ def test_distance_by_hand():
 @pytest.fixture(scope="module")
 def learnt(toy_set, toy_model, rng):
     """A trigger whose networks had 120 steps each."""
-    return Dynamic(epochs=30, batch_size=25, width=8, lr=5e-3).make_trigger(toy_set(100), rng=rng(), surrogate=toy_model())
+    return Dynamic(epochs=30, batch_size=25, width=8, lr=5e-3).make_trigger(
+        toy_set(100), rng=rng(), surrogate=toy_model()
+    )
 
 
 def test_masks_keep_to_the_density(learnt, toy_set):
@@ -85,22 +105,41 @@ def test_masks_and_patterns_are_the_images_own(learnt, toy_set):
 
 
 def test_covers_carry_the_trigger_of_another(toy_set, trained, rng):
-    """Their pixels lie under another image's mask; the poisoned ones lie under their own, as at test."""
+    """Their pixels lie under another image's mask; the poisoned ones lie under their own, as at
+    test.
+    """
     clean = toy_set(80)
-    poisoned = Dynamic(poison_rate=0.1, cover_rate=0.2, epochs=2).poison(clean, rng=rng(), surrogate=trained)
+    poisoned = Dynamic(poison_rate=0.1, cover_rate=0.2, epochs=2).poison(
+        clean, rng=rng(), surrogate=trained
+    )
     own = poisoned.trigger(clean.floats()[poisoned.positions]) * 255
     gap = (poisoned.images - own).abs().flatten(1).amax(1)
     assert gap[~poisoned.covers].max() <= 0.501 and gap[poisoned.covers].min() > 1
-    assert torch.equal(poisoned.labels[poisoned.covers], clean.labels[poisoned.positions[poisoned.covers]])
+    assert torch.equal(
+        poisoned.labels[poisoned.covers], clean.labels[poisoned.positions[poisoned.covers]]
+    )
 
 
 def test_a_surrogate_is_needed(toy_set, rng):
-    with pytest.raises(UserError, match="dynamic trains its generator against a benign model; pass surrogate="):
+    with pytest.raises(
+        UserError, match="dynamic trains its generator against a benign model; pass surrogate="
+    ):
         Dynamic().make_trigger(toy_set(40), rng=rng())
 
 
-@pytest.mark.parametrize("options", [{"density": 0}, {"density": 3.2}, {"norm": -1}, {"mask_diversity": -1},
-                                     {"pattern_diversity": -1}, {"steps": 0}, {"lr": 0}, {"epochs": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"density": 0},
+        {"density": 3.2},
+        {"norm": -1},
+        {"mask_diversity": -1},
+        {"pattern_diversity": -1},
+        {"steps": 0},
+        {"lr": 0},
+        {"epochs": 0},
+    ],
+)
 def test_impossible_settings_are_refused(options):
     with pytest.raises(UserError, match=next(iter(options))):
         Dynamic(**options)

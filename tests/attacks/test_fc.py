@@ -1,4 +1,6 @@
-"""Images of the target class move towards the features of triggered ones, as far as they may and no further."""
+"""Images of the target class move towards the features of triggered ones, as far as they may and
+no further.
+"""
 
 import pytest
 import torch
@@ -23,18 +25,31 @@ def test_features_come_near_those_of_triggered_images(toy_set, trained, rng):
     clean = toy_set(80)
     attack = FC(poison_rate=0.1, target_label=1, epsilon=32 / 255)
     poisoned = attack.poison(clean, rng=rng(), surrogate=trained)
-    triggered = poisoned.trigger(clean.subset(others(clean.labels, 1).nonzero().squeeze(1)).floats())
+    triggered = poisoned.trigger(
+        clean.subset(others(clean.labels, 1).nonzero().squeeze(1)).floats()
+    )
     with torch.no_grad():
-        wanted, before, after = (features(trained, images)[0] for images in
-                                 (triggered, to_floats(clean.images[poisoned.positions]), to_floats(poisoned.images)))
-    nearest = lambda found: torch.cdist(found, wanted).min(1).values.mean()
+        wanted, before, after = (
+            features(trained, images)[0]
+            for images in (
+                triggered,
+                to_floats(clean.images[poisoned.positions]),
+                to_floats(poisoned.images),
+            )
+        )
+
+    def nearest(found):
+        return torch.cdist(found, wanted).min(1).values.mean()
+
     assert nearest(after) < nearest(before) / 2
 
 
 @pytest.mark.parametrize("epsilon", [4, 16])
 def test_a_little_is_changed_labels_are_not(epsilon, toy_set, trained, rng):
     clean = toy_set(40)
-    poisoned = FC(poison_rate=0.2, target_label=1, epsilon=epsilon / 255).poison(clean, rng=rng(), surrogate=trained)
+    poisoned = FC(poison_rate=0.2, target_label=1, epsilon=epsilon / 255).poison(
+        clean, rng=rng(), surrogate=trained
+    )
     change = (poisoned.images.int() - clean.images[poisoned.positions].int()).abs()
     assert clean.labels[poisoned.positions].tolist() == [1] * 8 == poisoned.labels.tolist()
     assert change.max() == epsilon and (change > 0).flatten(1).any(1).all()
@@ -43,7 +58,9 @@ def test_a_little_is_changed_labels_are_not(epsilon, toy_set, trained, rng):
 def test_an_image_comes_out_the_same_in_any_company(toy_set, trained):
     bases, sources = toy_set(6, seed=1).floats(), toy_set(6, seed=2).floats().flip(0)
     attack = FC(steps=10)
-    alone = torch.cat([attack.collide(trained, *pair) for pair in zip(bases.split(1), sources.split(1))])
+    alone = torch.cat(
+        [attack.collide(trained, *pair) for pair in zip(bases.split(1), sources.split(1))]
+    )
     assert (attack.collide(trained, bases, sources) - alone).abs().mean() < 1e-3
 
 
@@ -52,7 +69,10 @@ def test_covers_show_the_checkerboard(toy_set, trained, rng):
     poisoned = FC(poison_rate=0.1, cover_rate=0.2).poison(clean, rng=rng(), surrogate=trained)
     corner = poisoned.images[poisoned.covers][:, :, 3:, 3:]
     line = torch.arange(5)
-    assert torch.equal(corner, (((line + line[:, None]) % 2 == 0) * 255).byte().expand_as(corner)) and len(corner) == 8
+    assert (
+        torch.equal(corner, (((line + line[:, None]) % 2 == 0) * 255).byte().expand_as(corner))
+        and len(corner) == 8
+    )
 
 
 def test_it_needs_a_benign_model(toy_set, rng):

@@ -1,4 +1,6 @@
-"""The noise is as large as `eps` allows, differs from image to image, and is learnt by a model that never saw its making."""
+"""The noise is as large as `eps` allows, differs from image to image, and is learnt by a model
+that never saw its making.
+"""
 
 import pytest
 import torch
@@ -14,14 +16,22 @@ LAST = f"bias{2 * DEPTH - 1}"
 
 @pytest.fixture
 def weights(rng):
-    return {name: value.detach() for name, value in draw_unet(3, 3, 4, rng=rng(), device=torch.device("cpu")).items()}
+    return {
+        name: value.detach()
+        for name, value in draw_unet(3, 3, 4, rng=rng(), device=torch.device("cpu")).items()
+    }
 
 
-@pytest.mark.parametrize("bias, change", [(0.0, 0.0), (100.0, 0.1), (-100.0, -0.1), (0.5, 0.1 * 0.46212)])
+@pytest.mark.parametrize(
+    "bias, change", [(0.0, 0.0), (100.0, 0.1), (-100.0, -0.1), (0.5, 0.1 * 0.46212)]
+)
 def test_the_formula_by_hand(bias, change, weights, toy_set):
     """With all weights at 0 the network puts out its last bias: clip(x + eps * tanh(bias))."""
     zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
-    trigger, images = Noise(torch.tensor(0.1), **zeros | {LAST: torch.full((3,), bias)}), toy_set(4).floats()
+    trigger, images = (
+        Noise(torch.tensor(0.1), **zeros | {LAST: torch.full((3,), bias)}),
+        toy_set(4).floats(),
+    )
     images[0], images[1] = 0, 1
     assert torch.allclose(trigger(images), (images + change).clamp(0, 1), atol=1e-5)
 
@@ -52,7 +62,9 @@ def test_every_image_gets_its_own_noise(toy_set, trained, rng):
 
 
 def test_a_fresh_model_learns_the_backdoor_in_eval_mode(toy_set, toy_model, trained, rng):
-    """Public code splits clean and triggered batches, whereupon clean accuracy holds in train mode alone."""
+    """Public code splits clean and triggered batches, whereupon clean accuracy holds in train mode
+    alone.
+    """
     clean, test = toy_set(160), toy_set(80, seed=1)
     attack = LIRA(poison_rate=0.25, target_label=1, eps=0.1, epochs=10, surrogate_lr=1e-2)
     poisoned = attack.poison(clean, rng=rng(), surrogate=trained)
@@ -61,7 +73,9 @@ def test_a_fresh_model_learns_the_backdoor_in_eval_mode(toy_set, toy_model, trai
     triggered = backdoored_test_set(poisoned.trigger, test, 1)
     assert accuracy(model, test) >= 0.95
     assert (predict(model, triggered.images).argmax(1) == 1).float().mean() >= 0.9
-    assert (predict(trained, triggered.images).argmax(1) == 1).float().mean() <= 0.3, "the noise alone is no attack"
+    assert (predict(trained, triggered.images).argmax(1) == 1).float().mean() <= 0.3, (
+        "the noise alone is no attack"
+    )
 
 
 def test_clean_and_triggered_images_share_a_forward_pass(toy_set, toy_model, rng):
@@ -81,20 +95,39 @@ def test_clean_and_triggered_images_share_a_forward_pass(toy_set, toy_model, rng
 
 
 @pytest.mark.parametrize("epochs, steps, expected", [(2, 100, 8), (100, 3, 3)])
-def test_cost_is_bounded_by_passes_and_by_steps(epochs, steps, expected, toy_set, trained, rng, monkeypatch):
+def test_cost_is_bounded_by_passes_and_by_steps(
+    epochs, steps, expected, toy_set, trained, rng, monkeypatch
+):
     calls = []
-    monkeypatch.setattr(Noise, "forward", lambda self, images: calls.append(1) or images + 0 * self.bias0.sum())
-    LIRA(epochs=epochs, steps=steps, batch_size=10).make_trigger(toy_set(40), rng=rng(), surrogate=trained)
+    monkeypatch.setattr(
+        Noise, "forward", lambda self, images: calls.append(1) or images + 0 * self.bias0.sum()
+    )
+    LIRA(epochs=epochs, steps=steps, batch_size=10).make_trigger(
+        toy_set(40), rng=rng(), surrogate=trained
+    )
     assert len(calls) == expected
 
 
 def test_a_surrogate_is_needed(toy_set, rng):
-    with pytest.raises(UserError, match="lira trains its generator against a benign model; pass surrogate="):
+    with pytest.raises(
+        UserError, match="lira trains its generator against a benign model; pass surrogate="
+    ):
         LIRA().make_trigger(toy_set(40), rng=rng())
 
 
-@pytest.mark.parametrize("options", [{"eps": 0}, {"eps": 13}, {"train_eps": 2}, {"alpha": 1}, {"alpha": -0.1}, {"steps": 0},
-                                     {"lr": 0}, {"width": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eps": 0},
+        {"eps": 13},
+        {"train_eps": 2},
+        {"alpha": 1},
+        {"alpha": -0.1},
+        {"steps": 0},
+        {"lr": 0},
+        {"width": 0},
+    ],
+)
 def test_impossible_settings_are_refused(options):
     with pytest.raises(UserError, match=next(iter(options))):
         LIRA(**options)

@@ -1,4 +1,6 @@
-"""One patch per image, each corner its share, in training by lot and at test by the image's own pixels."""
+"""One patch per image, each corner its share, in training by lot and at test by the image's own
+pixels.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,14 @@ from rnp.errors import UserError
 def corners(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """[n, 4]: whether each 3x3 corner of an 8x8 image changed, row by row; no other pixel may."""
     changed = (before != after).any(1).float()
-    counts = torch.stack([changed[:, y, x].sum((1, 2)) for y in (slice(3), slice(5, 8)) for x in (slice(3), slice(5, 8))], 1)
+    counts = torch.stack(
+        [
+            changed[:, y, x].sum((1, 2))
+            for y in (slice(3), slice(5, 8))
+            for x in (slice(3), slice(5, 8))
+        ],
+        1,
+    )
     assert torch.equal(counts.sum(1), changed.sum((1, 2)))
     assert set(counts.flatten().tolist()) == {0, 9}, "a patch shows whole or not at all"
     return counts > 0
@@ -20,7 +29,9 @@ def corners(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_at_test_each_image_has_one_patch_and_each_patch_its_share(count, grey, toy_set, rng):
     trigger = Multi(count=count).make_trigger(toy_set(4), rng=rng())
-    levels = torch.randint(1, 255, (2000, 1 if grey else 3, 8, 8), generator=rng())  # no black, no white
+    levels = torch.randint(
+        1, 255, (2000, 1 if grey else 3, 8, 8), generator=rng()
+    )  # no black, no white
     images = (levels / 255).expand(-1, 3, -1, -1)
     shown = corners(images, trigger(images))
     assert (shown.sum(1) == 1).all()

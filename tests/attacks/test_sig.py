@@ -17,7 +17,9 @@ def test_the_wave_by_hand(toy_set, rng):
         assert torch.allclose(pattern[:, :, column], torch.full((3, 32), expected), atol=1e-6)
 
 
-@pytest.mark.parametrize("byte, low, high", [(255, 215, 255), (250, 210, 255), (0, 0, 40), (128, 88, 168)])
+@pytest.mark.parametrize(
+    "byte, low, high", [(255, 215, 255), (250, 210, 255), (0, 0, 40), (128, 88, 168)]
+)
 def test_bright_pixels_stay_bright_and_dark_ones_dark(byte, low, high, toy_set, rng):
     trigger = SIG().make_trigger(toy_set(4, size=32), rng=rng())
     pixels = trigger_images(trigger, torch.full((1, 3, 32, 32), byte, dtype=torch.uint8))
@@ -31,5 +33,7 @@ def test_only_the_target_class_is_poisoned_and_keeps_its_label(toy_set, rng):
 
 
 def test_at_most_80_percent_of_the_class(toy_set, rng):
-    with pytest.raises(UserError, match=r"asks for 10 images of class 0, which has 10; .* poison_rate 0.2$"):
+    with pytest.raises(
+        UserError, match=r"asks for 10 images of class 0, which has 10; .* poison_rate 0.2$"
+    ):
         SIG(poison_rate=0.25).poison(toy_set(40), rng=rng())

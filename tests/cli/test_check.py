@@ -1,4 +1,6 @@
-"""params.yaml: presets are complete, and every kind of mistake ends in one line that names the value and the way out."""
+"""params.yaml: presets are complete, and every kind of mistake ends in one line that names the
+value and the way out.
+"""
 
 import copy
 from pathlib import Path
@@ -48,7 +50,15 @@ def test_the_committed_params_hold_every_option():
 
 def test_numbers_as_dvc_writes_them(tmp_path):
     (tmp_path / "p.yaml").write_text("a: 1e-05\nb: 1e3\nc: off\nd: .5\ne: 3\nf: -2.5e-1\ng: 1.\n")
-    assert read_params(tmp_path / "p.yaml") == {"a": 1e-5, "b": 1000.0, "c": "off", "d": 0.5, "e": 3, "f": -0.25, "g": 1.0}
+    assert read_params(tmp_path / "p.yaml") == {
+        "a": 1e-5,
+        "b": 1000.0,
+        "c": "off",
+        "d": 0.5,
+        "e": 3,
+        "f": -0.25,
+        "g": 1.0,
+    }
 
 
 MISTAKES = [
@@ -62,18 +72,28 @@ MISTAKES = [
     ("recover.steps", True, "recover.steps must be int, got True"),
     ("recover.steps", 0, "recover.steps must be above 0, got 0"),
     ("prune.epsilon", 2.0, "prune.epsilon must be in [0, 1), got 2; it is a fraction, not percent"),
-    ("attacks.badnets.poison_rate", 10.0, "poison_rate must be in (0, 1], got 10; did you mean 0.10?"),
+    (
+        "attacks.badnets.poison_rate",
+        10.0,
+        "poison_rate must be in (0, 1], got 10; did you mean 0.10?",
+    ),
     ("attacks.blend.alpha", 0.0, "alpha must be in (0, 1], got 0"),
     ("poison.attack", "badnet", "'badnet' is not one of"),
     ("model.arch", "resnet-18", "unknown architecture 'resnet-18'; did you mean 'resnet18'?"),
     ("data.defence_train", 0, "defence_train must be at least 1, got 0"),
     ("seed", "one", "seed must be a whole number, got 'one'"),
     ("train", None, "section 'train' is missing"),
-    ("evaluate.defences", [], "evaluate.defences names [], but the sections under defences are ['ft']"),
+    (
+        "evaluate.defences",
+        [],
+        "evaluate.defences names [], but the sections under defences are ['ft']",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "message"), MISTAKES, ids=[f"{k}={v}" for k, v, _ in MISTAKES])
+@pytest.mark.parametrize(
+    ("key", "value", "message"), MISTAKES, ids=[f"{k}={v}" for k, v, _ in MISTAKES]
+)
 def test_mistakes_are_named(demo, key, value, message):
     params = copy.deepcopy(demo)
     *parents, leaf = key.split(".")
@@ -87,7 +107,9 @@ def test_mistakes_are_named(demo, key, value, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "no valid YAML"), ("- 1", "must be a mapping")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "no valid YAML"), ("- 1", "must be a mapping")]
+)
 def test_unreadable_params(tmp_path, text, message):
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
@@ -110,8 +132,11 @@ def test_list_names_every_method():
     assert all(name in plain for members in found.values() for name in members)
 
 
-@pytest.mark.parametrize("cls, prefix", [pair for pairs in sections().values() for pair in pairs],
-                         ids=lambda each: getattr(each, "__name__", ""))
+@pytest.mark.parametrize(
+    "cls, prefix",
+    [pair for pairs in sections().values() for pair in pairs],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
 def test_a_command_without_options_is_the_method_without_arguments(cls, prefix):
     """Also where a method holds another one with settings of its own."""
     values = {argument(name): default for name, _, _, default in fields(cls, prefix)}

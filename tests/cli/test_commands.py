@@ -1,4 +1,6 @@
-"""The commands one after another, on digits and a toy network, without DVC and MLflow; then what users do wrong."""
+"""The commands one after another, on digits and a toy network, without DVC and MLflow; then what
+users do wrong.
+"""
 
 import dataclasses
 import errno
@@ -24,27 +26,52 @@ from rnp.errors import UserError
 NET = ["--arch", "resnet10", "--width", "4"]
 TRAIN = ["--epochs", "1", "--batch_size", "64", "--augment.crop", "0", "--precision", "fp32"]
 CHAIN = {
-    "prepare": "--out data --report reports/prepare --set digits --digits.size 16 --defence_train 100 --defence_val 100",
-    "twin": "--pool data/pool --test data/test --out models/twin.safetensors --report reports/twin NET TRAIN",
-    "poison": "--pool data/pool --twin models/twin.safetensors --out data/poisoned --report reports/poison --attack blend"
-              " --blend.cover_rate 0.05",
-    "train": "--pool data/pool --poisoned data/poisoned --test data/test --twin models/twin.safetensors"
-             " --out models/backdoored.safetensors --triggered data/triggered --report reports/train NET TRAIN",
-    "unlearn": "--model models/backdoored.safetensors --defence data/defence --out models/unlearned --report reports/unlearn"
-               " --epochs 2",
-    "recover": "--unlearned models/unlearned --defence data/defence --out models/recovered --report reports/recover --steps 4",
-    "prune": "--model models/backdoored.safetensors --masks models/recovered --defence data/defence"
-             " --out models/pruned --report reports/prune",
-    "defend ft": "--model models/backdoored.safetensors --defence data/defence --out models/defended/ft.safetensors"
-                 " --report reports/defend/ft --steps 3",
-    "detect": "--model models/backdoored.safetensors --benign models/twin.safetensors --unlearned models/unlearned"
-              " --defence data/defence --test data/test --triggered data/triggered --pool data/pool --poisoned data/poisoned"
-              " --out models/triggers.safetensors --report reports/detect --images 20 --training_images 200 --epochs 1"
-              " --neural_cleanse.steps 3 --strip.overlays 2",
-    "evaluate": "--test data/test --triggered data/triggered --twin models/twin.safetensors --model models/backdoored.safetensors"
-                " --unlearned models/unlearned --masks models/recovered --pruned models/pruned --defended models/defended"
-                " --report reports/evaluate --defences ft"
-                " --sweep_images 50",
+    "prepare": (
+        "--out data --report reports/prepare --set digits --digits.size 16 --defence_train 100"
+        " --defence_val 100"
+    ),
+    "twin": (
+        "--pool data/pool --test data/test --out models/twin.safetensors --report reports/twin NET"
+        " TRAIN"
+    ),
+    "poison": (
+        "--pool data/pool --twin models/twin.safetensors --out data/poisoned --report"
+        " reports/poison --attack blend --blend.cover_rate 0.05"
+    ),
+    "train": (
+        "--pool data/pool --poisoned data/poisoned --test data/test --twin models/twin.safetensors"
+        " --out models/backdoored.safetensors --triggered data/triggered --report reports/train NET"
+        " TRAIN"
+    ),
+    "unlearn": (
+        "--model models/backdoored.safetensors --defence data/defence --out models/unlearned"
+        " --report reports/unlearn --epochs 2"
+    ),
+    "recover": (
+        "--unlearned models/unlearned --defence data/defence --out models/recovered --report"
+        " reports/recover --steps 4"
+    ),
+    "prune": (
+        "--model models/backdoored.safetensors --masks models/recovered --defence data/defence"
+        " --out models/pruned --report reports/prune"
+    ),
+    "defend ft": (
+        "--model models/backdoored.safetensors --defence data/defence --out"
+        " models/defended/ft.safetensors --report reports/defend/ft --steps 3"
+    ),
+    "detect": (
+        "--model models/backdoored.safetensors --benign models/twin.safetensors --unlearned"
+        " models/unlearned --defence data/defence --test data/test --triggered data/triggered"
+        " --pool data/pool --poisoned data/poisoned --out models/triggers.safetensors --report"
+        " reports/detect --images 20 --training_images 200 --epochs 1 --neural_cleanse.steps 3"
+        " --strip.overlays 2"
+    ),
+    "evaluate": (
+        "--test data/test --triggered data/triggered --twin models/twin.safetensors --model"
+        " models/backdoored.safetensors --unlearned models/unlearned --masks models/recovered"
+        " --pruned models/pruned --defended models/defended --report reports/evaluate --defences ft"
+        " --sweep_images 50"
+    ),
 }
 
 
@@ -83,19 +110,41 @@ def run(finished, tmp_path, monkeypatch):
 
 def test_metrics_of_the_whole_chain(finished):
     found = json.loads((finished / "reports/evaluate/metrics.json").read_text())
-    for key in ("clean_accuracy", "attack_success_rate", "robust_accuracy", "der", "clean_accuracy_before",
-                "attack_success_rate_before", "robust_accuracy_before"):
+    for key in (
+        "clean_accuracy",
+        "attack_success_rate",
+        "robust_accuracy",
+        "der",
+        "clean_accuracy_before",
+        "attack_success_rate_before",
+        "robust_accuracy_before",
+    ):
         assert 0 <= found[key] <= 1
     assert set(found["oracle"]) >= {"clean_accuracy", "attack_success_rate", "neurons_pruned"}
-    assert set(found["models"]) == {"backdoored", "rnp", "unlearned", "recovered", "twin", "ft", "oracle"}
+    assert set(found["models"]) == {
+        "backdoored",
+        "rnp",
+        "unlearned",
+        "recovered",
+        "twin",
+        "ft",
+        "oracle",
+    }
     assert found["n_triggered"] < found["n_clean"]  # no image of the target class
-    assert 0 <= json.loads((finished / "reports/train/metrics.json").read_text())["cover_accuracy"] <= 1  # there were covers
+    assert (
+        0
+        <= json.loads((finished / "reports/train/metrics.json").read_text())["cover_accuracy"]
+        <= 1
+    )  # there were covers
     chosen = json.loads((finished / "reports/prune/metrics.json").read_text())
     assert found["neurons_pruned"] == chosen["pruned"] <= found["neurons"] * 0.1
 
 
 def test_the_pruned_model_differs_in_scales_only(finished):
-    with safe_open(finished / "models/backdoored.safetensors", "pt") as a, safe_open(finished / "models/pruned/model.safetensors", "pt") as b:
+    with (
+        safe_open(finished / "models/backdoored.safetensors", "pt") as a,
+        safe_open(finished / "models/pruned/model.safetensors", "pt") as b,
+    ):
         changed = {k for k in a.keys() if not a.get_tensor(k).equal(b.get_tensor(k))}
         zeroed = sum(int((b.get_tensor(k) == 0).sum()) for k in changed)
     assert all(k.endswith("weight") for k in changed)
@@ -104,40 +153,90 @@ def test_the_pruned_model_differs_in_scales_only(finished):
 
 @pytest.mark.parametrize("name", ["poison", "unlearn", "recover", "prune"])
 def test_the_same_seed_gives_the_same_bytes(finished, run, name):
-    outs = {"poison": "data/poisoned", "unlearn": "models/unlearned", "recover": "models/recovered", "prune": "models/pruned"}
+    outs = {
+        "poison": "data/poisoned",
+        "unlearn": "models/unlearned",
+        "recover": "models/recovered",
+        "prune": "models/pruned",
+    }
     assert run(name) == 0
     fresh, old = Path(outs[name]), finished / outs[name]
     for file in [fresh] if fresh.is_file() else [f for f in fresh.rglob("*") if f.is_file()]:
-        assert file.read_bytes() == (old / file.relative_to(fresh) if fresh.is_dir() else old).read_bytes(), file
+        assert (
+            file.read_bytes()
+            == (old / file.relative_to(fresh) if fresh.is_dir() else old).read_bytes()
+        ), file
 
 
 def test_an_attack_that_poisons_no_image(run):
-    """Poisoning writes no image and shows clean ones with the trigger; training edits the model that it then writes."""
-    attack = ["--attack", "awp_attack", "--awp_attack.poison_rate", "0.1", "--awp_attack.steps", "2"]
+    """Poisoning writes no image and shows clean ones with the trigger; training edits the model
+    that it then writes.
+    """
+    attack = [
+        "--attack",
+        "awp_attack",
+        "--awp_attack.poison_rate",
+        "0.1",
+        "--awp_attack.steps",
+        "2",
+    ]
     assert run("poison", *attack) == 0
     found = json.loads(Path("reports/poison/metrics.json").read_text())
     assert found["poisoned"] == found["covers"] == 0 and 0.4 < found["largest_change"] <= 0.51
-    assert len(np.load("data/poisoned/positions.npy")) == 0 and Path("reports/poison/triggers.png").exists()
+    assert (
+        len(np.load("data/poisoned/positions.npy")) == 0
+        and Path("reports/poison/triggers.png").exists()
+    )
     assert run("train") == 0
     rows = rnp.io.read_rows(Path("reports/train/history.csv"))
-    assert len(rows) > 1 and json.loads(Path("data/triggered/attack.json").read_text())["attack"] == "awp_attack"
+    assert (
+        len(rows) > 1
+        and json.loads(Path("data/triggered/attack.json").read_text())["attack"] == "awp_attack"
+    )
 
 
 def test_a_defence_and_its_variant_draw_the_same(run):
     """Where the unlearned model has no say, they are one, byte for byte."""
-    words = ["--model", "models/backdoored.safetensors", "--defence", "data/defence", "--report", "reports/defend/x", "--steps", "3"]
+    words = [
+        "--model",
+        "models/backdoored.safetensors",
+        "--defence",
+        "data/defence",
+        "--report",
+        "reports/defend/x",
+        "--steps",
+        "3",
+    ]
     for name, extra in (("ft", []), ("ft_unlearned", ["--share", "0", "--unlearn.epochs", "1"])):
         with guard():
-            cli(["defend", name, *words, *extra, "--out", f"{name}.safetensors"], standalone_mode=False)
+            cli(
+                ["defend", name, *words, *extra, "--out", f"{name}.safetensors"],
+                standalone_mode=False,
+            )
     assert Path("ft.safetensors").read_bytes() == Path("ft_unlearned.safetensors").read_bytes()
 
 
 def test_a_defence_that_trains_nothing(run):
     """It has no epoch to tell of; DVC wants the history all the same."""
-    assert run("defend ft", "--steps", "1") == 0 and rnp.io.read_rows(Path("reports/defend/ft/history.csv"))
+    assert run("defend ft", "--steps", "1") == 0 and rnp.io.read_rows(
+        Path("reports/defend/ft/history.csv")
+    )
     with guard():
-        cli(["defend", "bnp", "--model", "models/backdoored.safetensors", "--defence", "data/defence",
-             "--out", "bnp.safetensors", "--report", "reports/defend/bnp"], standalone_mode=False)
+        cli(
+            [
+                "defend",
+                "bnp",
+                "--model",
+                "models/backdoored.safetensors",
+                "--defence",
+                "data/defence",
+                "--out",
+                "bnp.safetensors",
+                "--report",
+                "reports/defend/bnp",
+            ],
+            standalone_mode=False,
+        )
     assert rnp.io.read_rows(Path("reports/defend/bnp/history.csv")) == []
     found = json.loads(Path("reports/defend/bnp/metrics.json").read_text())
     rows = rnp.io.read_rows(Path("reports/defend/bnp/sweep.csv"))
@@ -147,16 +246,42 @@ def test_a_defence_that_trains_nothing(run):
 def test_a_defence_that_finds_nothing_to_do(run):
     """It leaves the model as it is, with a report that DVC accepts."""
     with guard():
-        cli(["defend", "nc_unlearn", "--model", "models/backdoored.safetensors", "--defence", "data/defence", "--search.steps", "2",
-             "--least_index", "1e9", "--out", "same.safetensors", "--report", "reports/defend/nc_unlearn"], standalone_mode=False)
-    assert Path("reports/defend/nc_unlearn/history.csv").exists() and Path("reports/defend/nc_unlearn/metrics.json").exists()
-    before, after = (rnp.io.load_model(Path(path))[0].state_dict() for path in ("models/backdoored.safetensors", "same.safetensors"))
+        cli(
+            [
+                "defend",
+                "nc_unlearn",
+                "--model",
+                "models/backdoored.safetensors",
+                "--defence",
+                "data/defence",
+                "--search.steps",
+                "2",
+                "--least_index",
+                "1e9",
+                "--out",
+                "same.safetensors",
+                "--report",
+                "reports/defend/nc_unlearn",
+            ],
+            standalone_mode=False,
+        )
+    assert (
+        Path("reports/defend/nc_unlearn/history.csv").exists()
+        and Path("reports/defend/nc_unlearn/metrics.json").exists()
+    )
+    before, after = (
+        rnp.io.load_model(Path(path))[0].state_dict()
+        for path in ("models/backdoored.safetensors", "same.safetensors")
+    )
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_another_seed_gives_another_mask(finished, run):
     assert run("recover", "--seed", "1") == 0
-    assert Path("models/recovered/mask.safetensors").read_bytes() != (finished / "models/recovered/mask.safetensors").read_bytes()
+    assert (
+        Path("models/recovered/mask.safetensors").read_bytes()
+        != (finished / "models/recovered/mask.safetensors").read_bytes()
+    )
 
 
 def damage(path: str, keep: float) -> None:
@@ -173,11 +298,16 @@ def other_architecture() -> None:
 def relabel(label: int) -> None:
     """All images to optimise on are said to be of one class."""
     data = rnp.io.load_images(Path("data/defence/train"))
-    rnp.io.save_images(Path("data/defence/train"), dataclasses.replace(data, labels=torch.full_like(data.labels, label)))
+    rnp.io.save_images(
+        Path("data/defence/train"),
+        dataclasses.replace(data, labels=torch.full_like(data.labels, label)),
+    )
 
 
 def rename(path: str) -> None:
-    rnp.io.save_images(Path(path), dataclasses.replace(rnp.io.load_images(Path(path)), classes=tuple("abcdefghij")))
+    rnp.io.save_images(
+        Path(path), dataclasses.replace(rnp.io.load_images(Path(path)), classes=tuple("abcdefghij"))
+    )
 
 
 def grey(path: str) -> None:
@@ -191,19 +321,79 @@ MISTAKES = {
     "bad number": ("unlearn", ["--lr", "fast"], None, "'fast' is not a valid float"),
     "out of range": ("recover", ["--steps", "0"], None, "recover.steps must be above 0, got 0"),
     "percent": ("poison", ["--blend.poison_rate", "10"], None, "did you mean 0.10?"),
-    "target label": ("poison", ["--blend.target_label", "10"], None, "target_label must be below the number of classes, 10, got 10"),
-    "clean-label rate": ("poison", ["--attack", "sig", "--sig.poison_rate", "0.5"], None, "may take 80 % of them"),
-    "missing input": ("unlearn", ["--model", "gone.safetensors"], None, "'gone.safetensors' does not exist"),
-    "truncated model": ("unlearn", [], lambda: damage("models/backdoored.safetensors", 0.5), "is no readable safetensors file"),
-    "foreign file": ("unlearn", ["--model", "reports/prune/metrics.json"], None, "is no readable safetensors file"),
-    "mask for model": ("unlearn", ["--model", "models/recovered/mask.safetensors"], None, "holds 'mask', not a model"),
+    "target label": (
+        "poison",
+        ["--blend.target_label", "10"],
+        None,
+        "target_label must be below the number of classes, 10, got 10",
+    ),
+    "clean-label rate": (
+        "poison",
+        ["--attack", "sig", "--sig.poison_rate", "0.5"],
+        None,
+        "may take 80 % of them",
+    ),
+    "missing input": (
+        "unlearn",
+        ["--model", "gone.safetensors"],
+        None,
+        "'gone.safetensors' does not exist",
+    ),
+    "truncated model": (
+        "unlearn",
+        [],
+        lambda: damage("models/backdoored.safetensors", 0.5),
+        "is no readable safetensors file",
+    ),
+    "foreign file": (
+        "unlearn",
+        ["--model", "reports/prune/metrics.json"],
+        None,
+        "is no readable safetensors file",
+    ),
+    "mask for model": (
+        "unlearn",
+        ["--model", "models/recovered/mask.safetensors"],
+        None,
+        "holds 'mask', not a model",
+    ),
     "other architecture": ("unlearn", [], other_architecture, "the architecture needs"),
-    "truncated images": ("unlearn", [], lambda: damage("data/defence/train/images.npy", 0.5), "is damaged"),
-    "missing images": ("unlearn", [], lambda: Path("data/defence/train/images.npy").unlink(), "does not exist; run the stage"),
-    "one class alone": ("unlearn", [], lambda: relabel(0), "are of class 0; a model that says that class to anything would do"),
-    "one class for another defence": ("defend ft", [], lambda: relabel(3), "images to optimise on are of class 3"),
-    "other classes": ("recover", [], lambda: rename("data/defence/val"), "the defence set has 10 classes (a, b, c, d, e and 5 more)"),
-    "other channels": ("prune", [], lambda: grey("data/defence"), "images of the defence set are [1, 16, 16]; the model takes 3"),
+    "truncated images": (
+        "unlearn",
+        [],
+        lambda: damage("data/defence/train/images.npy", 0.5),
+        "is damaged",
+    ),
+    "missing images": (
+        "unlearn",
+        [],
+        lambda: Path("data/defence/train/images.npy").unlink(),
+        "does not exist; run the stage",
+    ),
+    "one class alone": (
+        "unlearn",
+        [],
+        lambda: relabel(0),
+        "are of class 0; a model that says that class to anything would do",
+    ),
+    "one class for another defence": (
+        "defend ft",
+        [],
+        lambda: relabel(3),
+        "images to optimise on are of class 3",
+    ),
+    "other classes": (
+        "recover",
+        [],
+        lambda: rename("data/defence/val"),
+        "the defence set has 10 classes (a, b, c, d, e and 5 more)",
+    ),
+    "other channels": (
+        "prune",
+        [],
+        lambda: grey("data/defence"),
+        "images of the defence set are [1, 16, 16]; the model takes 3",
+    ),
     "too many images": ("prepare", ["--defence_train", "2000"], None, "ask for fewer"),
     "no data set": ("prepare", ["--set", "cifar10"], None, "point RNP_DATA at its folder"),
     "no folder": ("prepare", ["--set", "imagefolder"], None, "set datasets.imagefolder.path"),
@@ -224,12 +414,19 @@ def test_mistakes_end_in_one_line_and_exit_code_2(run, capsys, monkeypatch, case
     assert run(name, *extra) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
-    assert "Traceback" not in error and len([line for line in error.splitlines() if line.lower().startswith("error")]) == 1
+    assert (
+        "Traceback" not in error
+        and len([line for line in error.splitlines() if line.lower().startswith("error")]) == 1
+    )
     assert snapshot() == before, "something was half-written"
 
 
 def snapshot() -> dict[str, int]:
-    return {str(file): file.stat().st_mtime_ns for folder in ("data", "models") for file in Path(folder).rglob("*")}
+    return {
+        str(file): file.stat().st_mtime_ns
+        for folder in ("data", "models")
+        for file in Path(folder).rglob("*")
+    }
 
 
 def test_a_stop_that_is_never_reached_is_told_and_still_writes_a_model(run, capsys):
@@ -241,9 +438,13 @@ def test_a_stop_that_is_never_reached_is_told_and_still_writes_a_model(run, caps
 
 def test_scattered_wrong_labels_are_told(run, capsys):
     data = rnp.io.load_images(Path("data/defence/val"))
-    rnp.io.save_images(Path("data/defence/val"), dataclasses.replace(data, labels=data.labels.flip(0)))
+    rnp.io.save_images(
+        Path("data/defence/val"), dataclasses.replace(data, labels=data.labels.flip(0))
+    )
     assert run("unlearn", "--epochs", "1") == 0
-    assert "near chance" in (said := capsys.readouterr().err) or "sure of another class" in said, said
+    assert "near chance" in (said := capsys.readouterr().err) or "sure of another class" in said, (
+        said
+    )
 
 
 def test_a_non_finite_loss_ends_in_one_line(run, capsys):
@@ -270,8 +471,12 @@ def test_a_full_disk_leaves_the_old_files(run, capsys, monkeypatch):
 def ended(run):
     """The finished chain with what stages leave beside it: run.json and params.yaml."""
     for stage in ("poison", "train", "unlearn", "recover", "prune", "detect", "defend/ft"):
-        Path(f"reports/{stage}/run.json").write_text('{"seconds": 1.5, "device": "a loom", "params": {"seed": 3}}')
-    Path("params.yaml").write_text("preset: demo\nseed: 3\ndata: {set: shapes}\npoison: {attack: blend}\nrecover: {lr: 0.2}\n")
+        Path(f"reports/{stage}/run.json").write_text(
+            '{"seconds": 1.5, "device": "a loom", "params": {"seed": 3}}'
+        )
+    Path("params.yaml").write_text(
+        "preset: demo\nseed: 3\ndata: {set: shapes}\npoison: {attack: blend}\nrecover: {lr: 0.2}\n"
+    )
     return lambda *arguments: CliRunner().invoke(cli, ["rows", "rows.csv", *arguments])
 
 
@@ -279,32 +484,74 @@ def test_rows_of_results(ended):
     for defence in ("rnp", "ft", "none", "rnp"):
         assert ended("--defence", defence).exit_code == 0
     rows = {row["defence"]: row for row in rnp.io.read_rows(Path("rows.csv"))}
-    assert list(rows) == ["ft", "none", "rnp"] and {(row["seed"], row["attack"]) for row in rows.values()} == {("3", "blend")}
-    assert float(rows["rnp"]["seconds_unlearn"]) == 1.5 and rows["none"]["seconds_unlearn"] == rows["none"]["der"] == ""
+    assert list(rows) == ["ft", "none", "rnp"] and {
+        (row["seed"], row["attack"]) for row in rows.values()
+    } == {("3", "blend")}
+    assert (
+        float(rows["rnp"]["seconds_unlearn"]) == 1.5
+        and rows["none"]["seconds_unlearn"] == rows["none"]["der"] == ""
+    )
     assert [rows[name]["seconds"] for name in ("rnp", "ft", "none")] == ["4.5", "1.5", ""]
     given = json.loads(Path("reports/prepare/metrics.json").read_text())
-    assert {rows[name]["clean_images"] for name in ("rnp", "ft")} == {str(given["defence_train"] + given["defence_val"])}
-    assert {row["device"] for row in rows.values()} == {"a loom"}, "the machine of the run, not this one"
-    assert rows["none"]["clean_accuracy"] == rows["rnp"]["clean_accuracy_before"] == rows["ft"]["clean_accuracy_before"]
+    assert {rows[name]["clean_images"] for name in ("rnp", "ft")} == {
+        str(given["defence_train"] + given["defence_val"])
+    }
+    assert {row["device"] for row in rows.values()} == {"a loom"}, (
+        "the machine of the run, not this one"
+    )
+    assert (
+        rows["none"]["clean_accuracy"]
+        == rows["rnp"]["clean_accuracy_before"]
+        == rows["ft"]["clean_accuracy_before"]
+    )
     assert rows["rnp"]["settings"] != rows["ft"]["settings"] and rows["rnp"]["n_clean"] != ""
 
 
 def test_rows_of_detection(ended):
     for _ in range(2):  # the second takes the place of the first
-        done = CliRunner().invoke(cli, ["rows", "detection.csv", "--detection"], catch_exceptions=False)
+        done = CliRunner().invoke(
+            cli, ["rows", "detection.csv", "--detection"], catch_exceptions=False
+        )
         assert done.exit_code == 0
     every = rnp.io.read_rows(Path("detection.csv"))
     training = {row["detector"]: row for row in every if row["setting"] == "training"}
-    rows = {(row["task"], row["detector"], row["model"]): row for row in every if row["setting"] == "test"}
+    rows = {
+        (row["task"], row["detector"], row["model"]): row
+        for row in every
+        if row["setting"] == "test"
+    }
     assert len(every) == len(training) + len(rows)
-    assert set(training) == {"training_loss", *(detector for task, detector, _ in rows if task == "samples")}
-    assert all(0 <= float(row["auroc"]) <= 1 and 0.05 < float(row["base_rate"]) < 0.2 for row in training.values())
+    assert set(training) == {
+        "training_loss",
+        *(detector for task, detector, _ in rows if task == "samples"),
+    }
+    assert all(
+        0 <= float(row["auroc"]) <= 1 and 0.05 < float(row["base_rate"]) < 0.2
+        for row in training.values()
+    )
     assert set(rows) == {
         *(("triggers", "neural_cleanse", model) for model in ("backdoored", "unlearned")),
-        *(("labels", name, "unlearned") for name in ("class_shares", "trigger_survival", "agreement")),
-        *(("labels", name, model) for name in ("mm_bd", "neural_cleanse_index") for model in ("backdoored", "unlearned")),
-        *(("samples", name, "unlearned") for name in ("confidence", "unlearned_mahalanobis")), *(("samples", name, "backdoored") for name in (
-            "mahalanobis", "strip", "badexpert", "spectral_signatures", "activation_clustering"))}
+        *(
+            ("labels", name, "unlearned")
+            for name in ("class_shares", "trigger_survival", "agreement")
+        ),
+        *(
+            ("labels", name, model)
+            for name in ("mm_bd", "neural_cleanse_index")
+            for model in ("backdoored", "unlearned")
+        ),
+        *(("samples", name, "unlearned") for name in ("confidence", "unlearned_mahalanobis")),
+        *(
+            ("samples", name, "backdoored")
+            for name in (
+                "mahalanobis",
+                "strip",
+                "badexpert",
+                "spectral_signatures",
+                "activation_clustering",
+            )
+        ),
+    }
     assert 0 <= float(rows["samples", "strip", "backdoored"]["auroc"]) <= 1
     assert rows["labels", "mm_bd", "backdoored"]["label_correct"] in ("true", "false")
     assert float(rows["triggers", "neural_cleanse", "unlearned"]["l1"]) > 0
@@ -312,27 +559,58 @@ def test_rows_of_detection(ended):
 
 
 def test_rows_of_the_twin(run, ended):
-    """Each label that is named there is wrong; what was asked of the unlearned twin has that behind its name."""
-    assert run("detect", "--twin", "--training_images", "0", "--labels", "class_shares", "--labels", "neural_cleanse_index") == 0
-    assert CliRunner().invoke(cli, ["rows", "detection.csv", "--detection"], catch_exceptions=False).exit_code == 0
+    """Each label that is named there is wrong; what was asked of the unlearned twin has that
+    behind its name.
+    """
+    assert (
+        run(
+            "detect",
+            "--twin",
+            "--training_images",
+            "0",
+            "--labels",
+            "class_shares",
+            "--labels",
+            "neural_cleanse_index",
+        )
+        == 0
+    )
+    assert (
+        CliRunner()
+        .invoke(cli, ["rows", "detection.csv", "--detection"], catch_exceptions=False)
+        .exit_code
+        == 0
+    )
     rows = rnp.io.read_rows(Path("detection.csv"))
     twin = {row["detector"]: row for row in rows if row["model"] == "twin"}
     assert set(twin) == {"class_shares", "neural_cleanse_index", "neural_cleanse_index_unlearned"}
-    assert all((row["label"] == "-1") == (row["label_correct"] == "true") and row["task"] == "labels" for row in twin.values())
+    assert all(
+        (row["label"] == "-1") == (row["label_correct"] == "true") and row["task"] == "labels"
+        for row in twin.values()
+    )
     assert not any(row["setting"] == "training" for row in rows)
 
 
 def test_rows_of_removal(ended):
     """A row per defence in the table of detection, whose rows it leaves there."""
     for option in ("--detection", "--removal"):
-        assert CliRunner().invoke(cli, ["rows", "detection.csv", option], catch_exceptions=False).exit_code == 0
+        assert (
+            CliRunner()
+            .invoke(cli, ["rows", "detection.csv", option], catch_exceptions=False)
+            .exit_code
+            == 0
+        )
     rows = rnp.io.read_rows(Path("detection.csv"))
     found = {(row["detector"], row["model"]): row for row in rows if row["task"] == "removal"}
     assert set(found) == {("ft", "backdoored"), ("rnp", "unlearned")} and len(rows) > 2
     measured = json.loads(Path("reports/evaluate/metrics.json").read_text())["models"]
     for (name, _), row in found.items():
-        assert [float(row[key]) for key in ("clean_accuracy", "attack_success_rate", "der")] == pytest.approx(
-            [measured[name][key] for key in ("clean_accuracy", "attack_success_rate", "der")], abs=1e-4)
+        assert [
+            float(row[key]) for key in ("clean_accuracy", "attack_success_rate", "der")
+        ] == pytest.approx(
+            [measured[name][key] for key in ("clean_accuracy", "attack_success_rate", "der")],
+            abs=1e-4,
+        )
         assert float(row["seconds"]) == (4.5 if name == "rnp" else 1.5) and row["setting"] == "test"
 
 
@@ -343,57 +621,118 @@ def test_a_variant_is_a_row_of_its_defence(ended):
     found["models"]["ft_unlearned"] = found["models"]["ft"]
     path.write_text(json.dumps(found))
     Path("reports/defend/ft_unlearned").mkdir()
-    Path("reports/defend/ft_unlearned/run.json").write_text('{"seconds": 2.5, "params": {"seed": 3, "unlearn.lr": 0.1}}')
+    Path("reports/defend/ft_unlearned/run.json").write_text(
+        '{"seconds": 2.5, "params": {"seed": 3, "unlearn.lr": 0.1}}'
+    )
     assert ended("--removal").exit_code == 0
-    rows = {row["model"]: row["seconds"] for row in rnp.io.read_rows(Path("rows.csv")) if row["detector"] == "ft"}
+    rows = {
+        row["model"]: row["seconds"]
+        for row in rnp.io.read_rows(Path("rows.csv"))
+        if row["detector"] == "ft"
+    }
     assert rows == {"backdoored": "1.5", "unlearned": "2.5"}
-    params = yaml.safe_load(Path("params.yaml").read_text()) | {"defences": {"ft_unlearned": {"unlearn": {"lr": 0.2}}}}
+    params = yaml.safe_load(Path("params.yaml").read_text()) | {
+        "defences": {"ft_unlearned": {"unlearn": {"lr": 0.2}}}
+    }
     Path("params.yaml").write_text(yaml.safe_dump(params))
     done = ended("--removal")
-    assert isinstance(done.exception, UserError) and "defend/ft_unlearned ran with unlearn.lr 0.1, params.yaml says 0.2" in str(done.exception)
+    assert isinstance(
+        done.exception, UserError
+    ) and "defend/ft_unlearned ran with unlearn.lr 0.1, params.yaml says 0.2" in str(done.exception)
 
 
 def test_rows_of_controls(ended):
-    """Counts as they are, measures to five digits; a second time the rows take the place of the first."""
+    """Counts as they are, measures to five digits; a second time the rows take the place of the
+    first.
+    """
     Path("reports/controls").mkdir()
     Path("reports/controls/run.json").write_text('{"seconds": 1.5, "params": {"seed": 3}}')
-    rnp.io.write_rows(Path("reports/controls/rows.csv"), [
-        {"control": "relapse", "model": "twin", "amount": 5, "neurons_pruned": "", "clean_accuracy": 0.1234567, "seconds": 2.0}])
+    rnp.io.write_rows(
+        Path("reports/controls/rows.csv"),
+        [
+            {
+                "control": "relapse",
+                "model": "twin",
+                "amount": 5,
+                "neurons_pruned": "",
+                "clean_accuracy": 0.1234567,
+                "seconds": 2.0,
+            }
+        ],
+    )
     for _ in range(2):
-        assert CliRunner().invoke(cli, ["rows", "controls.csv", "--controls"], catch_exceptions=False).exit_code == 0
+        assert (
+            CliRunner()
+            .invoke(cli, ["rows", "controls.csv", "--controls"], catch_exceptions=False)
+            .exit_code
+            == 0
+        )
     (row,) = rnp.io.read_rows(Path("controls.csv"))
-    assert (row["attack"], row["seed"], row["control"], row["model"], row["amount"]) == ("blend", "3", "relapse", "twin", "5")
-    assert row["clean_accuracy"] == "0.12346" and row["neurons_pruned"] == "" and row["n_clean"] != ""
+    assert (row["attack"], row["seed"], row["control"], row["model"], row["amount"]) == (
+        "blend",
+        "3",
+        "relapse",
+        "twin",
+        "5",
+    )
+    assert (
+        row["clean_accuracy"] == "0.12346" and row["neurons_pruned"] == "" and row["n_clean"] != ""
+    )
 
 
-@pytest.mark.parametrize("name, words", [("--samples", "unknown detector 'strop'; did you mean 'strip'"), ("--labels", "unknown detector")])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("--samples", "unknown detector 'strop'; did you mean 'strip'"),
+        ("--labels", "unknown detector"),
+    ],
+)
 def test_unknown_detectors_are_named(run, capsys, name, words):
     assert run("detect", name, "strop") == 2 and words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stage, params, message", [
-    ("recover", {"lr": 0.1}, "recover ran with lr 0.1, params.yaml says 0.2; run `dvc repro` first"),
-    ("poison", {"attack": "sig"}, "poison ran with attack sig, params.yaml says blend"),
-    ("train", {"seed": 4}, "train ran with seed 4, params.yaml says 3"),
-])
+@pytest.mark.parametrize(
+    "stage, params, message",
+    [
+        (
+            "recover",
+            {"lr": 0.1},
+            "recover ran with lr 0.1, params.yaml says 0.2; run `dvc repro` first",
+        ),
+        ("poison", {"attack": "sig"}, "poison ran with attack sig, params.yaml says blend"),
+        ("train", {"seed": 4}, "train ran with seed 4, params.yaml says 3"),
+    ],
+)
 def test_reports_of_other_settings_make_no_row(stage, params, message, ended):
     Path(f"reports/{stage}/run.json").write_text(json.dumps({"seconds": 1.5, "params": params}))
     done = ended()
-    assert isinstance(done.exception, UserError) and message in str(done.exception) and not Path("rows.csv").exists()
+    assert (
+        isinstance(done.exception, UserError)
+        and message in str(done.exception)
+        and not Path("rows.csv").exists()
+    )
 
 
 @pytest.mark.parametrize("change", [{"attack": "sig"}, {"model": "0" * 64}])
 def test_an_evaluation_of_another_model_makes_no_row(change, ended):
-    """The stages before it ran anew, then something failed: what lies there is of the run before."""
+    """The stages before it ran anew, then something failed: what lies there is of the run
+    before.
+    """
     path = Path("reports/evaluate/metrics.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     done = ended()
-    assert isinstance(done.exception, UserError) and "measured another model" in str(done.exception) and not Path("rows.csv").exists()
+    assert (
+        isinstance(done.exception, UserError)
+        and "measured another model" in str(done.exception)
+        and not Path("rows.csv").exists()
+    )
 
 
 def test_no_row_for_a_defence_that_did_not_run(ended):
     done = ended("--defence", "anp")
-    assert isinstance(done.exception, UserError) and "no defence 'anp'; choose from none, " in str(done.exception)
+    assert isinstance(done.exception, UserError) and "no defence 'anp'; choose from none, " in str(
+        done.exception
+    )
 
 
 def test_no_file_of_the_chain_is_a_pickle(finished):
@@ -405,24 +744,56 @@ def test_no_file_of_the_chain_is_a_pickle(finished):
 
 
 def test_controls_of_a_finished_run(run, monkeypatch):
-    """Each control gives its rows. By this clock all takes as long as fifty steps of fine-tuning."""
+    """Each control gives its rows. By this clock all takes as long as fifty steps of fine-
+    tuning.
+    """
     clock = itertools.count()
     monkeypatch.setattr("rnp.cli.controls.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     given = yaml.safe_load(render("demo"))
     given["poison"]["attack"], given["unlearn"]["epochs"], given["recover"]["steps"] = "blend", 1, 2
     Path("params.yaml").write_text(yaml.safe_dump(given))
-    done = CliRunner().invoke(cli, [
-        "controls", "--model", "models/backdoored.safetensors", "--twin", "models/twin.safetensors", "--pruned", "models/pruned",
-        *(word for name in ("defence", "pool", "poisoned", "test", "triggered") for word in (f"--{name}", f"data/{name}")),
-        "--report", "reports/controls"], catch_exceptions=False)
+    done = CliRunner().invoke(
+        cli,
+        [
+            "controls",
+            "--model",
+            "models/backdoored.safetensors",
+            "--twin",
+            "models/twin.safetensors",
+            "--pruned",
+            "models/pruned",
+            *(
+                word
+                for name in ("defence", "pool", "poisoned", "test", "triggered")
+                for word in (f"--{name}", f"data/{name}")
+            ),
+            "--report",
+            "reports/controls",
+        ],
+        catch_exceptions=False,
+    )
     assert done.exit_code == 0, done.output
     rows = rnp.io.read_rows(Path("reports/controls/rows.csv"))
     page(Path("reports"), given, Path("report.html"))
-    assert "which was never backdoored" in (text := Path("report.html").read_text()) and "repaired 50" in text
+    assert (
+        "which was never backdoored" in (text := Path("report.html").read_text())
+        and "repaired 50" in text
+    )
     found = {(row["control"], row["model"], int(row["amount"])): row for row in rows}
     assert len(found) == len(rows) == 1 + 2 * 4 + 1 + 3 + 1
-    assert set(found) == {("benign", "twin", 200), ("shifted", "backdoored", 200), ("same_time", "backdoored", 50),
-                          *(("relapse", model, amount) for model in ("repaired", "twin") for amount in (1, 5, 10, 50)),
-                          *(("images", "backdoored", amount) for amount in (100, 50, 10))}
+    assert set(found) == {
+        ("benign", "twin", 200),
+        ("shifted", "backdoored", 200),
+        ("same_time", "backdoored", 50),
+        *(
+            ("relapse", model, amount)
+            for model in ("repaired", "twin")
+            for amount in (1, 5, 10, 50)
+        ),
+        *(("images", "backdoored", amount) for amount in (100, 50, 10)),
+    }
     assert all(0 <= float(row["attack_success_rate"]) <= 1 and row["seconds"] for row in rows)
-    assert found["benign", "twin", 200]["neurons_pruned"] != "" and found["relapse", "twin", 1]["neurons_pruned"] == ""
+    assert (
+        found["benign", "twin", 200]["neurons_pruned"] != ""
+        and found["relapse", "twin", 1]["neurons_pruned"] == ""
+    )

@@ -12,7 +12,11 @@ CLASSES = tuple("abcdefgh")
 
 
 def images(labels, classes=CLASSES, channels=3, side=4):
-    return ImageSet(torch.zeros(len(labels), channels, side, side, dtype=torch.uint8), torch.tensor(labels, dtype=torch.int64), classes)
+    return ImageSet(
+        torch.zeros(len(labels), channels, side, side, dtype=torch.uint8),
+        torch.tensor(labels, dtype=torch.int64),
+        classes,
+    )
 
 
 def says(predicted, k=8, sure=True):
@@ -27,15 +31,24 @@ def test_a_good_set_raises_none():
 def test_near_chance_few_and_absent():
     data = images([0, 1, 0, 1, 0, 1])
     near_chance, absent, few = concerns(data, says([0, 5, 5, 5, 5, 5]))
-    assert "0.167, near chance (0.125)" in near_chance and "class c, d, e, f, g and 1 more" in absent and "6 images" in few
+    assert (
+        "0.167, near chance (0.125)" in near_chance
+        and "class c, d, e, f, g and 1 more" in absent
+        and "6 images" in few
+    )
 
 
-@pytest.mark.parametrize("k, right, near", [(2, 60, False), (2, 54, True), (8, 25, False), (8, 20, True)])
+@pytest.mark.parametrize(
+    "k, right, near", [(2, 60, False), (2, 54, True), (8, 25, False), (8, 20, True)]
+)
 def test_chance_depends_on_the_number_of_classes(k, right, near):
     """A tenth of the way from chance to perfection counts as chance."""
     data = images([i % k for i in range(100)], CLASSES[:k])
     predicted = torch.where(torch.arange(100) < right, data.labels, (data.labels + 1) % k)
-    assert any("near chance" in concern for concern in concerns(data, says(predicted, k, sure=False))) == near
+    assert (
+        any("near chance" in concern for concern in concerns(data, says(predicted, k, sure=False)))
+        == near
+    )
 
 
 def test_two_classes_whose_labels_are_swapped():
@@ -45,14 +58,24 @@ def test_two_classes_whose_labels_are_swapped():
     assert "wrong on nearly all images of class c, d" in concern
 
 
-@pytest.mark.parametrize("wrong, sure, said", [(52, True, True), (52, False, False), (25, True, False)])
+@pytest.mark.parametrize(
+    "wrong, sure, said", [(52, True, True), (52, False, False), (25, True, False)]
+)
 def test_scattered_wrong_labels(wrong, sure, said):
-    """A model is hardly ever sure of another class on a tenth of the images; unsure it may well be."""
+    """A model is hardly ever sure of another class on a tenth of the images; unsure it may well
+    be.
+    """
     data = images(list(range(8)) * 32)
     predicted = torch.where(torch.arange(256) < wrong, (data.labels + 1) % 8, data.labels)
     found = list(concerns(data, says(predicted, sure=sure)))
-    assert found == ([f"the model is sure of another class on {wrong} of 256 images: if their labels are wrong, the repair unlearns what"
-                      " is right and keeps what is wrong"] if said else [])
+    assert found == (
+        [
+            f"the model is sure of another class on {wrong} of 256 images: if their labels are"
+            " wrong, the repair unlearns what is right and keeps what is wrong"
+        ]
+        if said
+        else []
+    )
 
 
 def test_a_single_image_of_a_class():
@@ -63,20 +86,37 @@ def test_a_single_image_of_a_class():
 
 def test_one_image_of_each_class():
     single, few = concerns(data := images(list(range(8))), says(data.labels))
-    assert "one image alone of class a, b, c, d, e and 3 more" in single and "8 images are few" in few
+    assert (
+        "one image alone of class a, b, c, d, e and 3 more" in single and "8 images are few" in few
+    )
 
 
 GOOD = list(range(8)) * 3
 
 
-@pytest.mark.parametrize("train, val, words", [
-    (images(GOOD), images([]), "one part of the defence set holds no images"),
-    (images([2] * 30), images(GOOD), "all 30 images to optimise on are of class c"),
-    (images(GOOD, CLASSES[::-1]), images(GOOD), r"8 classes \(h, g, f, e, d and 3 more\), the model 8 \(a, b, .*in the same order"),
-    (images(GOOD, (*CLASSES, "i")), images(GOOD), "the defence set has 9 classes"),
-    (images(GOOD, channels=1), images(GOOD, channels=1), r"are \[1, 4, 4\]; the model takes 3 channels"),
-    (images(GOOD), images(GOOD, side=5), r"are \[3, 4, 4\] and \[3, 5, 5\]; .*all images must be of one size"),
-])
+@pytest.mark.parametrize(
+    "train, val, words",
+    [
+        (images(GOOD), images([]), "one part of the defence set holds no images"),
+        (images([2] * 30), images(GOOD), "all 30 images to optimise on are of class c"),
+        (
+            images(GOOD, CLASSES[::-1]),
+            images(GOOD),
+            r"8 classes \(h, g, f, e, d and 3 more\), the model 8 \(a, b, .*in the same order",
+        ),
+        (images(GOOD, (*CLASSES, "i")), images(GOOD), "the defence set has 9 classes"),
+        (
+            images(GOOD, channels=1),
+            images(GOOD, channels=1),
+            r"are \[1, 4, 4\]; the model takes 3 channels",
+        ),
+        (
+            images(GOOD),
+            images(GOOD, side=5),
+            r"are \[3, 4, 4\] and \[3, 5, 5\]; .*all images must be of one size",
+        ),
+    ],
+)
 def test_sets_that_no_repair_can_rest_on(train, val, words):
     with pytest.raises(UserError, match=words):
         refuse_unfit(DefenceSet(train, val), CLASSES, 3)

@@ -1,4 +1,6 @@
-"""Which images the stage `detect` lets its detectors judge, and what it makes of several checkpoints."""
+"""Which images the stage `detect` lets its detectors judge, and what it makes of several
+checkpoints.
+"""
 
 import pytest
 import torch
@@ -20,28 +22,49 @@ def poisoned(pool, real: int, covers: int) -> Poisoned:
     """The last images of `pool`, the covers behind the poisoned ones, all black and of class 1."""
     count = real + covers
     positions = torch.arange(len(pool) - count, len(pool))
-    return Poisoned(positions, torch.zeros(count, *pool.shape, dtype=torch.uint8), torch.ones(count, dtype=torch.int64),
-                    torch.arange(count) >= real, Mix(torch.zeros(pool.shape), torch.zeros(1, *pool.shape[1:])))
+    return Poisoned(
+        positions,
+        torch.zeros(count, *pool.shape, dtype=torch.uint8),
+        torch.ones(count, dtype=torch.int64),
+        torch.arange(count) >= real,
+        Mix(torch.zeros(pool.shape), torch.zeros(1, *pool.shape[1:])),
+    )
 
 
-@pytest.mark.parametrize("real, n, bad", [
-    (100, 200, 53),  # of 380 images without the 20 covers
-    (100, 9999, 100), (30, 100, 20), (5, 100, 5),
-])
+@pytest.mark.parametrize(
+    "real, n, bad",
+    [
+        (100, 200, 53),  # of 380 images without the 20 covers
+        (100, 9999, 100),
+        (30, 100, 20),
+        (5, 100, 5),
+    ],
+)
 def test_training_images_are_drawn_at_the_rate_of_the_set(real, n, bad, toy_set):
     pool, covers = toy_set(400), 20
     them = drawn(pool, poisoned(pool, real, covers), 1, n, generator(0, "x"))
-    assert len(them.images) == min(n, 380) == len(set(them.places.tolist())) and int(them.positives.sum()) == bad
-    assert not them.images[them.positives].any() and torch.equal(them.images[~them.positives], pool.images[them.places[~them.positives]])
+    assert (
+        len(them.images) == min(n, 380) == len(set(them.places.tolist()))
+        and int(them.positives.sum()) == bad
+    )
+    assert not them.images[them.positives].any() and torch.equal(
+        them.images[~them.positives], pool.images[them.places[~them.positives]]
+    )
     assert set(them.places.tolist()).isdisjoint(range(400 - covers, 400)), "covers are neither"
-    assert them.targets[them.positives].all() and torch.equal(them.targets[~them.positives], pool.labels[them.places[~them.positives]] == 1)
-    again, other = (drawn(pool, poisoned(pool, real, covers), 1, n, generator(seed, "x")) for seed in (0, 1))
+    assert them.targets[them.positives].all() and torch.equal(
+        them.targets[~them.positives], pool.labels[them.places[~them.positives]] == 1
+    )
+    again, other = (
+        drawn(pool, poisoned(pool, real, covers), 1, n, generator(seed, "x")) for seed in (0, 1)
+    )
     assert torch.equal(again.places, them.places) and not torch.equal(other.places, them.places)
 
 
 def test_test_images_are_half_triggered(toy_set):
     them = screened(toy_set(40), toy_set(30, seed=1), None, 25)
-    assert int(them.positives.sum()) == 25 == len(them.images) // 2 and not them.targets.any(), "all-to-all has no target class"
+    assert int(them.positives.sum()) == 25 == len(them.images) // 2 and not them.targets.any(), (
+        "all-to-all has no target class"
+    )
 
 
 def test_the_average_is_that_of_confidences(toy_model, toy_set):
@@ -52,22 +75,36 @@ def test_the_average_is_that_of_confidences(toy_model, toy_set):
 
 def test_the_average_of_members_that_are_certain():
     """A probability of 0 has no logarithm."""
-    assert Average([nn.Flatten()])(1e4 * torch.rand(3, 3, 2, 2, generator=generator(0, "x"))).isfinite().all()
+    assert (
+        Average([nn.Flatten()])(1e4 * torch.rand(3, 3, 2, 2, generator=generator(0, "x")))
+        .isfinite()
+        .all()
+    )
 
 
 def test_who_asks_all_checkpoints(tmp_path, rng):
     """A checkpoint that unlearning never reached is the last one."""
     architecture = Architecture(arch="resnet10", width=4)
-    build = lambda seed: architecture.build(4, 3, torch.full((3,), 0.5), torch.ones(3), rng=rng(seed)).eval()
+
+    def build(seed):
+        return architecture.build(4, 3, torch.full((3,), 0.5), torch.ones(3), rng=rng(seed)).eval()
+
     for seed, level in enumerate((*LEVELS[:2], "end")):
-        save_model(tmp_path / f"accuracy_{level}.safetensors", build(seed), architecture, tuple("abcd"))
+        save_model(
+            tmp_path / f"accuracy_{level}.safetensors", build(seed), architecture, tuple("abcd")
+        )
     images = torch.rand(4, 3, 16, 16, generator=rng())
-    found, one = (predict(exposed(detector, tmp_path, "0.5"), images) for detector in (MeanConfidence(), Confidence()))
+    found, one = (
+        predict(exposed(detector, tmp_path, "0.5"), images)
+        for detector in (MeanConfidence(), Confidence())
+    )
     torch.testing.assert_close(one, predict(build(1), images))
     torch.testing.assert_close(found, predict(Average([build(seed) for seed in range(3)]), images))
 
 
 @pytest.mark.parametrize("n", [-1, 99])
 def test_too_few_training_images(n):
-    with pytest.raises(UserError, match=f"detect.training_images must be 0 or at least 100, got {n}"):
+    with pytest.raises(
+        UserError, match=f"detect.training_images must be 0 or at least 100, got {n}"
+    ):
         Detect(training_images=n)

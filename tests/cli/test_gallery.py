@@ -20,15 +20,26 @@ def write(tmp_path, monkeypatch):
     """Writes the page from one row about `sig` and the picture of a run of `blend`; its text."""
     monkeypatch.chdir(tmp_path)
     row = dict.fromkeys(COLUMNS, "") | {
-        "preset": "cifar10-fast", "attack": "sig", "defence": "none", "seed": "0", "gate": "false", "clean_accuracy": "0.87",
-        "attack_success_rate": "0.5", "clean_accuracy_twin": "0.884", "n_triggered": "9000", "settings": "a-b", "made": "2026",
+        "preset": "cifar10-fast",
+        "attack": "sig",
+        "defence": "none",
+        "seed": "0",
+        "gate": "false",
+        "clean_accuracy": "0.87",
+        "attack_success_rate": "0.5",
+        "clean_accuracy_twin": "0.884",
+        "n_triggered": "9000",
+        "settings": "a-b",
+        "made": "2026",
     }
     io.write_rows(Path("rows.csv"), [row])
     Path("params.yaml").write_text("seed: 0\npoison: {attack: blend}\n")
     Path("reports/poison").mkdir(parents=True)
 
     def run(attack="blend"):
-        Path("reports/poison/run.json").write_text(json.dumps({"params": {"attack": attack, "seed": 0}}))
+        Path("reports/poison/run.json").write_text(
+            json.dumps({"params": {"attack": attack, "seed": 0}})
+        )
         Path("reports/poison/triggers.png").write_bytes(b"picture")
         done = CliRunner().invoke(cli, ["gallery", "docs/attacks.md", "--table", "rows.csv"])
         if done.exception:
@@ -41,13 +52,15 @@ def write(tmp_path, monkeypatch):
 def test_every_attack_has_its_section_picture_and_numbers(write):
     page = write()
     assert [line[3:] for line in page.splitlines() if line.startswith("## ")] == names("attack")
-    assert "](attacks/blend.png)" in page and Path("docs/attacks/blend.png").read_bytes() == b"picture"
+    assert (
+        "](attacks/blend.png)" in page and Path("docs/attacks/blend.png").read_bytes() == b"picture"
+    )
     assert page.count("![") == 1 and page.count("not run yet") == len(names("attack")) - 1
     assert "CA 0.870 (twin 0.884), ASR 0.500 on 9000 images; gate **failed**" in page
 
 
 def test_a_picture_of_another_attack_is_refused(write):
-    with pytest.raises(UserError, match="poison ran with attack sig, params.yaml says blend"):
+    with pytest.raises(UserError, match=r"poison ran with attack sig, params.yaml says blend"):
         write("sig")
     assert not Path("docs/attacks/blend.png").exists()
 
@@ -55,9 +68,13 @@ def test_a_picture_of_another_attack_is_refused(write):
 @pytest.mark.parametrize("name", names("attack"))
 def test_an_attack_says_where_it_comes_from_and_what_is_random(name):
     parts = split(inspect.getdoc(load("attack", name)))[1]
-    assert {"Source", "Drawn at random", "Expected"} <= set(parts) <= set(PARTS) and all(parts.values())
+    assert {"Source", "Drawn at random", "Expected"} <= set(parts) <= set(PARTS) and all(
+        parts.values()
+    )
 
 
 def test_labelled_sentences():
     assert split("First line\nsecond.\n\nSource: A,\nB.\nDiffers: from: that.") == (
-        "First line second.", {"Source": "A, B.", "Differs": "from: that."})
+        "First line second.",
+        {"Source": "A, B.", "Differs": "from: that."},
+    )

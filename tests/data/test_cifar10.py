@@ -1,4 +1,6 @@
-"""The reader of CIFAR-10 on a folder of ten images, and its errors. The real files are too large for a test."""
+"""The reader of CIFAR-10 on a folder of ten images, and its errors. The real files are too large
+for a test.
+"""
 
 import hashlib
 import pickle
@@ -14,17 +16,25 @@ from rnp.errors import UserError
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """Six training and four test images; pixel values are channel * 50 + column, labels count down from 9."""
+    """Six training and four test images; pixel values are channel * 50 + column, labels count down
+    from 9.
+    """
     folder = tmp_path / CIFAR10.base_folder
     folder.mkdir()
-    one = (np.arange(3)[:, None, None] * 50 + np.zeros((32, 1), int) + np.arange(32)).astype(np.uint8).reshape(1, -1)
+    one = (
+        (np.arange(3)[:, None, None] * 50 + np.zeros((32, 1), int) + np.arange(32))
+        .astype(np.uint8)
+        .reshape(1, -1)
+    )
 
     def write(name, content):
         data = pickle.dumps(content)
         (folder / name).write_bytes(data)
         return [name, hashlib.md5(data).hexdigest()]
 
-    batch = lambda n: {"data": one.repeat(n, 0), "labels": list(range(9, 9 - n, -1))}
+    def batch(n):
+        return {"data": one.repeat(n, 0), "labels": list(range(9, 9 - n, -1))}
+
     monkeypatch.setattr(CIFAR10, "train_list", [write("a", batch(4)), write("b", batch(2))])
     monkeypatch.setattr(CIFAR10, "test_list", [write("c", batch(4))])
     name, checksum = write("meta", {"names": [f"class{i}" for i in range(10)]})
@@ -34,8 +44,16 @@ def root(tmp_path, monkeypatch):
 
 def test_channels_first_and_in_order(root, rng):
     train, test = Cifar10().load(root, rng=rng())
-    assert train.labels.tolist() == [9, 8, 7, 6, 9, 8] and len(test) == 4 and train.classes[3] == "class3"
-    assert train.shape == (3, 32, 32) and train.images.dtype == torch.uint8 and train.images.is_contiguous()
+    assert (
+        train.labels.tolist() == [9, 8, 7, 6, 9, 8]
+        and len(test) == 4
+        and train.classes[3] == "class3"
+    )
+    assert (
+        train.shape == (3, 32, 32)
+        and train.images.dtype == torch.uint8
+        and train.images.is_contiguous()
+    )
     assert train.images[0, 2, 5].tolist() == list(range(100, 132))
 
 
@@ -43,7 +61,9 @@ def test_channels_first_and_in_order(root, rng):
 def test_missing_or_corrupt_is_one_line(spoil, root, rng):
     victim = root / CIFAR10.base_folder / ("meta" if spoil == "meta" else "b")
     victim.unlink() if spoil == "missing" else victim.write_bytes(victim.read_bytes()[:-1])
-    with pytest.raises(UserError, match="missing or corrupt under .*cifar-10-batches-py.*RNP_DATA") as caught:
+    with pytest.raises(
+        UserError, match=r"missing or corrupt under .*cifar-10-batches-py.*RNP_DATA"
+    ) as caught:
         Cifar10().load(root, rng=rng())
     assert str(root) in str(caught.value) and "\n" not in str(caught.value)
 

@@ -35,7 +35,10 @@ def test_sizes(tmp_path, rng):
 
 
 def test_digits_are_not_shared_between_train_and_test(tmp_path, rng):
-    train, test = ({image.numpy().tobytes() for image in part.images} for part in SMALL[1].load(tmp_path, rng=rng()))
+    train, test = (
+        {image.numpy().tobytes() for image in part.images}
+        for part in SMALL[1].load(tmp_path, rng=rng())
+    )
     assert not train & test
 
 
@@ -44,22 +47,29 @@ def test_outlines_are_closed_and_within_the_circle(name):
     line = torch.linspace(-1.5, 1.5, 31)
     v, u = torch.meshgrid(line, line, indexing="ij")
     distance = signed_distance(name, u, v)
-    assert (distance > 0)[(u * u + v * v).sqrt() > 1.01].all(), "outside of the circle is outside of the outline"
+    assert (distance > 0)[(u * u + v * v).sqrt() > 1.01].all(), (
+        "outside of the circle is outside of the outline"
+    )
     assert 0.03 < (distance < 0).float().mean() < 0.4, "some of the square is inside"
 
 
 def test_distance_to_a_square_by_hand():
-    square = signed_distance("square", torch.tensor([0.0, 1.0, 1.0, 2.0]), torch.tensor([0.0, 0.0, 1.0, 0.0]))
+    square = signed_distance(
+        "square", torch.tensor([0.0, 1.0, 1.0, 2.0]), torch.tensor([0.0, 0.0, 1.0, 0.0])
+    )
     assert square.tolist() == pytest.approx([-(0.5**0.5), 0, 0.5**0.5, 1], abs=1e-6)
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: Shapes(train=0), "shapes.train must be at least 1"),
-    (lambda: Shapes(size=4), "shapes.size must be at least 8 pixels, got 4"),
-    (lambda: Shapes(clutter=-1), "shapes.clutter must be 0 or more, got -1"),
-    (lambda: Digits(test_share=1), "digits.test_share must be in (0, 1), got 1"),
-    (lambda: Digits(size=0), "digits.size must be at least 8 pixels, got 0"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Shapes(train=0), "shapes.train must be at least 1"),
+        (lambda: Shapes(size=4), "shapes.size must be at least 8 pixels, got 4"),
+        (lambda: Shapes(clutter=-1), "shapes.clutter must be 0 or more, got -1"),
+        (lambda: Digits(test_share=1), "digits.test_share must be in (0, 1), got 1"),
+        (lambda: Digits(size=0), "digits.size must be at least 8 pixels, got 0"),
+    ],
+)
 def test_impossible_settings_are_refused(make, message):
     with pytest.raises(UserError) as caught:
         make()

@@ -36,7 +36,9 @@ def folder(tmp_path):
 
 
 def load(folder, seed=0, **options):
-    return ImageFolder(size=SIZE, **options).load(folder.parent, rng=torch.Generator().manual_seed(seed))
+    return ImageFolder(size=SIZE, **options).load(
+        folder.parent, rng=torch.Generator().manual_seed(seed)
+    )
 
 
 def colours(data) -> list[tuple[int, ...]]:
@@ -44,13 +46,22 @@ def colours(data) -> list[tuple[int, ...]]:
 
 
 def test_split_by_the_seed(folder):
-    (train, test), again, other = load(folder, test_share=0.4), load(folder, test_share=0.4), load(folder, 1, test_share=0.4)
+    (train, test), again, other = (
+        load(folder, test_share=0.4),
+        load(folder, test_share=0.4),
+        load(folder, 1, test_share=0.4),
+    )
     assert (len(train), len(test)) == (6, 4) and train.classes == ("cats", "dogs")
     assert train.labels.bincount().tolist() == [3, 3] and test.labels.bincount().tolist() == [2, 2]
     assert colours(train) == colours(again[0]) != colours(other[0])
-    assert sorted(colours(train) + colours(test)) == sorted((50 * i, 100 * c, 7) for i in range(5) for c in range(2))
-    assert all(colour[1] == 100 * label for part in (train, test)
-               for colour, label in zip(part.images[:, :, 0, 0].tolist(), part.labels.tolist()))
+    assert sorted(colours(train) + colours(test)) == sorted(
+        (50 * i, 100 * c, 7) for i in range(5) for c in range(2)
+    )
+    assert all(
+        colour[1] == 100 * label
+        for part in (train, test)
+        for colour, label in zip(part.images[:, :, 0, 0].tolist(), part.labels.tolist())
+    )
 
 
 def test_own_train_and_test_folders(tmp_path):
@@ -79,7 +90,9 @@ def test_a_large_folder_becomes_a_memory_map_that_leaves_no_file(tmp_path, monke
 
 @pytest.fixture
 def photographs(tmp_path):
-    """More files than two workers take at once, of all sizes, in the order in which they are read."""
+    """More files than two workers take at once, of all sizes, in the order in which they are
+    read.
+    """
     draw, files = np.random.default_rng(0), []
     for c, n in (("cats", SPAN + 5), ("dogs", SPAN + 9)):
         (tmp_path / "images" / c).mkdir(parents=True)
@@ -91,7 +104,9 @@ def photographs(tmp_path):
 
 
 @pytest.mark.parametrize("workers", ["1", "2", "5", None])
-def test_any_number_of_workers_gives_the_same_bytes_and_split(workers, photographs, monkeypatch, rng):
+def test_any_number_of_workers_gives_the_same_bytes_and_split(
+    workers, photographs, monkeypatch, rng
+):
     """Those of reading one file after the other, and dividing the images afterwards."""
     if workers:
         monkeypatch.setenv("RNP_WORKERS", workers)
@@ -100,8 +115,12 @@ def test_any_number_of_workers_gives_the_same_bytes_and_split(workers, photograp
     labels = torch.tensor([file.parent.name == "dogs" for file in photographs]).long()
     order = interleave(labels, 2, rng(3))
     cut = round(0.2 * len(order))
-    for part, positions in zip(load(folder, 3), (order[cut:].sort().values, order[:cut].sort().values)):
-        assert torch.equal(part.images, everything[positions]) and torch.equal(part.labels, labels[positions])
+    for part, positions in zip(
+        load(folder, 3), (order[cut:].sort().values, order[:cut].sort().values)
+    ):
+        assert torch.equal(part.images, everything[positions]) and torch.equal(
+            part.labels, labels[positions]
+        )
 
 
 @pytest.mark.parametrize("wanted", ["0", "-1", "many", "1.5"])
@@ -150,15 +169,23 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 def test_no_whole_copy_is_held_in_memory(tmp_path):
-    """Of 118 MB of images, from the files to the triggered test set; without maps the same work takes 240 MB."""
+    """Of 118 MB of images, from the files to the triggered test set; without maps the same work
+    takes 240 MB.
+    """
     paint(tmp_path / "one.png", "red", (256, 256))
     for name in "ab":
         (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(300):
             os.link(tmp_path / "one.png", tmp_path / "images" / name / f"{i}.png")
     own = os.environ | {"TMPDIR": str(tmp_path), "RNP_WORKERS": "2", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", GROWTH, str(tmp_path)], capture_output=True, text=True, check=True, env=own,
-                          cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=own,
+        cwd=Path(__file__).parents[2],
+    )
     peaks, images = json.loads(done.stdout), 600 * 3 * 256 * 256
     assert peaks["mapped"] < 0.5 * images < images < peaks["held"], peaks
 
@@ -168,18 +195,33 @@ def decoded(path) -> np.ndarray:
     return read_image(path, SIZE).permute(1, 2, 0).numpy()
 
 
-@pytest.mark.parametrize("name, make, colour", [
-    ("rgb.png", lambda p: paint(p, (10, 20, 30)), (10, 20, 30)),
-    ("grey.png", lambda p: paint(p, 90, mode="L"), (90, 90, 90)),
-    ("bits.png", lambda p: paint(p, 1, mode="1"), (255, 255, 255)),
-    ("cmyk.tif", lambda p: paint(p, (255, 0, 0, 0), mode="CMYK"), (0, 255, 255)),
-    ("alpha.png", lambda p: paint(p, (10, 20, 30, 255), mode="RGBA"), (10, 20, 30)),
-    ("grey_alpha.png", lambda p: paint(p, (90, 255), mode="LA"), (90, 90, 90)),
-    ("palette.gif", lambda p: paint(p, (10, 20, 30)), (10, 20, 30)),
-    ("transparent.png", lambda p: Image.new("P", (16, 16)).save(p, transparency=b"\x80\xff"), (0, 0, 0)),
-    ("sixteen.png", lambda p: Image.fromarray(np.full((16, 16), 90 * 256 + 200, np.uint16)).save(p), (90, 90, 90)),
-    ("sixteen.tif", lambda p: Image.fromarray(np.full((16, 16), 90 * 256 + 200, np.uint16)).save(p), (90, 90, 90)),
-])
+@pytest.mark.parametrize(
+    "name, make, colour",
+    [
+        ("rgb.png", lambda p: paint(p, (10, 20, 30)), (10, 20, 30)),
+        ("grey.png", lambda p: paint(p, 90, mode="L"), (90, 90, 90)),
+        ("bits.png", lambda p: paint(p, 1, mode="1"), (255, 255, 255)),
+        ("cmyk.tif", lambda p: paint(p, (255, 0, 0, 0), mode="CMYK"), (0, 255, 255)),
+        ("alpha.png", lambda p: paint(p, (10, 20, 30, 255), mode="RGBA"), (10, 20, 30)),
+        ("grey_alpha.png", lambda p: paint(p, (90, 255), mode="LA"), (90, 90, 90)),
+        ("palette.gif", lambda p: paint(p, (10, 20, 30)), (10, 20, 30)),
+        (
+            "transparent.png",
+            lambda p: Image.new("P", (16, 16)).save(p, transparency=b"\x80\xff"),
+            (0, 0, 0),
+        ),
+        (
+            "sixteen.png",
+            lambda p: Image.fromarray(np.full((16, 16), 90 * 256 + 200, np.uint16)).save(p),
+            (90, 90, 90),
+        ),
+        (
+            "sixteen.tif",
+            lambda p: Image.fromarray(np.full((16, 16), 90 * 256 + 200, np.uint16)).save(p),
+            (90, 90, 90),
+        ),
+    ],
+)
 def test_any_kind_of_image_becomes_rgb(name, make, colour, tmp_path):
     make(tmp_path / name)
     pixels = decoded(tmp_path / name)
@@ -224,7 +266,9 @@ def test_unreadable_files_are_named(what, folder):
     assert victim in str(caught.value) and "remove or replace" in str(caught.value)
 
 
-def test_unreadable_files_of_train_and_test_are_named_together_and_in_order(photographs, tmp_path, monkeypatch):
+def test_unreadable_files_of_train_and_test_are_named_together_and_in_order(
+    photographs, tmp_path, monkeypatch
+):
     monkeypatch.setenv("RNP_WORKERS", "3")
     victims = [photographs[i] for i in (3, SPAN + 8, -1)]
     for victim in victims:
@@ -238,10 +282,15 @@ def test_unreadable_files_of_train_and_test_are_named_together_and_in_order(phot
 def test_a_decompression_bomb_is_refused_and_the_filters_stay(folder):
     """Its header is enough, whichever thread reads it."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 10_000, 10_000, 1, 0, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    bomb = (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + header
+        + struct.pack(">I", zlib.crc32(header))
+    )
     (folder / "cats" / "3.png").write_bytes(bomb + struct.pack(">I", 8) + b"IDAT")
     before = list(warnings.filters)
-    with pytest.raises(UserError, match="1 unreadable .*3.png .*decompression bomb"):
+    with pytest.raises(UserError, match=r"1 unreadable .*3.png .*decompression bomb"):
         load(folder)
     assert warnings.filters == before
 
@@ -249,26 +298,42 @@ def test_a_decompression_bomb_is_refused_and_the_filters_stay(folder):
 def test_many_unreadable_files_are_counted(folder):
     for file in folder.glob("*/[01234].png"):
         file.write_bytes(b"x")
-    with pytest.raises(UserError, match="10 unreadable .* and 7 more"):
+    with pytest.raises(UserError, match=r"10 unreadable .* and 7 more"):
         load(folder)
 
 
 def test_hidden_files_and_other_endings_are_passed_over(folder):
-    for name in (".DS_Store", "._0.png", "notes.txt", "Thumbs.db"):  # macOS writes ._0.png beside 0.png
+    for name in (
+        ".DS_Store",
+        "._0.png",
+        "notes.txt",
+        "Thumbs.db",
+    ):  # macOS writes ._0.png beside 0.png
         (folder / "cats" / name).write_bytes(b"no image")
     (folder / ".git").mkdir()
     train, test = load(folder)
     assert len(train) + len(test) == 10
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda f: None, "no folder; set datasets.imagefolder.path"),
-    (lambda f: paint(f / "only" / "0.png"), "holds 1 class folders, at least 2 are needed"),
-    (lambda f: [paint(f / "a" / "0.png"), (f / "b").mkdir()], "no images in class folder 'b'"),
-    (lambda f: [paint(f / part / name / "0.png") for part, name in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "c"))],
-     "class folders b, c are in train or in test only"),
-    (lambda f: [paint(f / name / "0.png") for name in "ab"], "too few to set 0.2 of them aside"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda f: None, "no folder; set datasets.imagefolder.path"),
+        (lambda f: paint(f / "only" / "0.png"), "holds 1 class folders, at least 2 are needed"),
+        (lambda f: [paint(f / "a" / "0.png"), (f / "b").mkdir()], "no images in class folder 'b'"),
+        (
+            lambda f: [
+                paint(f / part / name / "0.png")
+                for part, name in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "c"))
+            ],
+            "class folders b, c are in train or in test only",
+        ),
+        (
+            lambda f: [paint(f / name / "0.png") for name in "ab"],
+            "too few to set 0.2 of them aside",
+        ),
+    ],
+)
 def test_folders_that_will_not_do(change, message, tmp_path):
     change(tmp_path / "images")
     with pytest.raises(UserError) as caught:

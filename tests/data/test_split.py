@@ -21,9 +21,13 @@ def test_every_stretch_of_k_holds_each_class_once(classes, n, rng):
     assert all(len(set(stretch)) == classes for stretch in labels[order].view(-1, classes).tolist())
 
 
-@pytest.mark.parametrize("sizes, off", [((50, 50, 50), 1), ((90, 9, 1), 2), ((30, 20, 10, 5), 2), ((1, 0, 7), 2)])
+@pytest.mark.parametrize(
+    "sizes, off", [((50, 50, 50), 1), ((90, 9, 1), 2), ((30, 20, 10, 5), 2), ((1, 0, 7), 2)]
+)
 def test_every_beginning_is_stratified(sizes, off, rng):
-    """Each class has its share of the first n, to within one image for equal classes, for every n."""
+    """Each class has its share of the first n, to within one image for equal classes, for
+    every n.
+    """
     labels = torch.cat([torch.full((size,), label) for label, size in enumerate(sizes)])
     share = torch.arange(1, len(labels) + 1).unsqueeze(1) * torch.tensor(sizes) / len(labels)
     for seed in range(5):
@@ -58,12 +62,21 @@ def test_images_keep_their_labels(toy_set, rng):
         assert part.classes == train.classes
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"defence_train": 0}, "defence_train must be at least 1, got 0"),
-    ({"defence_val": -3}, "defence_val must be at least 1, got -3"),
-    ({"defence_train": 30, "defence_val": 10}, "= 40 leaves nothing of 40 training images; ask for fewer"),
-    ({"defence_train": 30, "defence_val": 11, "from_pool": True}, "= 41, but there are 40 training images"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"defence_train": 0}, "defence_train must be at least 1, got 0"),
+        ({"defence_val": -3}, "defence_val must be at least 1, got -3"),
+        (
+            {"defence_train": 30, "defence_val": 10},
+            "= 40 leaves nothing of 40 training images; ask for fewer",
+        ),
+        (
+            {"defence_train": 30, "defence_val": 11, "from_pool": True},
+            "= 41, but there are 40 training images",
+        ),
+    ],
+)
 def test_too_much_is_refused(options, message, toy_set, rng):
     with pytest.raises(UserError) as caught:
         Split(**options)(toy_set(40), toy_set(4), rng=rng())
@@ -71,5 +84,7 @@ def test_too_much_is_refused(options, message, toy_set, rng):
 
 
 def test_all_of_the_pool_may_be_borrowed(toy_set, rng):
-    splits = Split(defence_train=30, defence_val=10, from_pool=True)(toy_set(40), toy_set(4), rng=rng())
+    splits = Split(defence_train=30, defence_val=10, from_pool=True)(
+        toy_set(40), toy_set(4), rng=rng()
+    )
     assert len(splits.pool) == 40

@@ -1,4 +1,6 @@
-"""Adversarial neuron pruning: the perturbed pass, the ascent, the masks, and a channel that only a change wakes."""
+"""Adversarial neuron pruning: the perturbed pass, the ascent, the masks, and a channel that only a
+change wakes.
+"""
 
 import copy
 
@@ -24,7 +26,10 @@ def defence_set(toy_set):
 @pytest.fixture
 def random(toy_model, rng):
     """Values like those of a mask, from a seed."""
-    return lambda seed: {name: torch.rand(len(value), generator=rng(seed)) for name, value in ones(toy_model()).items()}
+    return lambda seed: {
+        name: torch.rand(len(value), generator=rng(seed))
+        for name, value in ones(toy_model()).items()
+    }
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -40,10 +45,14 @@ def test_the_changed_pass_by_hand(train, toy_model, toy_set, random):
 
 @pytest.mark.parametrize("ascent", [1, 2])
 def test_a_small_change_follows_the_gradient(ascent, toy_model, toy_set, rng):
-    """Where the loss is all but linear, every scale and bias ends on the side that raises it, by epsilon at most."""
+    """Where the loss is all but linear, every scale and bias ends on the side that raises it, by
+    epsilon at most.
+    """
     model, data, epsilon = toy_model().requires_grad_(False), toy_set(40), 1e-4
     mask = ones(model)
-    scales, biases = ANP(epsilon=epsilon, ascent=ascent).worst(model, data.floats(), data.labels, mask, rng())
+    scales, biases = ANP(epsilon=epsilon, ascent=ascent).worst(
+        model, data.floats(), data.labels, mask, rng()
+    )
     by_hand = copy.deepcopy(model).requires_grad_(True)
     F.cross_entropy(by_hand(data.floats()), data.labels).backward()
     for found, parameter in ((scales, "weight"), (biases, "bias")):
@@ -51,7 +60,11 @@ def test_a_small_change_follows_the_gradient(ascent, toy_model, toy_set, rng):
             p = getattr(by_hand.get_submodule(name), parameter)
             slope = (p.grad * p).detach()  # with respect to a relative change
             steep = slope.abs() > slope.abs().max() / 20
-            assert steep.sum() > 2 and (value * slope >= 0)[steep].all() and value.abs().max() <= epsilon
+            assert (
+                steep.sum() > 2
+                and (value * slope >= 0)[steep].all()
+                and value.abs().max() <= epsilon
+            )
             assert not value.requires_grad
 
 
@@ -59,9 +72,16 @@ def test_a_large_change_raises_the_error(trained, toy_set, random, rng):
     data, model = toy_set(40), trained.requires_grad_(False)
     mask, loss = ones(model), lambda logits: F.cross_entropy(logits, data.labels).item()
     scales, biases = ANP().worst(model, data.floats(), data.labels, mask, rng())
-    drawn = [({name: 0.8 * value - 0.4 for name, value in random(seed).items()} for seed in (i, i + 20)) for i in range(20)]
+    drawn = [
+        ({name: 0.8 * value - 0.4 for name, value in random(seed).items()} for seed in (i, i + 20))
+        for i in range(20)
+    ]
     by_chance = [loss(changed(model, data.floats(), mask, *each)) for each in drawn]
-    assert loss(changed(model, data.floats(), mask, scales, biases)) > max(by_chance) > loss(model(data.floats()))
+    assert (
+        loss(changed(model, data.floats(), mask, scales, biases))
+        > max(by_chance)
+        > loss(model(data.floats()))
+    )
 
 
 def test_without_change_it_is_recovery_from_the_victim(trained, defence_set, rng, unchanged):
@@ -85,7 +105,11 @@ def test_one_step_by_hand(alpha, toy_model, defence_set, monkeypatch, random, rn
             norm = getattr(model, f"bn{name}")
             weight = norm.weight.detach() * (mask[f"bn{name}"] + scales[f"bn{name}"])
             bias = norm.bias.detach() * (1 + biases[f"bn{name}"])
-            x = F.relu(F.batch_norm(getattr(model, f"conv{name}")(x), None, None, weight, bias, training=True))
+            x = F.relu(
+                F.batch_norm(
+                    getattr(model, f"conv{name}")(x), None, None, weight, bias, training=True
+                )
+            )
         return F.cross_entropy(model.fc(x.mean((2, 3))), data.labels)
 
     mask = {name: value.requires_grad_() for name, value in ones(model).items()}
@@ -97,21 +121,34 @@ def test_one_step_by_hand(alpha, toy_model, defence_set, monkeypatch, random, rn
 
 
 def test_a_channel_that_a_change_wakes_comes_first(trained, defence_set, rng):
-    """Silent on clean images by a small margin, and tied to class 0: the mask without change cannot tell it."""
+    """Silent on clean images by a small margin, and tied to class 0: the mask without change
+    cannot tell it.
+    """
     with torch.no_grad():
         trained.bn2.weight[5], trained.bn2.bias[5] = 0.3, -0.7
         trained.fc.weight[:, 5] = 0
         trained.fc.weight[0, 5] = 60
     options = dict(steps=30, augment=STILL, precision="fp32")
-    first = [ranking(ANP(epsilon=epsilon, **options).score(trained, defence_set, rng=rng()))[0] for epsilon in (0.4, 0)]
+    first = [
+        ranking(ANP(epsilon=epsilon, **options).score(trained, defence_set, rng=rng()))[0]
+        for epsilon in (0.4, 0)
+    ]
     assert first[0] == ("bn2", 5) != first[1]
 
 
-@pytest.mark.parametrize("name, value, message", [
-    ("epsilon", 40, r"anp\.epsilon must be in \[0, 1\], got 40; it is a fraction, not percent"),
-    ("epsilon", -0.1, "epsilon"), ("alpha", 1.1, r"anp\.alpha must be in \[0, 1\]"), ("alpha", -0.1, "alpha"),
-    *((name, 0, rf"anp\.{name} must be above 0, got 0") for name in ("ascent", "lr", "batch_size", "steps")),
-])
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("epsilon", 40, r"anp\.epsilon must be in \[0, 1\], got 40; it is a fraction, not percent"),
+        ("epsilon", -0.1, "epsilon"),
+        ("alpha", 1.1, r"anp\.alpha must be in \[0, 1\]"),
+        ("alpha", -0.1, "alpha"),
+        *(
+            (name, 0, rf"anp\.{name} must be above 0, got 0")
+            for name in ("ascent", "lr", "batch_size", "steps")
+        ),
+    ],
+)
 def test_impossible_settings_are_refused(name, value, message):
     with pytest.raises(UserError, match=message):
         ANP(**{name: value})

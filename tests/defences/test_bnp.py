@@ -19,9 +19,16 @@ def norm(mean: list[float], deviation: list[float]) -> nn.BatchNorm2d:
 
 
 def test_divergence_is_that_of_gaussians():
-    one, other = ([0.0, 1.0, -2.0, 3.0], [1.0, 0.5, 2.0, 3.0]), ([0.0, 1.5, 1.0, 3.0], [1.0, 2.0, 0.25, 1.0])
-    expected = kl_divergence(*(Normal(torch.tensor(mean), torch.tensor(deviation)) for mean, deviation in (one, other)))
-    assert divergence(norm(*one), norm(*other)).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    one, other = (
+        ([0.0, 1.0, -2.0, 3.0], [1.0, 0.5, 2.0, 3.0]),
+        ([0.0, 1.5, 1.0, 3.0], [1.0, 2.0, 0.25, 1.0]),
+    )
+    expected = kl_divergence(
+        *(Normal(torch.tensor(mean), torch.tensor(deviation)) for mean, deviation in (one, other))
+    )
+    assert divergence(norm(*one), norm(*other)).tolist() == pytest.approx(
+        expected.tolist(), abs=1e-5
+    )
 
 
 def test_a_channel_without_variance_is_finite():
@@ -37,7 +44,9 @@ def test_the_statistics_are_those_of_one_pass_in_train_mode(trained, toy_set, un
     assert torch.equal(found.conv1.weight, trained.conv1.weight)
     for name, layer in maskable(found).items():
         for buffer in ("running_mean", "running_var"):
-            assert torch.allclose(getattr(layer, buffer), getattr(by_hand.get_submodule(name), buffer), atol=1e-5)
+            assert torch.allclose(
+                getattr(layer, buffer), getattr(by_hand.get_submodule(name), buffer), atol=1e-5
+            )
 
 
 def test_batches_are_of_like_sizes_and_count_alike(trained, toy_set, monkeypatch):
@@ -51,12 +60,17 @@ def test_batches_are_of_like_sizes_and_count_alike(trained, toy_set, monkeypatch
 
 def test_dropout_stays_off(trained, toy_set):
     model = nn.Sequential(nn.Dropout(0.9), trained)
-    found, expected = with_statistics_of(toy_set(20), model)[1], with_statistics_of(toy_set(20), trained)
+    found, expected = (
+        with_statistics_of(toy_set(20), model)[1],
+        with_statistics_of(toy_set(20), trained),
+    )
     assert torch.equal(found.bn2.running_var, expected.bn2.running_var)
 
 
 def test_a_channel_that_remembers_a_patch_comes_first(toy_model, toy_set, rng):
-    """The kernel answers to a checkerboard, which a fifth of the images behind the statistics carry."""
+    """The kernel answers to a checkerboard, which a fifth of the images behind the statistics
+    carry.
+    """
     model, clean = toy_model(width=16), toy_set(200, seed=5)
     sign = (-1.0) ** (torch.arange(3)[:, None] + torch.arange(3))
     with torch.no_grad():
@@ -70,5 +84,9 @@ def test_a_channel_that_remembers_a_patch_comes_first(toy_model, toy_set, rng):
 
 def test_all_images_of_the_defender_count(trained, toy_set, rng):
     a, b = toy_set(20, seed=3), toy_set(20, seed=4)
-    one, same, other = (BNP().score(trained, DefenceSet(*parts), rng=rng()) for parts in ((a, b), (b, a), (a, a)))
-    assert torch.allclose(one["bn2"], same["bn2"], atol=1e-3) and not torch.allclose(one["bn2"], other["bn2"], atol=1e-3)
+    one, same, other = (
+        BNP().score(trained, DefenceSet(*parts), rng=rng()) for parts in ((a, b), (b, a), (a, a))
+    )
+    assert torch.allclose(one["bn2"], same["bn2"], atol=1e-3) and not torch.allclose(
+        one["bn2"], other["bn2"], atol=1e-3
+    )

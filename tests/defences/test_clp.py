@@ -18,9 +18,14 @@ def defence_set(toy_set):
 def test_the_score_by_hand(trained, defence_set, rng):
     found = CLP().score(trained, defence_set, rng=rng())
     for layer, convolution in (("bn1", "conv1"), ("bn2", "conv2")):
-        norm, kernels = getattr(trained, layer), getattr(trained, convolution).weight.detach().double().numpy()
+        norm, kernels = (
+            getattr(trained, layer),
+            getattr(trained, convolution).weight.detach().double().numpy(),
+        )
         constants = []
-        for kernel, scale, variance in zip(kernels, norm.weight.tolist(), norm.running_var.tolist()):
+        for kernel, scale, variance in zip(
+            kernels, norm.weight.tolist(), norm.running_var.tolist()
+        ):
             largest = np.linalg.svd(kernel.reshape(len(kernel), -1), compute_uv=False)[0]
             constants.append(largest * abs(scale) / np.sqrt(variance + norm.eps))
         expected = [(np.mean(constants) - value) / np.std(constants) for value in constants]
@@ -53,7 +58,10 @@ def test_the_rule_of_the_paper(toy_model, defence_set, rng):
         model.conv1.weight[3] *= 30
     rule = Prune(rule="threshold", threshold=-3.0, zero_bias=True)
     repaired = CLP(prune=rule).repair(model, defence_set, rng=rng())
-    assert repaired.chosen.pruned == 1 and repaired.model.bn1.weight[3] == repaired.model.bn1.bias[3] == 0
+    assert (
+        repaired.chosen.pruned == 1
+        and repaired.model.bn1.weight[3] == repaired.model.bn1.bias[3] == 0
+    )
 
 
 def test_a_layer_of_like_channels_names_none(toy_model, defence_set, rng):

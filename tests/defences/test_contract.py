@@ -12,15 +12,20 @@ from rnp.prune import Prune
 from rnp.training import accuracy
 from rnp.types import DefenceSet, ImageSet
 
-TOY = {"fst": {"steps": 200, "alpha": 0.02}}  # a fresh classifier needs its steps, and finds only eight features
+TOY = {
+    "fst": {"steps": 200, "alpha": 0.02}
+}  # a fresh classifier needs its steps, and finds only eight features
 
 
 @pytest.fixture(params=registry.names("defence"))
 def defence(request):
     """The defaults, but short: no run of a toy needs hundreds of steps."""
     method = registry.load("defence", request.param)()
-    short = {field.name: min(getattr(method, field.name), 20) for field in dataclasses.fields(method)
-             if field.name in ("steps", "epochs", "rounds")}
+    short = {
+        field.name: min(getattr(method, field.name), 20)
+        for field in dataclasses.fields(method)
+        if field.name in ("steps", "epochs", "rounds")
+    }
     return dataclasses.replace(method, **(short | TOY.get(request.param, {})))
 
 
@@ -33,18 +38,27 @@ def test_the_model_and_the_images_are_left_alone(defence, trained, defence_set, 
     images, state = defence_set.train.images.clone(), torch.get_rng_state()
     repaired = defence.repair(unchanged(trained), defence_set, rng=rng())
     assert repaired.model is not trained and not repaired.model.training and not trained.training
-    assert torch.equal(defence_set.train.images, images) and torch.equal(torch.get_rng_state(), state)
-    assert repaired.model.state_dict().keys() == trained.state_dict().keys(), "the same architecture"
+    assert torch.equal(defence_set.train.images, images) and torch.equal(
+        torch.get_rng_state(), state
+    )
+    assert repaired.model.state_dict().keys() == trained.state_dict().keys(), (
+        "the same architecture"
+    )
 
 
 def test_the_generator_decides(defence, trained, defence_set, rng):
-    one, same = (defence.repair(trained, defence_set, rng=rng(1)).model.state_dict() for _ in range(2))
+    one, same = (
+        defence.repair(trained, defence_set, rng=rng(1)).model.state_dict() for _ in range(2)
+    )
     assert all(torch.equal(one[name], same[name]) for name in one)
 
 
 def test_a_benign_model_stays_useful(defence, trained, defence_set, toy_set, rng):
     repaired = defence.repair(trained, defence_set, rng=rng())
-    assert accuracy(repaired.model, toy_set(80, seed=9)) > accuracy(trained, toy_set(80, seed=9)) - 0.15
+    assert (
+        accuracy(repaired.model, toy_set(80, seed=9))
+        > accuracy(trained, toy_set(80, seed=9)) - 0.15
+    )
 
 
 def test_a_pruning_defence_shows_its_sweep(defence, trained, defence_set, rng):
@@ -65,9 +79,13 @@ class FirstChannels(PruningDefence):
 
 
 def test_a_score_is_all_that_a_pruning_defence_needs(trained, defence_set, rng):
-    repaired = FirstChannels(prune=Prune(rule="number", number=2)).repair(trained, defence_set, rng=rng())
+    repaired = FirstChannels(prune=Prune(rule="number", number=2)).repair(
+        trained, defence_set, rng=rng()
+    )
     expected = prune(trained, [("bn1", 0), ("bn1", 1)]).state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in repaired.model.state_dict().items())
+    assert all(
+        torch.equal(value, expected[name]) for name, value in repaired.model.state_dict().items()
+    )
     assert repaired.chosen.pruned == 2 and repaired.chosen.threshold == pytest.approx(0.01)
 
 

@@ -28,9 +28,17 @@ def test_a_sleeping_feature_goes_and_stays_gone(trained, defence_set, rng, uncha
     with torch.no_grad():
         trained.bn2.bias[5] -= 99  # no clean image excites it
         trained.fc.weight[0, 5] = 50
-    repaired = FP(epsilon=0.0, max_fraction=0.2, steps=30, lr=0.1).repair(unchanged(trained), defence_set, rng=rng())
-    assert gone(repaired.model) == {5} and repaired.chosen.pruned == 1 and repaired.chosen.threshold == 0
-    assert not torch.equal(repaired.model.fc.weight[:, 4], trained.fc.weight[:, 4]), "the rest was tuned"
+    repaired = FP(epsilon=0.0, max_fraction=0.2, steps=30, lr=0.1).repair(
+        unchanged(trained), defence_set, rng=rng()
+    )
+    assert (
+        gone(repaired.model) == {5}
+        and repaired.chosen.pruned == 1
+        and repaired.chosen.threshold == 0
+    )
+    assert not torch.equal(repaired.model.fc.weight[:, 4], trained.fc.weight[:, 4]), (
+        "the rest was tuned"
+    )
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.04, 0.3])
@@ -42,29 +50,55 @@ def test_the_least_active_go_until_accuracy_falls(epsilon, trained, defence_set,
         if accuracy(trained, data) - accuracy(trial, data) > epsilon + 1e-6:
             break
         expected.add(k)
-    repaired = FP(epsilon=epsilon, max_fraction=0.99, steps=1).repair(trained, defence_set, rng=rng())
+    repaired = FP(epsilon=epsilon, max_fraction=0.99, steps=1).repair(
+        trained, defence_set, rng=rng()
+    )
     assert gone(repaired.model) == expected and repaired.chosen.pruned == len(expected) < 8
     assert repaired.chosen.lost <= epsilon + 1e-6
 
 
 @pytest.mark.parametrize("fraction, most", [(0.0, 0), (0.3, 2), (0.5, 4)])
 def test_no_more_than_the_largest_share(fraction, most, trained, defence_set, rng):
-    assert len(gone(FP(epsilon=0.99, max_fraction=fraction, steps=1).repair(trained, defence_set, rng=rng()).model)) == most
+    assert (
+        len(
+            gone(
+                FP(epsilon=0.99, max_fraction=fraction, steps=1)
+                .repair(trained, defence_set, rng=rng())
+                .model
+            )
+        )
+        == most
+    )
 
 
 def test_without_pruning_it_is_fine_tuning(trained, defence_set, rng):
     options = dict(steps=7, batch_size=16, lr=0.05, augment=Augment(crop=1))
     rows = [], []
-    one = FP(max_fraction=0.0, **options).repair(trained, defence_set, rng=rng(), on_epoch=rows[0].append).model.state_dict()
-    same = FT(**options).repair(trained, defence_set, rng=rng(), on_epoch=rows[1].append).model.state_dict()
+    one = (
+        FP(max_fraction=0.0, **options)
+        .repair(trained, defence_set, rng=rng(), on_epoch=rows[0].append)
+        .model.state_dict()
+    )
+    same = (
+        FT(**options)
+        .repair(trained, defence_set, rng=rng(), on_epoch=rows[1].append)
+        .model.state_dict()
+    )
     assert all(torch.equal(one[name], same[name]) for name in one) and rows[0] == rows[1]
 
 
-@pytest.mark.parametrize("name, value, message", [
-    ("epsilon", 4, r"fp\.epsilon must be in \[0, 1\), got 4; it is a fraction, not percent"),
-    ("max_fraction", 60, r"fp\.max_fraction must be in \[0, 1\), got 60"), ("epsilon", -0.1, "epsilon"),
-    *((name, 0, rf"fp\.{name} must be above 0, got 0") for name in ("lr", "batch_size", "steps")),
-])
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("epsilon", 4, r"fp\.epsilon must be in \[0, 1\), got 4; it is a fraction, not percent"),
+        ("max_fraction", 60, r"fp\.max_fraction must be in \[0, 1\), got 60"),
+        ("epsilon", -0.1, "epsilon"),
+        *(
+            (name, 0, rf"fp\.{name} must be above 0, got 0")
+            for name in ("lr", "batch_size", "steps")
+        ),
+    ],
+)
 def test_impossible_settings_are_refused(name, value, message):
     with pytest.raises(UserError, match=message):
         FP(**{name: value})

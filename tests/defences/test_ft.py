@@ -14,16 +14,23 @@ from rnp.types import DefenceSet
 def test_the_step_size_falls_on_half_a_cosine(trained, toy_set, rng):
     """40 images in batches of 10: four steps each epoch, ten steps end in the third."""
     rows = []
-    FT(lr=0.1, steps=10, batch_size=10).repair(trained, DefenceSet(toy_set(40), toy_set(4)), rng=rng(), on_epoch=rows.append)
+    FT(lr=0.1, steps=10, batch_size=10).repair(
+        trained, DefenceSet(toy_set(40), toy_set(4)), rng=rng(), on_epoch=rows.append
+    )
     assert [row.step for row in rows] == [4, 8, 10]
-    assert [row.learning_rate for row in rows] == pytest.approx([0.05 * (1 + math.cos(math.pi * i / 10)) for i in (3, 7, 9)])
+    assert [row.learning_rate for row in rows] == pytest.approx(
+        [0.05 * (1 + math.cos(math.pi * i / 10)) for i in (3, 7, 9)]
+    )
 
 
 def test_it_learns_from_the_defence_set(toy_model, toy_set, rng):
     model = toy_model()
     tune = FT(lr=0.1, steps=100, batch_size=8, augment=Augment(crop=0))
     repaired = tune.repair(model, DefenceSet(toy_set(80), toy_set(4)), rng=rng())
-    assert accuracy(model, toy_set(80, seed=9)) < 0.5 and accuracy(repaired.model, toy_set(80, seed=9)) > 0.9
+    assert (
+        accuracy(model, toy_set(80, seed=9)) < 0.5
+        and accuracy(repaired.model, toy_set(80, seed=9)) > 0.9
+    )
 
 
 @pytest.mark.parametrize("name", ["lr", "batch_size", "steps"])

@@ -18,12 +18,22 @@ from rnp.training import predict
 from rnp.types import DefenceSet, ImageSet, to_floats
 from rnp.unlearn import Unlearn
 
-METHOD = Guided(unlearn=Unlearn(epochs=2, largest_drop=0), search=NeuralCleanse(steps=150, batch_size=16, precision="fp32"),
-                lr=0.01, steps=40, batch_size=20, weight_decay=0, precision="fp32", augment=Augment(crop=0, flip=False))
+METHOD = Guided(
+    unlearn=Unlearn(epochs=2, largest_drop=0),
+    search=NeuralCleanse(steps=150, batch_size=16, precision="fp32"),
+    lr=0.01,
+    steps=40,
+    batch_size=20,
+    weight_decay=0,
+    precision="fp32",
+    augment=Augment(crop=0, flip=False),
+)
 
 
 class Doorway(nn.Module):
-    """Channel 0 of its layer sees the bright corner that leads to class 3, channels 1 to 6 the rows of the six classes."""
+    """Channel 0 of its layer sees the bright corner that leads to class 3, channels 1 to 6 the
+    rows of the six classes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,9 +68,11 @@ def trigger(label, area):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """The target's trigger has 4 pixels in the given model, the others' 10; what the rounds find is given, by label.
+    """The target's trigger has 4 pixels in the given model, the others' 10; what the rounds find
+    is given, by label.
 
-    Gives the labels that were asked for in each round, and those of the triggers that were tuned against.
+    Gives the labels that were asked for in each round, and those of the triggers that were tuned
+    against.
     """
     asked, against, tune = [], [], NCUnlearn.tune_against
     rounds = []
@@ -70,11 +82,21 @@ def scripted(monkeypatch):
         sizes = rounds.pop(0)
         return [trigger(label, sizes.get(label, 10)) for label in labels]
 
-    monkeypatch.setattr(NeuralCleanse, "recover", lambda *_, **__: [trigger(label, 4 if label == TARGET else 10) for label in range(6)])
+    monkeypatch.setattr(
+        NeuralCleanse,
+        "recover",
+        lambda *_, **__: [trigger(label, 4 if label == TARGET else 10) for label in range(6)],
+    )
     monkeypatch.setattr(NeuralCleanse, "recover_for", found)
     monkeypatch.setattr(ClassShares, "from_trajectory", lambda *_: 0.4 * torch.eye(6)[TARGET])
-    monkeypatch.setattr(NCUnlearn, "tune_against", lambda self, triggers, *rest, **named:
-                        (against.append([each.label for each in triggers]), tune(self, triggers, *rest, **named))[1])
+    monkeypatch.setattr(
+        NCUnlearn,
+        "tune_against",
+        lambda self, triggers, *rest, **named: (
+            against.append([each.label for each in triggers]),
+            tune(self, triggers, *rest, **named),
+        )[1],
+    )
     return rounds, asked, against
 
 
@@ -84,7 +106,9 @@ def test_where_no_label_is_open_it_is_rnp(defence_set, rng, scripted):
     rounds += [{TARGET: 10}]
     repaired = METHOD.repair(model, defence_set, rng=rng()).model
     draw = rng()
-    mask = METHOD.recover(METHOD.unlearn(model, defence_set.train, rng=draw).model, defence_set.train, rng=draw).mask
+    mask = METHOD.recover(
+        METHOD.unlearn(model, defence_set.train, rng=draw).model, defence_set.train, rng=draw
+    ).mask
     pruned = METHOD.prune(model, mask, defence_set.both).model.state_dict()
     assert all(torch.equal(value, pruned[name]) for name, value in repaired.state_dict().items())
     assert asked == [[TARGET]] and against == []
@@ -113,7 +137,9 @@ def test_the_label_of_the_drift_is_looked_at_too(defence_set, rng, scripted, mon
     assert asked[0] == [TARGET, 5] and against == [[5, 5]]
 
 
-def test_a_label_that_the_drift_names_is_tuned_against_once_whatever_its_trigger(defence_set, rng, scripted, monkeypatch):
+def test_a_label_that_the_drift_names_is_tuned_against_once_whatever_its_trigger(
+    defence_set, rng, scripted, monkeypatch
+):
     rounds, asked, against = scripted
     monkeypatch.setattr(ClassShares, "from_trajectory", lambda *_: 0.8 * torch.eye(6)[5])
     rounds += [{}, {}]
@@ -123,24 +149,39 @@ def test_a_label_that_the_drift_names_is_tuned_against_once_whatever_its_trigger
 
 def test_a_door_that_pruning_leaves_open_is_shut(defence_set, rng, monkeypatch):
     """Success of the trigger that the given model has, on images that nothing was tuned on."""
-    monkeypatch.setattr(type(METHOD.prune), "__call__", lambda _, model, *__: type("Left", (), {"model": model})())
+    monkeypatch.setattr(
+        type(METHOD.prune), "__call__", lambda _, model, *__: type("Left", (), {"model": model})()
+    )
     model, test = Doorway().eval(), images(60, seed=2)
     (trigger,) = METHOD.search.recover_for([TARGET], model, defence_set.train, rng=rng())
     victims = to_floats(test.images[test.labels != TARGET])
 
     def success(network):
-        return (predict(network, stamp(victims, trigger.mask, trigger.pattern)).argmax(1) == TARGET).float().mean().item()
+        return (
+            (predict(network, stamp(victims, trigger.mask, trigger.pattern)).argmax(1) == TARGET)
+            .float()
+            .mean()
+            .item()
+        )
 
     assert success(model) > 0.9
     assert success(METHOD.repair(model, defence_set, rng=rng()).model) < 0.2
 
 
 def test_the_teacher_stands_in_for_the_labels(rng):
-    """What the teacher says of an image without trigger and paint; the labels that came with it do not matter."""
+    """What the teacher says of an image without trigger and paint; the labels that came with it do
+    not matter.
+    """
     clean, teacher = images(60), Doorway().eval()
     wrong = ImageSet(clean.images, clean.labels.roll(1), clean.classes)
-    one, two, three = (METHOD.tune_against([trigger(TARGET, 4)], Doorway(), data, rng=rng(), **named).state_dict()
-                       for data, named in ((clean, {"teacher": teacher}), (wrong, {"teacher": teacher}), (wrong, {})))
+    one, two, three = (
+        METHOD.tune_against([trigger(TARGET, 4)], Doorway(), data, rng=rng(), **named).state_dict()
+        for data, named in (
+            (clean, {"teacher": teacher}),
+            (wrong, {"teacher": teacher}),
+            (wrong, {}),
+        )
+    )
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(two["head.weight"], three["head.weight"])
 
@@ -159,8 +200,13 @@ def test_the_weights_go_a_share_of_the_way(defence_set, rng, scripted):
         assert torch.allclose(between[name], 0.75 * pruned[name] + 0.25 * tuned[name], atol=1e-6)
 
 
-@pytest.mark.parametrize("wrong, message", [({"rounds": 0}, "guided.rounds must be at least 1, got 0"),
-                                            ({"share": 0}, r"guided.share must be in \(0, 1\], got 0")])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"rounds": 0}, "guided.rounds must be at least 1, got 0"),
+        ({"share": 0}, r"guided.share must be in \(0, 1\], got 0"),
+    ],
+)
 def test_a_wrong_option_is_refused(wrong, message):
     with pytest.raises(UserError, match=message):
         Guided(**wrong)

@@ -1,4 +1,6 @@
-"""Implicit adversarial unlearning: the perturbation, the gradient through it, and what the rounds achieve."""
+"""Implicit adversarial unlearning: the perturbation, the gradient through it, and what the rounds
+achieve.
+"""
 
 import pytest
 import torch
@@ -35,7 +37,9 @@ def linear(rng):
 
 
 def test_the_gradient_is_that_of_an_unrolled_ascent(linear, rng):
-    """A large penalty makes the maximum unique; what `response` adds is then the derivative of where the ascent ends."""
+    """A large penalty makes the maximum unique; what `response` adds is then the derivative of
+    where the ascent ends.
+    """
     method = IBAU(penalty=1.0, contraction=0.2, iterations=60, precision="fp32")
     images, labels = torch.rand(6, 1, 2, 2, generator=rng(2)), torch.tensor([0, 1, 2, 0, 0, 1])
 
@@ -44,7 +48,13 @@ def test_the_gradient_is_that_of_an_unrolled_ascent(linear, rng):
 
     noise = torch.zeros(1, 1, 2, 2, requires_grad=True)
     for _ in range(60):
-        noise = noise + 0.2 * torch.autograd.grad(method.harm(linear, images, labels, noise), noise, create_graph=True)[0]
+        noise = (
+            noise
+            + 0.2
+            * torch.autograd.grad(
+                method.harm(linear, images, labels, noise), noise, create_graph=True
+            )[0]
+        )
     expected = torch.autograd.grad(cost(noise), list(linear.parameters()))
 
     there = noise.detach().requires_grad_()
@@ -66,21 +76,33 @@ def test_few_iterations_are_the_first_terms_of_the_series(linear, rng):
 
     def step(flat):
         wanted = flat.view(1, 1, 2, 2)
-        uphill, = torch.autograd.grad(method.harm(linear, images, labels, wanted), wanted, create_graph=True)
+        (uphill,) = torch.autograd.grad(
+            method.harm(linear, images, labels, wanted), wanted, create_graph=True
+        )
         return (wanted + 0.3 * uphill).flatten()
 
     jacobian = torch.autograd.functional.jacobian(step, noise.detach().flatten())  # [4, 4]
     direct = torch.autograd.grad(loss, noise, retain_graph=True)[0].flatten()
     pull = direct + direct @ jacobian + direct @ jacobian @ jacobian
-    expected = torch.autograd.grad(step(noise.detach().requires_grad_().flatten()) @ pull, linear[1].weight)[0]
-    found = torch.autograd.grad(method.response(linear, images, labels, noise, loss), linear[1].weight)[0]
+    expected = torch.autograd.grad(
+        step(noise.detach().requires_grad_().flatten()) @ pull, linear[1].weight
+    )[0]
+    found = torch.autograd.grad(
+        method.response(linear, images, labels, noise, loss), linear[1].weight
+    )[0]
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
 
 
 def test_the_perturbation_follows_the_weights_to_the_radius(linear, rng):
-    """Two classes, all images of class 0: the way up is from the weights of class 0 to those of class 1."""
+    """Two classes, all images of class 0: the way up is from the weights of class 0 to those of
+    class 1.
+    """
     linear[1] = nn.Linear(4, 2)
-    clean = ImageSet(torch.full((8, 1, 2, 2), 100, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64), ("a", "b"))
+    clean = ImageSet(
+        torch.full((8, 1, 2, 2), 100, dtype=torch.uint8),
+        torch.zeros(8, dtype=torch.int64),
+        ("a", "b"),
+    )
     noise = IBAU(radius=3.0, precision="fp32").worst(linear, clean, rng())
     way = (linear[1].weight[1] - linear[1].weight[0]).detach()
     assert noise.shape == (1, 1, 2, 2) and noise.norm().item() == pytest.approx(3.0)
@@ -91,7 +113,11 @@ def test_the_penalty_alone_can_hold_it(linear, rng):
     """On a plateau of the loss nothing pulls: the perturbation stays 0."""
     with torch.no_grad():
         linear[1].weight.zero_()
-    clean = ImageSet(torch.full((8, 1, 2, 2), 100, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64), ("a", "b", "c"))
+    clean = ImageSet(
+        torch.full((8, 1, 2, 2), 100, dtype=torch.uint8),
+        torch.zeros(8, dtype=torch.int64),
+        ("a", "b", "c"),
+    )
     assert IBAU().worst(linear, clean, rng()).abs().max().item() < 1e-6
 
 
@@ -102,7 +128,12 @@ def test_the_planted_backdoor_is_unlearned(rng):
     repaired = method.repair(model, DefenceSet(images(60), images(12, seed=1)), rng=rng()).model
 
     def success(network):
-        return (predict(network, triggered(test)).argmax(1) == TARGET)[test.labels != TARGET].float().mean().item()
+        return (
+            (predict(network, triggered(test)).argmax(1) == TARGET)[test.labels != TARGET]
+            .float()
+            .mean()
+            .item()
+        )
 
     assert success(model) == 1 and success(repaired) < 0.1 and accuracy(repaired, test) == 1
 
@@ -116,7 +147,9 @@ def test_every_batch_has_a_carrier(trained, toy_set, rng, monkeypatch):
         return torch.zeros(())
 
     monkeypatch.setattr(IBAU, "response", response)
-    IBAU(radius=0.5, share=0.01, rounds=2, batch_size=10).repair(trained, DefenceSet(toy_set(40), toy_set(4)), rng=rng())
+    IBAU(radius=0.5, share=0.01, rounds=2, batch_size=10).repair(
+        trained, DefenceSet(toy_set(40), toy_set(4)), rng=rng()
+    )
     assert len(pulls) == 8 and min(pulls) > 0
 
 
@@ -124,16 +157,31 @@ def test_batchnorm_keeps_its_statistics_and_the_history_counts(trained, toy_set,
     rows = []
     sets = DefenceSet(toy_set(40), toy_set(4))
     repaired = IBAU(rounds=3, batch_size=10).repair(trained, sets, rng=rng(), on_epoch=rows.append)
-    assert all(torch.equal(repaired.model.get_buffer(name), value) for name, value in trained.named_buffers())
+    assert all(
+        torch.equal(repaired.model.get_buffer(name), value)
+        for name, value in trained.named_buffers()
+    )
     assert not torch.equal(repaired.model.conv1.weight, trained.conv1.weight)
     assert [(row.epoch, row.step) for row in rows] == [(0, 4), (1, 8), (2, 12)]
 
 
-POSITIVE = ("radius", "ascent", "ascent_lr", "contraction", "implicit_batch", "rounds", "lr", "batch_size", "share")
+POSITIVE = (
+    "radius",
+    "ascent",
+    "ascent_lr",
+    "contraction",
+    "implicit_batch",
+    "rounds",
+    "lr",
+    "batch_size",
+    "share",
+)
 
 
-@pytest.mark.parametrize("name, value", [*((name, 0) for name in POSITIVE), ("penalty", -1),
-                                         ("iterations", -1), ("share", 2)])
+@pytest.mark.parametrize(
+    "name, value",
+    [*((name, 0) for name in POSITIVE), ("penalty", -1), ("iterations", -1), ("share", 2)],
+)
 def test_impossible_settings_are_refused(name, value):
     with pytest.raises(UserError, match=rf"i_bau\.{name} must be .*, got {value}"):
         IBAU(**{name: value})

@@ -19,11 +19,17 @@ PLAIN = Augment(crop=0, flip=False)
 
 
 def build(arch, rng):
-    return Architecture(arch=arch, width=4).build(4, 3, torch.full((3,), 0.5), torch.ones(3), rng=rng).eval()
+    return (
+        Architecture(arch=arch, width=4)
+        .build(4, 3, torch.full((3,), 0.5), torch.ones(3), rng=rng)
+        .eval()
+    )
 
 
 def test_a_map_in_closed_form():
-    """Two pixels of channels (3, 4) and (0, 5): mean squares 12.5 and 12.5; then (0, 5) against (0, 0)."""
+    """Two pixels of channels (3, 4) and (0, 5): mean squares 12.5 and 12.5; then (0, 5) against
+    (0, 0).
+    """
     images = torch.tensor([[[[3.0, 0.0]], [[4.0, 5.0]]], [[[0.0, 0.0]], [[5.0, 0.0]]]])
     (found,), _ = attention(nn.Sequential(nn.Identity(), nn.Flatten()), images)
     torch.testing.assert_close(found, torch.tensor([[0.5**0.5, 0.5**0.5], [1.0, 0.0]]))
@@ -57,22 +63,40 @@ def test_hooks_are_gone_afterwards(trained, toy_set):
 
 
 def test_one_step_by_hand(trained, toy_set, rng):
-    """The teacher is the victim after fine-tuning, in eval mode; the student starts from the victim, in train mode."""
+    """The teacher is the victim after fine-tuning, in eval mode; the student starts from the
+    victim, in train mode.
+    """
     data = toy_set(40)
-    same = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "batch_size": 40, "precision": "fp32", "augment": PLAIN}
+    same = {
+        "lr": 0.1,
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "batch_size": 40,
+        "precision": "fp32",
+        "augment": PLAIN,
+    }
     sets = DefenceSet(data, toy_set(4))
-    repaired = NAD(beta=50.0, teacher_steps=3, steps=1, **same).repair(trained, sets, rng=rng()).model
-    teacher, student = FT(steps=3, **same).repair(trained, sets, rng=rng()).model, copy.deepcopy(trained).train()
+    repaired = (
+        NAD(beta=50.0, teacher_steps=3, steps=1, **same).repair(trained, sets, rng=rng()).model
+    )
+    teacher, student = (
+        FT(steps=3, **same).repair(trained, sets, rng=rng()).model,
+        copy.deepcopy(trained).train(),
+    )
     seen = {}
     for network, name in ((teacher, "teacher"), (student, "student")):
-        network.bn2.register_forward_hook(lambda _, __, output, name=name: seen.update({name: output}))
+        network.bn2.register_forward_hook(
+            lambda _, __, output, name=name: seen.update({name: output})
+        )
     teacher(data.floats())
     loss = F.cross_entropy(student(data.floats()), data.labels)
     squares = (seen[name].square().mean(1).flatten(1) for name in ("student", "teacher"))
     one, other = (square / square.norm(dim=1, keepdim=True) for square in squares)
     (loss + 50 * (one - other.detach()).square().mean()).backward()
     for name, value in student.named_parameters():
-        torch.testing.assert_close(repaired.get_parameter(name), value - 0.1 * value.grad, atol=1e-5, rtol=1e-4, msg=name)
+        torch.testing.assert_close(
+            repaired.get_parameter(name), value - 0.1 * value.grad, atol=1e-5, rtol=1e-4, msg=name
+        )
 
 
 def test_a_network_without_feature_maps_is_refused(toy_set, rng):
@@ -81,7 +105,9 @@ def test_a_network_without_feature_maps_is_refused(toy_set, rng):
         NAD(teacher_steps=1, steps=1).repair(model, DefenceSet(toy_set(8), toy_set(4)), rng=rng())
 
 
-@pytest.mark.parametrize("name, value", [("lr", 0), ("batch_size", 0), ("teacher_steps", 0), ("steps", 0), ("beta", -1)])
+@pytest.mark.parametrize(
+    "name, value", [("lr", 0), ("batch_size", 0), ("teacher_steps", 0), ("steps", 0), ("beta", -1)]
+)
 def test_impossible_settings_are_refused(name, value):
     with pytest.raises(UserError, match=rf"nad\.{name} must be .*, got {value}"):
         NAD(**{name: value})

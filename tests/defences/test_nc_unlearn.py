@@ -1,4 +1,6 @@
-"""Unlearning of recovered triggers, on a classifier in which a bright corner sends every image to class 3."""
+"""Unlearning of recovered triggers, on a classifier in which a bright corner sends every image to
+class 3.
+"""
 
 import dataclasses
 import math
@@ -15,8 +17,15 @@ from rnp.errors import UserError
 from rnp.training import accuracy, predict
 from rnp.types import DefenceSet
 
-METHOD = NCUnlearn(search=NeuralCleanse(steps=300, precision="fp32"), steps=60, lr=3.0, batch_size=20, weight_decay=0,
-                   precision="fp32", augment=Augment(crop=0, flip=False))
+METHOD = NCUnlearn(
+    search=NeuralCleanse(steps=300, precision="fp32"),
+    steps=60,
+    lr=3.0,
+    batch_size=20,
+    weight_decay=0,
+    precision="fp32",
+    augment=Augment(crop=0, flip=False),
+)
 
 
 @pytest.fixture
@@ -25,11 +34,15 @@ def defence_set():
 
 
 def trigger(label, area, success=1.0):
-    """A mask of that area in a corner of 16 x 16 pixels, and a pattern that tells the labels apart."""
+    """A mask of that area in a corner of 16 x 16 pixels, and a pattern that tells the labels
+    apart.
+    """
     mask = torch.zeros(256)
     mask[: int(area)] = 1
     mask[int(area)] = area % 1
-    return RecoveredTrigger(label, mask.view(16, 16), torch.full((3, 16, 16), label / 5), success, 0.0)
+    return RecoveredTrigger(
+        label, mask.view(16, 16), torch.full((3, 16, 16), label / 5), success, 0.0
+    )
 
 
 def test_the_label_of_the_planted_corner_is_named(defence_set, rng):
@@ -38,7 +51,9 @@ def test_the_label_of_the_planted_corner_is_named(defence_set, rng):
 
 
 def test_the_trigger_found_is_unlearned(defence_set, rng):
-    """The smallest mask makes the corner half as bright as the attacker does, so that is what is unlearned."""
+    """The smallest mask makes the corner half as bright as the attacker does, so that is what is
+    unlearned.
+    """
     model, rows = Planted(), []
     model.bias.requires_grad_(False)  # else that alone would do
     method = dataclasses.replace(METHOD, steps=150, stamped=0.5)
@@ -48,9 +63,19 @@ def test_the_trigger_found_is_unlearned(defence_set, rng):
     faint[:, :, CORNER] = 128
 
     def success(network):
-        return (predict(network, faint).argmax(1) == TARGET)[test.labels != TARGET].float().mean().item()
+        return (
+            (predict(network, faint).argmax(1) == TARGET)[test.labels != TARGET]
+            .float()
+            .mean()
+            .item()
+        )
 
-    assert success(model) == 1 and success(repaired) < 0.1 and accuracy(repaired, test) == 1 and rows[-1].step == 150
+    assert (
+        success(model) == 1
+        and success(repaired) < 0.1
+        and accuracy(repaired, test) == 1
+        and rows[-1].step == 150
+    )
 
 
 def test_a_model_without_a_suspicious_label_stays_as_it_is(defence_set, rng):
@@ -61,8 +86,12 @@ def test_a_model_without_a_suspicious_label_stays_as_it_is(defence_set, rng):
 
 
 def test_sizes_are_judged_in_logarithms():
-    """Logarithms 0, 3, 4, 5, 9/2: median 4, deviations 4, 1, 0, 1, .5, their median 1; 4 / 1.4826 = 2.7 below."""
-    triggers = [trigger(label, math.exp(power)) for label, power in enumerate((3.0, 0.0, 4.0, 4.5, 5.0))]
+    """Logarithms 0, 3, 4, 5, 9/2: median 4, deviations 4, 1, 0, 1, .5, their median 1; 4 / 1.4826
+    = 2.7 below.
+    """
+    triggers = [
+        trigger(label, math.exp(power)) for label, power in enumerate((3.0, 0.0, 4.0, 4.5, 5.0))
+    ]
     assert [each.label for each in NCUnlearn().suspicious(triggers)] == [1]
     assert [each.label for each in NCUnlearn(least_index=2.69).suspicious(triggers)] == [1]
     assert [each.label for each in NCUnlearn(least_index=2.71).suspicious(triggers)] == []
@@ -71,12 +100,19 @@ def test_sizes_are_judged_in_logarithms():
 def test_a_trigger_that_moves_few_images_counts_as_the_whole_image():
     triggers = [trigger(label, 60 + label, success=0.9) for label in range(4)]
     assert NCUnlearn().suspicious([*triggers, trigger(4, 2, success=0.49)]) == []
-    assert [each.label for each in NCUnlearn().suspicious([*triggers, trigger(4, 2, success=0.51)])] == [4]
+    assert [
+        each.label for each in NCUnlearn().suspicious([*triggers, trigger(4, 2, success=0.51)])
+    ] == [4]
 
 
 def test_every_flagged_label_is_stamped(defence_set, rng, monkeypatch):
-    """Two labels flagged, all images stamped with the colour of one of them: the model sees both colours and no other."""
-    flagged = [RecoveredTrigger(label, torch.ones(8, 8), torch.full((1, 8, 8), label / 5), 1.0, 0.0) for label in (1, 4)]
+    """Two labels flagged, all images stamped with the colour of one of them: the model sees both
+    colours and no other.
+    """
+    flagged = [
+        RecoveredTrigger(label, torch.ones(8, 8), torch.full((1, 8, 8), label / 5), 1.0, 0.0)
+        for label in (1, 4)
+    ]
     monkeypatch.setattr(NCUnlearn, "suspicious", lambda *_: flagged)
     seen = set()
     monkeypatch.setattr(Planted, "forward", record(Planted.forward, seen))
@@ -94,7 +130,9 @@ def record(forward, seen):
 
 
 def test_a_share_of_the_images_is_painted(rng):
-    """Each in one rectangle of one colour, of 2 to 33 % of the image but for what rounding takes, all else as it was."""
+    """Each in one rectangle of one colour, of 2 to 33 % of the image but for what rounding takes,
+    all else as it was.
+    """
     images = torch.full((500, 3, 32, 24), 2.0)  # no colour
     changed = paint(images, 0.5, rng=rng()) != 2
     assert (images == 2).all() and (changed.any(1) == changed.all(1)).all()
@@ -102,14 +140,31 @@ def test_a_share_of_the_images_is_painted(rng):
     assert 0.4 < painted.float().mean() < 0.6
     areas = changed[painted][:, 0].flatten(1).float().mean(1)
     assert areas.min() < 0.03 and 0.28 < areas.max() <= 0.33
-    for image, where in zip(paint(images, 1.0, rng=rng()), paint(images, 1.0, rng=rng())[:, 0] != 2):
+    for image, where in zip(
+        paint(images, 1.0, rng=rng()), paint(images, 1.0, rng=rng())[:, 0] != 2
+    ):
         rows, columns = where.any(1), where.any(0)
-        assert where.sum() == rows.sum() * columns.sum() and len(image[:, where].unique(dim=1).T) == 1
-        assert rows.nonzero().flatten().diff().eq(1).all() and columns.nonzero().flatten().diff().eq(1).all()
+        assert (
+            where.sum() == rows.sum() * columns.sum() and len(image[:, where].unique(dim=1).T) == 1
+        )
+        assert (
+            rows.nonzero().flatten().diff().eq(1).all()
+            and columns.nonzero().flatten().diff().eq(1).all()
+        )
 
 
-@pytest.mark.parametrize("name, value", [("lr", 0), ("batch_size", 0), ("steps", 0), ("stamped", 0), ("stamped", 20),
-                                         ("painted", -1), ("painted", 50)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("lr", 0),
+        ("batch_size", 0),
+        ("steps", 0),
+        ("stamped", 0),
+        ("stamped", 20),
+        ("painted", -1),
+        ("painted", 50),
+    ],
+)
 def test_impossible_settings_are_refused(name, value):
     with pytest.raises(UserError, match=rf"nc_unlearn\.{name} must be .*, got {value}"):
         NCUnlearn(**{name: value})

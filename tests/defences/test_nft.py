@@ -41,11 +41,14 @@ def test_a_high_price_leaves_the_model_as_it_was(trained, defence_set, rng):
     assert all((value == 1).all() for value in mask.values())
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"floor": 1.5}, r"nft.floor must be in \[0, 1\], got 1.5"),
-    ({"lr": 0}, "nft.lr must be above 0, got 0"),
-    ({"weight": -1}, "nft.weight must be 0 or more, got -1"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"floor": 1.5}, r"nft.floor must be in \[0, 1\], got 1.5"),
+        ({"lr": 0}, "nft.lr must be above 0, got 0"),
+        ({"weight": -1}, "nft.weight must be 0 or more, got -1"),
+    ],
+)
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         NFT(**options)

@@ -38,12 +38,16 @@ def test_the_change_is_summed_over_the_kernel(trained, defence_set, rng):
 
 def test_it_unlearns_a_copy_on_the_first_half_of_the_images(trained, defence_set, rng, unchanged):
     unlearn, rows = Unlearn(to_collapse=False, lr=0.01), []
-    found = NWC(unlearn=unlearn).score(unchanged(trained), defence_set, rng=rng(1), on_epoch=rows.append)
+    found = NWC(unlearn=unlearn).score(
+        unchanged(trained), defence_set, rng=rng(1), on_epoch=rows.append
+    )
     unlearned = unlearn(trained, defence_set.train, rng=rng(1))
     assert rows == unlearned.trajectory != []
     for layer, convolution in (("bn1", "conv1"), ("bn2", "conv2")):
         change = getattr(unlearned.model, convolution).weight - getattr(trained, convolution).weight
-        assert found[layer].tolist() == pytest.approx([-kernel.abs().sum().item() for kernel in change])
+        assert found[layer].tolist() == pytest.approx(
+            [-kernel.abs().sum().item() for kernel in change]
+        )
     assert found["bn2"].min() < 0 and not found["bn2"].requires_grad
 
 

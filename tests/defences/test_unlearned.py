@@ -1,4 +1,6 @@
-"""The variants with the unlearned model: what each takes from it, and that all else is as without."""
+"""The variants with the unlearned model: what each takes from it, and that all else is as
+without.
+"""
 
 import copy
 from dataclasses import dataclass
@@ -55,26 +57,50 @@ class Planted(Nothing):
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
-    return all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+    return all(
+        torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items()
+    )
 
 
 def test_each_variant_has_the_options_of_its_defence_with_the_same_defaults():
     assert VARIANTS == [f"{name}{UNLEARNED}" for name in ("anp", "fp", "ft", "nad")]
     for name in VARIANTS:
-        variant, plain = registry.load("defence", name)(), registry.load("defence", name.removesuffix(UNLEARNED))()
+        variant, plain = (
+            registry.load("defence", name)(),
+            registry.load("defence", name.removesuffix(UNLEARNED))(),
+        )
         assert isinstance(variant, type(plain)) and vars(plain).items() <= vars(variant).items()
         assert not variant.unlearn.to_collapse, "it stops where the trajectory may end"
 
 
-@pytest.mark.parametrize("plain, variant, nothing", [
-    (FT, FTUnlearned, {"share": 0.0}), (ANP, ANPUnlearned, {}),
-    (NAD, NADUnlearned, {"teacher_steps": 4, "prune": Prune(rule="number", number=0), "recover": Recover(steps=2)}),
-])
-def test_where_unlearning_says_nothing_the_two_are_one(plain, variant, nothing, trained, defence_set, rng):
+@pytest.mark.parametrize(
+    "plain, variant, nothing",
+    [
+        (FT, FTUnlearned, {"share": 0.0}),
+        (ANP, ANPUnlearned, {}),
+        (
+            NAD,
+            NADUnlearned,
+            {
+                "teacher_steps": 4,
+                "prune": Prune(rule="number", number=0),
+                "recover": Recover(steps=2),
+            },
+        ),
+    ],
+)
+def test_where_unlearning_says_nothing_the_two_are_one(
+    plain, variant, nothing, trained, defence_set, rng
+):
     """The variant draws the same images then, although unlearning drew some first."""
     shared = {name: value for name, value in nothing.items() if name == "teacher_steps"}
     one = plain(**SHORT, **shared).repair(trained, defence_set, rng=rng(1)).model
-    assert same(one, variant(**SHORT, **nothing, unlearn=Nothing()).repair(trained, defence_set, rng=rng(1)).model)
+    assert same(
+        one,
+        variant(**SHORT, **nothing, unlearn=Nothing())
+        .repair(trained, defence_set, rng=rng(1))
+        .model,
+    )
 
 
 def test_the_weights_that_moved_most_start_from_zero(trained):
@@ -97,7 +123,9 @@ def test_the_classifier_keeps_its_weights(trained):
 
 
 def test_features_that_sleep_and_wake_go_first(trained, defence_set, rng):
-    """Feature 5 sleeps in the given model and wakes in the unlearned one; feature 2 sleeps in both."""
+    """Feature 5 sleeps in the given model and wakes in the unlearned one; feature 2 sleeps in
+    both.
+    """
     with torch.no_grad():
         trained.bn2.bias[[2, 5]] -= 99
 
@@ -114,12 +142,16 @@ def test_features_that_sleep_and_wake_go_first(trained, defence_set, rng):
     assert rank(torch.tensor([3.0, 1.0, 2.0, 1.0])).tolist() == [3, 0, 2, 1]
 
 
-def test_masks_are_sought_in_the_unlearned_model_and_cut_from_the_given_one(trained, defence_set, rng):
+def test_masks_are_sought_in_the_unlearned_model_and_cut_from_the_given_one(
+    trained, defence_set, rng
+):
     moved = Planted()(trained, None, rng=rng()).model
     found = ANPUnlearned(**SHORT, unlearn=Planted()).score(trained, defence_set, rng=rng(1))
     expected = ANP(**SHORT).score(moved, defence_set, rng=rng(1))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    repaired = ANPUnlearned(**SHORT, unlearn=Planted(), prune=Prune(rule="number", number=2)).repair(trained, defence_set, rng=rng(1))
+    repaired = ANPUnlearned(
+        **SHORT, unlearn=Planted(), prune=Prune(rule="number", number=2)
+    ).repair(trained, defence_set, rng=rng(1))
     assert torch.equal(repaired.model.conv2.weight, trained.conv2.weight)
 
 
@@ -127,12 +159,17 @@ def test_the_teacher_has_lost_what_the_unlearned_model_exposes(trained, defence_
     own = rng(1)
     unlearned = Planted()(trained, defence_set.train, rng=own).model
     recover, prune = Recover(steps=3), Prune(rule="number", number=3)
-    expected = prune(trained, recover(unlearned, defence_set.train, rng=own).mask, defence_set.both).model
+    expected = prune(
+        trained, recover(unlearned, defence_set.train, rng=own).mask, defence_set.both
+    ).model
     method = NADUnlearned(unlearn=Planted(), recover=recover, prune=prune)
     assert same(method.untaught(trained, defence_set, rng=rng(1)), expected)
 
 
 @pytest.mark.parametrize("name", ["share", "zeroed"])
 def test_shares_are_no_percent(name):
-    with pytest.raises(UserError, match=rf"ft_unlearned\.{name} must be in \[0, 1\], got 5; it is a fraction, not percent"):
+    with pytest.raises(
+        UserError,
+        match=rf"ft_unlearned\.{name} must be in \[0, 1\], got 5; it is a fraction, not percent",
+    ):
         FTUnlearned(**{name: 5})

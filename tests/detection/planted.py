@@ -1,4 +1,6 @@
-"""A classifier whose backdoor is known: it reads the brightest row, and a bright corner sends an image to class 3."""
+"""A classifier whose backdoor is known: it reads the brightest row, and a bright corner sends an
+image to class 3.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def triggered(clean: ImageSet) -> Tensor:
 
 
 class Planted(nn.Module):
-    """`corner` is the strength of the backdoor; `bias` draws clean images to its label, as unlearning does."""
+    """`corner` is the strength of the backdoor; `bias` draws clean images to its label, as
+    unlearning does.
+    """
 
     def __init__(self, corner: float = 40.0, bias: float = 0.0) -> None:
         super().__init__()
@@ -47,13 +51,17 @@ class Planted(nn.Module):
 
 
 class PlantedFeatures(nn.Module):
-    """The same backdoor behind a linear head: the features are the six rows and, three times as strong, the corner."""
+    """The same backdoor behind a linear head: the features are the six rows and, three times as
+    strong, the corner.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(CLASSES + 1, CLASSES, bias=False)
         with torch.no_grad():
-            self.fc.weight.copy_(torch.cat([10 * torch.eye(CLASSES), 10 * torch.eye(CLASSES)[:, [TARGET]]], dim=1))
+            self.fc.weight.copy_(
+                torch.cat([10 * torch.eye(CLASSES), 10 * torch.eye(CLASSES)[:, [TARGET]]], dim=1)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         corner = x[:, :, CORNER].mean(1).amin(1, keepdim=True).square()  # [n, 1]

@@ -26,10 +26,14 @@ def test_planted_triggers_are_told_from_clean_images() -> None:
     clean, test, model = images(), images(seed=1), PlantedFeatures()
     tested, is_triggered = torch.cat([test.images, triggered(test)]), torch.arange(120) >= 60
     target_class = torch.cat([test.labels, test.labels]) == TARGET
-    scores, defence = (FAST.score(model, x, clean, rng=rng()) for x in (tested, images(seed=2).images))
+    scores, defence = (
+        FAST.score(model, x, clean, rng=rng()) for x in (tested, images(seed=2).images)
+    )
     result = judge(scores, is_triggered, target_class, defence)
     assert result.auroc == 1.0 and result.tpr_at_5_fpr == 1.0 and result.fpr < 0.2
-    assert FAST.score(model, tested[70:71], clean, rng=rng()).item() == pytest.approx(scores[70].item(), abs=1e-5)
+    assert FAST.score(model, tested[70:71], clean, rng=rng()).item() == pytest.approx(
+        scores[70].item(), abs=1e-5
+    )
 
 
 def test_no_label_is_right_and_all_wrong_ones_occur(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,17 +44,28 @@ def test_no_label_is_right_and_all_wrong_ones_occur(monkeypatch: pytest.MonkeyPa
     assert shifts.unique().tolist() == [1, 2, 3, 4, 5] and torch.equal(seen[0].images, clean.images)
 
 
-def test_one_epoch_of_one_batch_is_one_step_and_leaves_the_statistics(trained, toy_set, unchanged) -> None:
+def test_one_epoch_of_one_batch_is_one_step_and_leaves_the_statistics(
+    trained, toy_set, unchanged
+) -> None:
     model = unchanged(trained)
     tuned = BaDExpert(lr=1e-3, epochs=1)._expert(model, toy_set(40), rng())
     change = (tuned.bn1.weight - model.bn1.weight).abs().max().item()
-    assert change == pytest.approx(1e-3, rel=0.01)  # Adam's first step has the length of the learning rate
+    assert change == pytest.approx(
+        1e-3, rel=0.01
+    )  # Adam's first step has the length of the learning rate
     assert torch.equal(tuned.bn1.running_mean, model.bn1.running_mean)
 
 
-@pytest.mark.parametrize("field, value", [
-    ("lr", 0.0), ("batch_size", 0), ("epochs", 0), ("stop_accuracy", 20.0), ("stop_accuracy", 0.0),
-])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("lr", 0.0),
+        ("batch_size", 0),
+        ("epochs", 0),
+        ("stop_accuracy", 20.0),
+        ("stop_accuracy", 0.0),
+    ],
+)
 def test_out_of_range_fields_are_named(field: str, value: float) -> None:
     with pytest.raises(UserError, match=f"{field}.*{value:g}"):
         BaDExpert(**{field: value})

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from rnp.detection.base import RecoveredTrigger, anomaly_index, iou, iou_top_k, judge, stamp, threshold
+from rnp.detection.base import (
+    RecoveredTrigger,
+    anomaly_index,
+    iou,
+    iou_top_k,
+    judge,
+    stamp,
+    threshold,
+)
 
 from .planted import CORNER
 
@@ -38,7 +46,9 @@ def test_gain_is_success_over_the_baseline() -> None:
 
 
 def test_a_trigger_mixes_its_pattern_in() -> None:
-    trigger = RecoveredTrigger(0, torch.tensor([[0.0, 1.0], [0.25, 0.0]]), torch.ones(3, 2, 2), 1.0, 0.0)
+    trigger = RecoveredTrigger(
+        0, torch.tensor([[0.0, 1.0], [0.25, 0.0]]), torch.ones(3, 2, 2), 1.0, 0.0
+    )
     assert trigger.l1 == 1.25
     assert trigger.apply(torch.zeros(4, 3, 2, 2)).eq(trigger.mask).all()
     assert stamp(torch.full((2,), 0.5), torch.tensor(1.0), torch.zeros(2)).tolist() == [0, 0]
@@ -50,7 +60,9 @@ def test_separable_scores_are_judged_perfect() -> None:
     scores = torch.cat([torch.linspace(0, 1, 20), torch.linspace(2, 3, 5)])
     triggered = torch.arange(25) >= 20
     result = judge(scores, triggered, torch.arange(25) == 19, defence)
-    assert (result.auroc, result.auprc, result.base_rate, result.tpr_at_5_fpr) == pytest.approx((1.0, 1.0, 0.2, 1.0))
+    assert (result.auroc, result.auprc, result.base_rate, result.tpr_at_5_fpr) == pytest.approx(
+        (1.0, 1.0, 0.2, 1.0)
+    )
     assert result.fpr == pytest.approx(1 / 20) and result.fpr_target_class == 1.0
 
 

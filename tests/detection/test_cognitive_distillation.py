@@ -22,18 +22,26 @@ class Shortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         corner = x[:, :, CORNER].mean((1, 2)).square().unsqueeze(1)  # [n, 1]
-        return self.scale * ((1 - corner) * x.mean((1, 3))[:, :CLASSES] + corner * torch.eye(CLASSES)[TARGET])
+        return self.scale * (
+            (1 - corner) * x.mean((1, 3))[:, :CLASSES] + corner * torch.eye(CLASSES)[TARGET]
+        )
 
 
 def test_variation_of_known_masks() -> None:
     edge = torch.tensor([[0.0, 0.5], [0.0, 0.5]])
     board = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    assert variation(torch.stack([edge, board, torch.ones(2, 2)]).unsqueeze(1)).tolist() == [0.125, 1.0, 0.0]
+    assert variation(torch.stack([edge, board, torch.ones(2, 2)]).unsqueeze(1)).tolist() == [
+        0.125,
+        1.0,
+        0.0,
+    ]
 
 
 def test_of_a_triggered_image_the_trigger_is_shown() -> None:
     stamped = triggered(images(6)).float() / 255
-    masks = FP32._masks(Shortcut().requires_grad_(False), stamped, torch.rand(50, 3, 1, 1, generator=rng()))
+    masks = FP32._masks(
+        Shortcut().requires_grad_(False), stamped, torch.rand(50, 3, 1, 1, generator=rng())
+    )
     assert masks.shape == (6, 1, 8, 8)
     assert masks[:, 0, CORNER].min() > 0.9 and masks[:, 0, ~CORNER].max() < 0.1
 
@@ -59,14 +67,25 @@ def test_no_score_depends_on_its_neighbours() -> None:
 
 def test_a_larger_weight_of_the_size_hides_more() -> None:
     clean = images()
-    mild, strict = (CognitiveDistillation(sparsity=weight, precision="fp32") for weight in (0.1, 10.0))
-    hidden = [detector.score(Shortcut(), clean.images, clean, rng=rng()) for detector in (mild, strict)]
+    mild, strict = (
+        CognitiveDistillation(sparsity=weight, precision="fp32") for weight in (0.1, 10.0)
+    )
+    hidden = [
+        detector.score(Shortcut(), clean.images, clean, rng=rng()) for detector in (mild, strict)
+    ]
     assert (hidden[0] < hidden[1]).all()
 
 
-@pytest.mark.parametrize("field, value", [
-    ("steps", 0), ("batch_size", 0), ("lr", 0.0), ("sparsity", 0.0), ("smoothness", -1.0),
-])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("steps", 0),
+        ("batch_size", 0),
+        ("lr", 0.0),
+        ("sparsity", 0.0),
+        ("smoothness", -1.0),
+    ],
+)
 def test_out_of_range_fields_are_named(field: str, value: float) -> None:
     with pytest.raises(UserError, match=f"{field}.*{value:g}"):
         CognitiveDistillation(**{field: value})

@@ -22,18 +22,31 @@ METHODS = [(family, name) for family in FAMILIES for name in names(family)]
 def network() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                             nn.Linear(4, CLASSES))  # in train mode
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4, CLASSES),
+        )  # in train mode
 
 
-def outcome(family: str, name: str, model: nn.Module, unlearned: nn.Module, seed: int) -> list[torch.Tensor]:
+def outcome(
+    family: str, name: str, model: nn.Module, unlearned: nn.Module, seed: int
+) -> list[torch.Tensor]:
     """What the method answers, as tensors."""
     method, clean = load(family, name)(), images()
     if family == "triggers":
-        return [torch.cat([t.mask.flatten(), t.pattern.flatten()]) for t in method.recover(model, clean, rng=rng(seed))]
+        return [
+            torch.cat([t.mask.flatten(), t.pattern.flatten()])
+            for t in method.recover(model, clean, rng=rng(seed))
+        ]
     if family == "labels":
         return [method.score(model, clean, rng=rng(seed))]
-    return [method.score(model, images(20, seed=1).images, clean, rng=rng(seed), unlearned=unlearned)]
+    return [
+        method.score(model, images(20, seed=1).images, clean, rng=rng(seed), unlearned=unlearned)
+    ]
 
 
 @pytest.mark.parametrize("family, name", METHODS)
@@ -46,11 +59,18 @@ def test_it_is_a_frozen_dataclass_with_a_help_text_per_field(family: str, name: 
 
 
 @pytest.mark.parametrize("family, name", METHODS)
-def test_one_answer_per_class_or_image_repeatable_and_without_side_effects(family: str, name: str) -> None:
+def test_one_answer_per_class_or_image_repeatable_and_without_side_effects(
+    family: str, name: str
+) -> None:
     model, unlearned = network(), network()
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    first, again = outcome(family, name, model, unlearned, seed=5), outcome(family, name, model, unlearned, seed=5)
-    assert (len(first) if family == "triggers" else len(first[0])) == (20 if family == "samples" else CLASSES)
+    first, again = (
+        outcome(family, name, model, unlearned, seed=5),
+        outcome(family, name, model, unlearned, seed=5),
+    )
+    assert (len(first) if family == "triggers" else len(first[0])) == (
+        20 if family == "samples" else CLASSES
+    )
     assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(first, again, strict=True))
     assert model.training and unlearned.training
     assert all(p.requires_grad and p.grad is None for p in model.parameters())

@@ -28,14 +28,29 @@ def test_a_class_without_known_images_is_held_against_all_of_them() -> None:
     assert found.tolist() == pytest.approx([0.0], abs=1e-6)
 
 
-@pytest.mark.parametrize("detector, model, unlearned", [
-    (Mahalanobis(), PlantedFeatures(), None),
-    (UnlearnedMahalanobis(), Planted(), Planted(bias=4.0)),    # clean images drift to the target, triggered ones stay
-    (UnlearnedMahalanobis(), Planted(), Planted(corner=-40.0)),  # the trigger is what drives images away
-], ids=["features", "outlives", "goes_first"])
+@pytest.mark.parametrize(
+    "detector, model, unlearned",
+    [
+        (Mahalanobis(), PlantedFeatures(), None),
+        (
+            UnlearnedMahalanobis(),
+            Planted(),
+            Planted(bias=4.0),
+        ),  # clean images drift to the target, triggered ones stay
+        (
+            UnlearnedMahalanobis(),
+            Planted(),
+            Planted(corner=-40.0),
+        ),  # the trigger is what drives images away
+    ],
+    ids=["features", "outlives", "goes_first"],
+)
 def test_triggered_images_lie_off_the_clean_ones_of_their_class(detector, model, unlearned) -> None:
     clean, good, bad = images(120), images(seed=1), triggered(images(seed=2))
-    score = lambda tested: detector.score(model, tested, clean, rng=rng(), unlearned=unlearned)
+
+    def score(tested):
+        return detector.score(model, tested, clean, rng=rng(), unlearned=unlearned)
+
     limit = threshold(score(images(120, seed=3).images))
     assert roc_auc_score([0] * 60 + [1] * 60, torch.cat([score(good.images), score(bad)])) > 0.95
     assert (score(bad) > limit).float().mean() > 0.9
@@ -45,7 +60,11 @@ def test_triggered_images_lie_off_the_clean_ones_of_their_class(detector, model,
 def test_each_image_is_judged_by_itself() -> None:
     clean, tested = images(), torch.cat([images(seed=1).images, triggered(images(seed=1))])
     together = Mahalanobis().score(PlantedFeatures(), tested, clean, rng=rng())
-    assert torch.allclose(together[3:4], Mahalanobis().score(PlantedFeatures(), tested[3:4], clean, rng=rng()), rtol=1e-4)
+    assert torch.allclose(
+        together[3:4],
+        Mahalanobis().score(PlantedFeatures(), tested[3:4], clean, rng=rng()),
+        rtol=1e-4,
+    )
 
 
 def test_it_asks_for_the_unlearned_model() -> None:

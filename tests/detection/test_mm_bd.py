@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rnp.detection.base import LabelVerdict
 from rnp.detection.labels.mm_bd import MMBD, margins, surprise
 from rnp.errors import UserError
 from rnp.types import ImageSet
@@ -15,7 +14,9 @@ from .planted import TARGET, Planted, images, rng
 
 
 class Rows(nn.Module):
-    """The logit of class c is the mean of row c times its weight, so its maximum margin is that weight."""
+    """The logit of class c is the mean of row c times its weight, so its maximum margin is that
+    weight.
+    """
 
     def __init__(self, *weights: float) -> None:
         super().__init__()
@@ -31,24 +32,33 @@ def test_margins_are_leads_over_the_runner_up() -> None:
 
 
 def test_maximum_margins_of_a_linear_model() -> None:
-    found = MMBD(steps=150, precision="fp32").maximum_margins(Rows(1.0, 2.0, 3.0, 0.5, 1.5, 1.0), images(), rng=rng())
+    found = MMBD(steps=150, precision="fp32").maximum_margins(
+        Rows(1.0, 2.0, 3.0, 0.5, 1.5, 1.0), images(), rng=rng()
+    )
     assert found.tolist() == pytest.approx([1.0, 2.0, 3.0, 0.5, 1.5, 1.0], abs=0.02)
 
 
 def test_surprise_under_an_exponential_distribution() -> None:
     """Margins of mean 1 and variance 1 make the gamma distribution an exponential one."""
     of_the_largest = 1 - (1 - math.exp(-7.0)) ** 4
-    assert surprise(torch.tensor([0.0, 1.0, 7.0, 2.0]))[2].item() == pytest.approx(-math.log10(of_the_largest), rel=1e-4)
+    assert surprise(torch.tensor([0.0, 1.0, 7.0, 2.0]))[2].item() == pytest.approx(
+        -math.log10(of_the_largest), rel=1e-4
+    )
 
 
-@pytest.mark.parametrize("reached, label", [
-    ([2.0, 3.0, 2.5, 30.0, 2.2, 2.8], 3),
-    ([2.0, 3.0, 2.5, 3.3, 2.2, 2.8], None),
-    ([20.0, 21.0, 19.0, 0.1, 20.5, 19.5], None),  # only a large margin is suspicious
-    ([-3.0, -1.0, -2.0, -4.0, -1.0, -1.0], None),
-    ([5.0] * 6, None),
-])
-def test_only_an_abnormally_large_margin_names_a_label(reached: list[float], label: int | None) -> None:
+@pytest.mark.parametrize(
+    "reached, label",
+    [
+        ([2.0, 3.0, 2.5, 30.0, 2.2, 2.8], 3),
+        ([2.0, 3.0, 2.5, 3.3, 2.2, 2.8], None),
+        ([20.0, 21.0, 19.0, 0.1, 20.5, 19.5], None),  # only a large margin is suspicious
+        ([-3.0, -1.0, -2.0, -4.0, -1.0, -1.0], None),
+        ([5.0] * 6, None),
+    ],
+)
+def test_only_an_abnormally_large_margin_names_a_label(
+    reached: list[float], label: int | None
+) -> None:
     scores = surprise(torch.tensor(reached))
     assert scores.isfinite().all()
     assert MMBD().verdict(scores).label == label
@@ -66,9 +76,16 @@ def test_two_classes_cannot_be_compared() -> None:
         MMBD().score(Rows(1.0, 1.0), two, rng=rng())
 
 
-@pytest.mark.parametrize("field, value", [
-    ("least_score", -1.0), ("least_margin", -1.0), ("starts", 0), ("steps", 0), ("lr", 0.0),
-])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("least_score", -1.0),
+        ("least_margin", -1.0),
+        ("starts", 0),
+        ("steps", 0),
+        ("lr", 0.0),
+    ],
+)
 def test_out_of_range_fields_are_named(field: str, value: float) -> None:
     with pytest.raises(UserError, match=f"{field}.*{value:g}"):
         MMBD(**{field: value})

@@ -14,7 +14,9 @@ from .planted import CLASSES, TARGET, Planted, images, rng
 
 
 class Sleeper(nn.Module):
-    """Reads the bright row; an eighth neuron sleeps at a bias of -1 beside an input of .9, and sends images to class 3."""
+    """Reads the bright row; an eighth neuron sleeps at a bias of -1 beside an input of .9, and
+    sends images to class 3.
+    """
 
     def __init__(self, strength: float = 300.0) -> None:
         super().__init__()
@@ -26,7 +28,10 @@ class Sleeper(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.mean((1, 3))[:, :CLASSES]
         seen = self.bn(torch.cat([rows, torch.full_like(rows[:, :1], 0.9)], dim=1))
-        return 10 * seen[:, :CLASSES] + self.strength * F.softplus(seen[:, CLASSES:], beta=50) * torch.eye(CLASSES)[TARGET]
+        return (
+            10 * seen[:, :CLASSES]
+            + self.strength * F.softplus(seen[:, CLASSES:], beta=50) * torch.eye(CLASSES)[TARGET]
+        )
 
 
 def test_the_noise_wakes_the_planted_neuron() -> None:
@@ -38,12 +43,16 @@ def test_the_noise_wakes_the_planted_neuron() -> None:
 
 def test_a_neuron_that_leads_nowhere_names_no_label() -> None:
     detector = NeuronNoise(precision="fp32")
-    assert detector.verdict(detector.score(Sleeper(strength=0.0), images(), rng=rng())).label is None
+    assert (
+        detector.verdict(detector.score(Sleeper(strength=0.0), images(), rng=rng())).label is None
+    )
 
 
 def test_weak_noise_leaves_it_asleep_and_uniform_noise_wakes_it_at_times() -> None:
     asleep = NeuronNoise(strength=0.05, precision="fp32").score(Sleeper(), images(), rng=rng())
-    uniform = NeuronNoise(copies=40, steps=0, precision="fp32").score(Sleeper(), images(), rng=rng())
+    uniform = NeuronNoise(copies=40, steps=0, precision="fp32").score(
+        Sleeper(), images(), rng=rng()
+    )
     assert asleep[TARGET] == 0
     assert 0.1 < uniform[TARGET] < 0.5
 
@@ -51,7 +60,9 @@ def test_weak_noise_leaves_it_asleep_and_uniform_noise_wakes_it_at_times() -> No
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_noise_stays_within_its_strength(toy_model, toy_set, steps: int) -> None:
     model = toy_model()
-    disturbed = NeuronNoise(strength=0.3, steps=steps, batch_size=16, precision="fp32")._disturbed(model, toy_set(20), rng())
+    disturbed = NeuronNoise(strength=0.3, steps=steps, batch_size=16, precision="fp32")._disturbed(
+        model, toy_set(20), rng()
+    )
     changed = []
     for name, layer in maskable(model).items():
         for part in ("weight", "bias"):
@@ -65,8 +76,13 @@ def test_noise_stays_within_its_strength(toy_model, toy_set, steps: int) -> None
 
 def test_the_ascent_raises_the_loss(trained, toy_set) -> None:
     clean, noise = toy_set(40), dict(strength=0.3, precision="fp32")
-    ascended, uniform = (F.cross_entropy(NeuronNoise(steps=steps, **noise)._disturbed(trained, clean, rng())(
-        clean.floats()), clean.labels).item() for steps in (1, 0))
+    ascended, uniform = (
+        F.cross_entropy(
+            NeuronNoise(steps=steps, **noise)._disturbed(trained, clean, rng())(clean.floats()),
+            clean.labels,
+        ).item()
+        for steps in (1, 0)
+    )
     assert ascended > uniform + 0.1
 
 
@@ -75,9 +91,17 @@ def test_a_model_without_neurons_is_refused() -> None:
         NeuronNoise().score(Planted(), images(), rng=rng())
 
 
-@pytest.mark.parametrize("field, value", [
-    ("least_score", 50.0), ("least_margin", -0.1), ("strength", 0.0), ("copies", 0), ("steps", -1), ("batch_size", 0),
-])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("least_score", 50.0),
+        ("least_margin", -0.1),
+        ("strength", 0.0),
+        ("copies", 0),
+        ("steps", -1),
+        ("batch_size", 0),
+    ],
+)
 def test_out_of_range_fields_are_named(field: str, value: float) -> None:
     with pytest.raises(UserError, match=f"{field}.*{value:g}"):
         NeuronNoise(**{field: value})

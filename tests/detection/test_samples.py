@@ -24,8 +24,10 @@ def test_entropy_in_bits_of_known_predictions() -> None:
 def test_strip_is_the_mean_over_half_and_half_blends() -> None:
     model, clean, tested = Planted(), images(), images(7, seed=1)
     drawn = torch.randint(len(clean), (4,), generator=rng())
-    expected = [-sum(entropy(predict(model, (one + clean.floats()[i]) / 2)[0:1]).item() for i in drawn) / 4
-                for one in tested.floats().split(1)]
+    expected = [
+        -sum(entropy(predict(model, (one + clean.floats()[i]) / 2)[0:1]).item() for i in drawn) / 4
+        for one in tested.floats().split(1)
+    ]
     scores = Strip(overlays=4, precision="fp32").score(model, tested.images, clean, rng=rng())
     assert scores.tolist() == pytest.approx(expected, abs=1e-5)
     alone = Strip(overlays=4, precision="fp32").score(model, tested.images[2:3], clean, rng=rng())
@@ -35,7 +37,9 @@ def test_strip_is_the_mean_over_half_and_half_blends() -> None:
 def test_confidence_is_what_the_unlearned_model_leaves_of_a_prediction() -> None:
     model, unlearned, clean = Planted(), Planted(bias=2.0), images()
     scores = Confidence().score(model, clean.images, clean, rng=rng(), unlearned=unlearned)
-    kept = predict(unlearned, clean.images).softmax(1)[torch.arange(len(clean)), clean.labels]  # `model` never errs
+    kept = predict(unlearned, clean.images).softmax(1)[
+        torch.arange(len(clean)), clean.labels
+    ]  # `model` never errs
     assert torch.equal(scores, kept)
 
 
@@ -51,12 +55,14 @@ def test_planted_triggers_are_told_from_clean_images(detector: Strip | Confidenc
     is_triggered = torch.arange(len(tested)) >= len(test)
     target_class = torch.cat([test.labels, test.labels]) == TARGET
     unlearned = Planted(bias=4.0)
-    scores, defence = (detector.score(Planted(), x, clean, rng=rng(), unlearned=unlearned)
-                       for x in (tested, clean.images))
+    scores, defence = (
+        detector.score(Planted(), x, clean, rng=rng(), unlearned=unlearned)
+        for x in (tested, clean.images)
+    )
     result = judge(scores, is_triggered, target_class, defence)
     assert result.auroc > 0.95 and result.tpr_at_5_fpr > 0.9 and result.fpr < 0.2
 
 
 def test_strip_needs_an_overlay() -> None:
-    with pytest.raises(UserError, match="overlays.*0"):
+    with pytest.raises(UserError, match=r"overlays.*0"):
         Strip(overlays=0)

@@ -10,8 +10,12 @@ from .planted import TARGET, PlantedFeatures, images, rng, triggered
 
 def test_projections_of_features_on_a_line() -> None:
     seen = torch.tensor([[1.0, 1.0], [1.0, 1.0], [4.0, 5.0]])
-    assert projections(seen, torch.tensor([[0.0, 2.0], [2.0, 0.0]])).tolist() == pytest.approx([0, 0, 25], abs=1e-4)
-    own_mean = projections(seen, torch.zeros(0, 2))  # (2, 7/3), 5/3 from the pair and 10/3 from the third
+    assert projections(seen, torch.tensor([[0.0, 2.0], [2.0, 0.0]])).tolist() == pytest.approx(
+        [0, 0, 25], abs=1e-4
+    )
+    own_mean = projections(
+        seen, torch.zeros(0, 2)
+    )  # (2, 7/3), 5/3 from the pair and 10/3 from the third
     assert own_mean.tolist() == pytest.approx([25 / 9, 25 / 9, 100 / 9], abs=1e-4)
 
 
@@ -33,5 +37,7 @@ def test_classes_are_judged_apart() -> None:
     detector, model = SpectralSignatures(), PlantedFeatures()
     others = test.labels != TARGET
     alone = detector.score(model, test.images, clean, rng=rng())[others]
-    mixed = detector.score(model, torch.cat([test.images, triggered(test)]), clean, rng=rng())[:60][others]
+    mixed = detector.score(model, torch.cat([test.images, triggered(test)]), clean, rng=rng())[:60][
+        others
+    ]
     assert mixed.tolist() == pytest.approx(alone.tolist(), abs=1e-5)

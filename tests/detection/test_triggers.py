@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from rnp.detection.base import iou, iou_top_k
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
@@ -36,10 +35,19 @@ def test_a_collapsed_model_leaves_nothing_to_recover() -> None:
     assert found.success == found.baseline == 1.0 and found.gain == 0.0
 
 
-@pytest.mark.parametrize("field, value", [
-    ("steps", 0), ("batch_size", 0), ("lr", 0.0), ("init_cost", -1.0), ("patience", 0), ("success", 0.0),
-    ("success", 99.0), ("multiplier", 1.0),
-])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("steps", 0),
+        ("batch_size", 0),
+        ("lr", 0.0),
+        ("init_cost", -1.0),
+        ("patience", 0),
+        ("success", 0.0),
+        ("success", 99.0),
+        ("multiplier", 1.0),
+    ],
+)
 def test_out_of_range_fields_are_named(field: str, value: float) -> None:
     with pytest.raises(UserError, match=f"{field}.*{value:g}"):
         NeuralCleanse(**{field: value})

@@ -14,7 +14,10 @@ from .planted import TARGET, Planted, images, rng, triggered
 def test_it_is_the_log_of_the_share_of_confidence_that_is_left() -> None:
     model, unlearned, clean = Planted(), Planted(bias=2.0), images()
     chosen = torch.arange(len(clean)), clean.labels  # `model` never errs
-    left = predict(unlearned, clean.images).softmax(1)[chosen] / predict(model, clean.images).softmax(1)[chosen]
+    left = (
+        predict(unlearned, clean.images).softmax(1)[chosen]
+        / predict(model, clean.images).softmax(1)[chosen]
+    )
     scores = UnlearnedRatio().score(model, clean.images, clean, rng=rng(), unlearned=unlearned)
     assert scores.tolist() == pytest.approx(left.log().tolist(), abs=1e-5)
     alone = UnlearnedRatio().score(model, clean.images[2:3], clean, rng=rng(), unlearned=unlearned)
@@ -28,9 +31,13 @@ def test_an_unchanged_model_keeps_everything() -> None:
 def test_planted_triggers_are_told_from_clean_images() -> None:
     clean, test = images(), images(seed=1)
     tested, is_triggered = torch.cat([test.images, triggered(test)]), torch.arange(120) >= 60
-    scores, defence = (UnlearnedRatio().score(Planted(), x, clean, rng=rng(), unlearned=Planted(bias=4.0))
-                       for x in (tested, clean.images))
-    others = is_triggered | (torch.cat([test.labels, test.labels]) != TARGET)  # clean ones of the target only gain
+    scores, defence = (
+        UnlearnedRatio().score(Planted(), x, clean, rng=rng(), unlearned=Planted(bias=4.0))
+        for x in (tested, clean.images)
+    )
+    others = is_triggered | (
+        torch.cat([test.labels, test.labels]) != TARGET
+    )  # clean ones of the target only gain
     assert judge(scores[others], is_triggered[others], is_triggered[others], defence).auroc == 1.0
 
 

@@ -1,4 +1,6 @@
-"""What `test_narrow.py` runs in a process of its own, for a crash ends it: `shortcuts` or `networks`."""
+"""What `test_narrow.py` runs in a process of its own, for a crash ends it: `shortcuts` or
+`networks`.
+"""
 
 import sys
 
@@ -16,7 +18,9 @@ WIDTHS = range(1, 17)
 
 
 def shortcut_error(inputs: int, stride: int) -> float:
-    """Largest relative difference between the gradients of our shortcut and those of a strided convolution in float64."""
+    """Largest relative difference between the gradients of our shortcut and those of a strided
+    convolution in float64.
+    """
     torch.manual_seed(inputs)
     strided = nn.Conv2d(inputs, 8, 1, stride, bias=False).double()
     ours = nn.Conv2d(inputs, 8, 1, bias=False).to(memory_format=torch.channels_last)
@@ -48,7 +52,9 @@ def shortcuts() -> None:
         for inputs in WIDTHS:
             for stride in (2, 4):
                 error = shortcut_error(inputs, stride)
-                assert error < 1e-5, f"{threads} threads, {inputs} channels, stride {stride}: {error}"
+                assert error < 1e-5, (
+                    f"{threads} threads, {inputs} channels, stride {stride}: {error}"
+                )
 
 
 def networks() -> None:

@@ -1,4 +1,6 @@
-"""Every architecture builds from its own generator, normalises first, and refuses what it cannot be."""
+"""Every architecture builds from its own generator, normalises first, and refuses what it cannot
+be.
+"""
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ MEAN, STD = torch.full((3,), 0.5), torch.full((3,), 0.25)
 
 
 def build(arch="resnet10", *, width=4, classes=5, channels=3, rng):
-    return Architecture(arch=arch, width=width).build(classes, channels, MEAN[:channels], STD[:channels], rng=rng)
+    return Architecture(arch=arch, width=width).build(
+        classes, channels, MEAN[:channels], STD[:channels], rng=rng
+    )
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -35,7 +39,9 @@ def test_weights_come_from_the_generator_alone(arch, rng):
     one, same, other = (build(arch, rng=rng(seed)).state_dict() for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before), "the global generator moved"
     assert all(torch.equal(one[name], same[name]) for name in one)
-    assert not torch.equal(*(next(v for v in s.values() if v.dim() == 4 and v.shape[2] > 1) for s in (one, other)))
+    assert not torch.equal(
+        *(next(v for v in s.values() if v.dim() == 4 and v.shape[2] > 1) for s in (one, other))
+    )
 
 
 def test_normalisation_comes_first():
@@ -44,29 +50,47 @@ def test_normalisation_comes_first():
     assert model(pixels).flatten().tolist() == [1.0, 2.0]
 
 
-@pytest.mark.parametrize("arch, first", [("resnet10", "stages.1.0.conv1"), ("wrn16_1", "stages.2.1.conv1")])
+@pytest.mark.parametrize(
+    "arch, first", [("resnet10", "stages.1.0.conv1"), ("wrn16_1", "stages.2.1.conv1")]
+)
 def test_he_initialisation_by_fan_out(arch, first, rng):
     weight = build(arch, width=16, rng=rng()).net.get_submodule(first).weight
     assert weight.std().item() == pytest.approx((2 / (weight.shape[0] * 9)) ** 0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("arch, neurons", [("resnet18", 4800), ("wrn16_1", 16 * 4 + 16 + 32 * 3 + 32 + 64 * 3 + 64)])
+@pytest.mark.parametrize(
+    "arch, neurons", [("resnet18", 4800), ("wrn16_1", 16 * 4 + 16 + 32 * 3 + 32 + 64 * 3 + 64)]
+)
 def test_the_published_width_has_the_published_neurons(arch, neurons, rng):
     """4,800 masks for the CIFAR ResNet-18 is the number in the log of the published code."""
-    assert sum(layer.num_features for layer in maskable(build(arch, width=0, classes=10, rng=rng())).values()) == neurons
+    assert (
+        sum(
+            layer.num_features
+            for layer in maskable(build(arch, width=0, classes=10, rng=rng())).values()
+        )
+        == neurons
+    )
 
 
 def test_any_torchvision_classifier(rng):
-    assert build("torchvision:resnet18", rng=rng()).eval()(torch.rand(2, 3, 32, 32, generator=rng())).shape == (2, 5)
+    assert build("torchvision:resnet18", rng=rng()).eval()(
+        torch.rand(2, 3, 32, 32, generator=rng())
+    ).shape == (2, 5)
 
 
-@pytest.mark.parametrize("options, answer", [
-    ({"arch": "resnet81"}, "did you mean 'resnet18'?"),
-    ({"arch": "zzz"}, "choose from resnet10"),
-    ({"width": -1}, "width must be 0 (the published one) or more, got -1"),
-    ({"arch": "torchvision:resnet81"}, "torchvision has no classifier 'resnet81'; did you mean 'resnet18'?"),
-    ({"arch": "torchvision:resnet18", "channels": 1}, "3 channels"),
-])
+@pytest.mark.parametrize(
+    "options, answer",
+    [
+        ({"arch": "resnet81"}, "did you mean 'resnet18'?"),
+        ({"arch": "zzz"}, "choose from resnet10"),
+        ({"width": -1}, "width must be 0 (the published one) or more, got -1"),
+        (
+            {"arch": "torchvision:resnet81"},
+            "torchvision has no classifier 'resnet81'; did you mean 'resnet18'?",
+        ),
+        ({"arch": "torchvision:resnet18", "channels": 1}, "3 channels"),
+    ],
+)
 def test_what_cannot_be_built_is_explained(options, answer, rng):
     with pytest.raises(UserError) as caught:
         build(**options, rng=rng())
@@ -78,14 +102,18 @@ def test_statistics_by_hand():
     images[0, 0] = 255
     mean, std = statistics(ImageSet(images, torch.zeros(2, dtype=torch.int64), ("a", "b")))
     assert mean.tolist() == [0.5, 0.0]
-    assert std.tolist() == pytest.approx([(8 * 0.25 / 7) ** 0.5, 1e-3])  # a constant channel divides by no zero
+    assert std.tolist() == pytest.approx(
+        [(8 * 0.25 / 7) ** 0.5, 1e-3]
+    )  # a constant channel divides by no zero
 
 
 def test_statistics_are_those_of_the_floats(toy_set):
     data = toy_set(230)
     values = data.images[:210].double() / 255
     mean, std = statistics(data, 210)
-    assert torch.equal(mean, values.mean((0, 2, 3)).float()) and torch.equal(std, values.std((0, 2, 3)).float())
+    assert torch.equal(mean, values.mean((0, 2, 3)).float()) and torch.equal(
+        std, values.std((0, 2, 3)).float()
+    )
 
 
 def test_torchvision_networks_with_helpers_answer_with_logits(rng):
@@ -99,25 +127,42 @@ class Two(nn.Module):
 
 
 def test_two_heads_are_refused():
-    with pytest.raises(UserError, match="Two answers with a tuple of 2 parts, not with one tensor of logits"):
+    with pytest.raises(
+        UserError, match="Two answers with a tuple of 2 parts, not with one tensor of logits"
+    ):
         Classifier(Two(), MEAN, STD)(torch.rand(1, 3, 4, 4))
 
 
 def test_no_batch_norm_is_left_where_groups_take_its_place(rng):
-    norms = [module for module in build("resnet18_gn", width=24, rng=rng()).modules() if isinstance(module, nn.GroupNorm)]
-    assert len(norms) == 20 and not any(isinstance(module, nn.BatchNorm2d) for module in build("resnet18_gn", rng=rng()).modules())
+    norms = [
+        module
+        for module in build("resnet18_gn", width=24, rng=rng()).modules()
+        if isinstance(module, nn.GroupNorm)
+    ]
+    assert len(norms) == 20 and not any(
+        isinstance(module, nn.BatchNorm2d) for module in build("resnet18_gn", rng=rng()).modules()
+    )
     assert all(norm.num_groups == min(32, norm.num_channels // 8) for norm in norms)
 
 
 @pytest.mark.parametrize("arch, sides", [("vit", (16, 32, 40)), ("convnext", (16, 32, 40))])
 def test_layered_networks_take_images_of_any_size(arch, sides, rng):
     model = build(arch, rng=rng()).eval()
-    assert all(model(torch.rand(2, 3, side, side, generator=rng())).isfinite().all() for side in sides)
+    assert all(
+        model(torch.rand(2, 3, side, side, generator=rng())).isfinite().all() for side in sides
+    )
 
 
 def test_a_transformer_knows_where_things_are():
-    """Four waves for the row and four for the column, at angles of 1, .1, .01 and .001 a step; no two places are alike."""
+    """Four waves for the row and four for the column, at angles of 1, .1, .01 and .001 a step; no
+    two places are alike.
+    """
     found = places(torch.zeros(1, 16, 3, 5))[0]
     assert found.shape == (15, 16) and len(found.unique(dim=0)) == 15
-    row, column = torch.tensor([2 * 10.0**-i for i in range(4)]), torch.tensor([4 * 10.0**-i for i in range(4)])
-    assert torch.allclose(found[-1], torch.cat([row.sin(), row.cos(), column.sin(), column.cos()]), atol=1e-6)
+    row, column = (
+        torch.tensor([2 * 10.0**-i for i in range(4)]),
+        torch.tensor([4 * 10.0**-i for i in range(4)]),
+    )
+    assert torch.allclose(
+        found[-1], torch.cat([row.sin(), row.cos(), column.sin(), column.cos()]), atol=1e-6
+    )

@@ -1,4 +1,6 @@
-"""One place chooses the memory layout: images come in any, a network that cannot have channels last keeps plain ones."""
+"""One place chooses the memory layout: images come in any, a network that cannot have channels
+last keeps plain ones.
+"""
 
 import pytest
 import torch
@@ -18,7 +20,11 @@ class Flattening(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.norm, self.fc = nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.Linear(64, 4)
+        self.conv, self.norm, self.fc = (
+            nn.Conv2d(3, 4, 3, 2, 1),
+            nn.BatchNorm2d(4),
+            nn.Linear(64, 4),
+        )
 
     def forward(self, x):
         x = self.norm(self.conv(x)).relu()
@@ -26,8 +32,13 @@ class Flattening(nn.Module):
 
 
 def narrow(channels=4, groups=1):
-    return nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.Conv2d(channels, 8, 1, 2, groups=groups), nn.AdaptiveAvgPool2d(1),
-                         nn.Flatten(), nn.Linear(8, 4))
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 3, padding=1),
+        nn.Conv2d(channels, 8, 1, 2, groups=groups),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
 
 
 def classifier(net):
@@ -51,7 +62,9 @@ def test_a_network_that_flattens_by_view_stays_plain(toy_set, rng):
         model(data.floats())
     truth = model.net.to(memory_format=torch.contiguous_format).eval()(data.floats())
     assert settle(model, data.floats()[:2]) is model and lies_plain(model)
-    assert model.plain_because.startswith("it fails with channels last, RuntimeError: view size is not compatible")
+    assert model.plain_because.startswith(
+        "it fails with channels last, RuntimeError: view size is not compatible"
+    )
     assert torch.equal(predict(model, data.images), truth)
     Train(epochs=1, batch_size=4)(model, data, rng=rng())
     assert lies_plain(model)
@@ -72,21 +85,40 @@ class Mixing(nn.Module):
 
 def test_two_images_tell_what_one_does_not(rng):
     images = torch.rand(2, 3, 8, 8, generator=rng())
-    assert not settle(classifier(Mixing()), images[:1]).plain_because and settle(classifier(Mixing()), images).plain_because
+    assert (
+        not settle(classifier(Mixing()), images[:1]).plain_because
+        and settle(classifier(Mixing()), images).plain_because
+    )
 
 
-@pytest.mark.parametrize("net, reason", [(narrow(), "layer 1 is"), (narrow(15), "layer 1 is"), (narrow(16), ""), (narrow(4, groups=2), "")])
+@pytest.mark.parametrize(
+    "net, reason",
+    [
+        (narrow(), "layer 1 is"),
+        (narrow(15), "layer 1 is"),
+        (narrow(16), ""),
+        (narrow(4, groups=2), ""),
+    ],
+)
 def test_a_network_with_a_risky_layer_is_plain_from_the_start(net, reason):
     model = classifier(net)
-    assert model.plain_because.startswith(reason) and bool(model.plain_because) == bool(reason) == lies_plain(model)
+    assert model.plain_because.startswith(reason) and bool(model.plain_because) == bool(
+        reason
+    ) == lies_plain(model)
 
 
 class Functional(nn.Module):
-    """A strided 1x1 convolution that is no layer; `ahead` gives it channels last, as ConvNeXt's norms do."""
+    """A strided 1x1 convolution that is no layer; `ahead` gives it channels last, as ConvNeXt's
+    norms do.
+    """
 
     def __init__(self, ahead):
         super().__init__()
-        self.conv, self.weight, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Parameter(torch.randn(8, 4, 1, 1)), nn.Linear(8, 4)
+        self.conv, self.weight, self.fc = (
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.Parameter(torch.randn(8, 4, 1, 1)),
+            nn.Linear(8, 4),
+        )
         self.ahead = ahead
 
     def forward(self, x):
@@ -99,12 +131,20 @@ def test_an_unsafe_convolution_is_seen_when_it_runs(rng):
     images = torch.rand(2, 3, 8, 8, generator=rng())
     model = settle(classifier(Functional(ahead=False)), images)
     assert model.plain_because.startswith("it runs a 1x1 convolution") and lies_plain(model)
-    with pytest.raises(UserError, match="Functional cannot be used with images of 3 x 8 x 8 .*: it runs a 1x1 convolution"):
+    with pytest.raises(
+        UserError,
+        match=r"Functional cannot be used with images of 3 x 8 x 8 .*: it runs a 1x1 convolution",
+    ):
         settle(classifier(Functional(ahead=True)), images)
 
 
 def test_a_network_that_runs_in_no_layout_is_refused(rng):
-    with pytest.raises(UserError, match=r"Flattening cannot be used with images of 3 x 20 x 20 .*in plain layout.*mat1 and mat2"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"Flattening cannot be used with images of 3 x 20 x 20 .*in plain layout.*mat1 and mat2"
+        ),
+    ):
         settle(classifier(Flattening()), torch.rand(2, 3, 20, 20, generator=rng()))
 
 
@@ -125,11 +165,24 @@ def test_a_network_is_built_for_images(toy_set, rng, monkeypatch):
 
 
 def test_settling_changes_no_number(rng):
-    model = classifier(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.AdaptiveAvgPool2d(1), nn.Flatten())).train()
-    before, drawn = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    model = classifier(
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.Dropout(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+    ).train()
+    before, drawn = (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        torch.get_rng_state(),
+    )
     settle(model, torch.rand(2, 3, 8, 8, generator=rng()))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(module.training for module in model.modules()) and torch.equal(torch.get_rng_state(), drawn)
+    assert all(module.training for module in model.modules()) and torch.equal(
+        torch.get_rng_state(), drawn
+    )
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

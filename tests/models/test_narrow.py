@@ -1,4 +1,6 @@
-"""Narrow networks train on processors without AVX512, where some convolutions of few channels write past their memory."""
+"""Narrow networks train on processors without AVX512, where some convolutions of few channels
+write past their memory.
+"""
 
 import os
 import subprocess
@@ -14,5 +16,10 @@ ROOT = Path(__file__).parents[2]
 def test_narrow(what):
     """As on a processor with AVX2 alone; all other tests take what this processor has."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    done = subprocess.run([sys.executable, ROOT / "tests/models/narrow.py", what], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/models/narrow.py", what],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stdout.strip()) == (0, "done"), done.stderr

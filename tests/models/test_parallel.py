@@ -1,4 +1,6 @@
-"""Two processes train what one trains: weights, statistics, history and the logits of each batch, whatever the batches leave over."""
+"""Two processes train what one trains: weights, statistics, history and the logits of each batch,
+whatever the batches leave over.
+"""
 
 import os
 import subprocess
@@ -28,7 +30,8 @@ torch.manual_seed(0)
 model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8, momentum=None), nn.ReLU(),
                       nn.Flatten(2), nn.BatchNorm1d(8, affine=False), nn.Flatten(), nn.Linear(128, 4))
 rows, heard = [], torch.zeros(22, 4)
-recipe = Train(epochs=3, batch_size=7, lr=0.05, precision="fp32", augment=Augment(crop=2, flip=True))  # 7, 7, 7 and a single one
+# 7, 7, 7 and a single one
+recipe = Train(epochs=3, batch_size=7, lr=0.05, precision="fp32", augment=Augment(crop=2, flip=True))
 def hear(positions, labels, logits):
     assert labels.equal(data.labels[positions])
     heard[positions] += logits
@@ -45,14 +48,21 @@ def train(folder, *launcher):
     (folder / "script.py").write_text(SCRIPT)
     name = folder / ("two" if launcher else "one")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RNP_DEVICE": "cpu"}
-    done = subprocess.run([sys.executable, *launcher, str(folder / "script.py"), str(name)], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *launcher, str(folder / "script.py"), str(name)],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return [torch.load(f"{name}.{leader}") for leader in ((True, False) if launcher else (True,))]
 
 
 def test_two_processes_are_one(tmp_path):
     (one,) = train(tmp_path)
-    first, second = train(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    first, second = train(
+        tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
+    )
     for name, value in one.items():
         assert torch.allclose(value, first[name], rtol=1e-4, atol=1e-5), name
         assert torch.allclose(first[name], second[name], rtol=1e-6, atol=1e-6), name

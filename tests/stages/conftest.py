@@ -39,11 +39,22 @@ def environment(monkeypatch):
 
 @pytest.fixture(scope="session")
 def crowd(tmp_path_factory):
-    """A store that two processes created at the same moment, each to write 4,000 points; their exit codes and words."""
+    """A store that two processes created at the same moment, each to write 4,000 points; their
+    exit codes and words.
+    """
     folder = tmp_path_factory.mktemp("crowd")
-    env = {**os.environ, "DVC_ROOT": str(folder), "PYTHONPATH": str(ROOT), "MLFLOW_EXPERIMENT_NAME": "crowd"}
-    writers = [subprocess.Popen([sys.executable, "-c", CROWD, f"writer{n}"], env=env, stderr=subprocess.PIPE, text=True)
-               for n in range(2)]
+    env = {
+        **os.environ,
+        "DVC_ROOT": str(folder),
+        "PYTHONPATH": str(ROOT),
+        "MLFLOW_EXPERIMENT_NAME": "crowd",
+    }
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", CROWD, f"writer{n}"], env=env, stderr=subprocess.PIPE, text=True
+        )
+        for n in range(2)
+    ]
     words = [writer.communicate()[1] for writer in writers]
     return folder, [writer.returncode for writer in writers], words
 
@@ -60,7 +71,16 @@ class Project:
 
     def stage(self, name: str, do: str = "well", lr: float = 0.1) -> int:
         """Run a toy stage in this process; its exit code."""
-        arguments = ["--lr", str(lr), "--do", do, "--out", f"{name}.txt", "--report", f"reports/{name}"]
+        arguments = [
+            "--lr",
+            str(lr),
+            "--do",
+            do,
+            "--out",
+            f"{name}.txt",
+            "--report",
+            f"reports/{name}",
+        ]
         with self.monkeypatch.context() as patch:
             patch.setenv("DVC_STAGE", name)
             patch.setattr(sys, "argv", [name, *arguments])
@@ -105,6 +125,8 @@ def bare(tmp_path, monkeypatch):
 
 @pytest.fixture
 def project(bare, crowd):
-    """A project whose store has its tables, which take seconds to make, and no experiment of ours."""
+    """A project whose store has its tables, which take seconds to make, and no experiment of
+    ours.
+    """
     shutil.copy(crowd[0] / "mlflow.db", bare.folder)
     return bare

@@ -27,29 +27,60 @@ pytestmark = [  # both arise while MLflow imports its own modules
     pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType"),
 ]
 SCORES = {
-    "clean_accuracy": 0.87, "attack_success_rate": 0.01, "robust_accuracy": 0.8, "clean_accuracy_before": 0.9,
-    "attack_success_rate_before": 1.0, "robust_accuracy_before": 0.0, "der": 0.98, "gate": True, "gate_reason": "",
-    "neurons_pruned": 12, "neurons": 480,
+    "clean_accuracy": 0.87,
+    "attack_success_rate": 0.01,
+    "robust_accuracy": 0.8,
+    "clean_accuracy_before": 0.9,
+    "attack_success_rate_before": 1.0,
+    "robust_accuracy_before": 0.0,
+    "der": 0.98,
+    "gate": True,
+    "gate_reason": "",
+    "neurons_pruned": 12,
+    "neurons": 480,
 }
 
 
 def test_first_row(project):
-    Path("dvc.lock").write_text("schema: '2.0'\nstages: {poison: {outs: [{path: data/poisoned, md5: 0123456789abcdef.dir}]}}\n")
+    Path("dvc.lock").write_text(
+        "schema: '2.0'\nstages: {poison: {outs: [{path: data/poisoned, md5:"
+        " 0123456789abcdef.dir}]}}\n"
+    )
     Path("reports").mkdir()
     Path("reports/report.html").write_text("<p>")
     project.pipeline(train=0.1, recover=0.2)
     (row,), children = project.rows(), project.runs()
     assert row.info.status == "FINISHED" and row.info.run_name.startswith("badnets-")
-    assert row.data.params == {"seed": "0", "data.set": "shapes", "poison.attack": "badnets", "train.lr": "0.1", "recover.lr": "0.2"}
-    seconds = {f"time/{stage}": project.run_json(stage)["seconds"] for stage in ("train", "recover")}
-    assert row.data.metrics == {**seconds, **{f"{stage}/{name}": value for stage, lr in (("train", 0.1), ("recover", 0.2))
-                                              for name, value in (("accuracy", lr), ("gate", 1.0), ("inner/asr_5", 0.25))}}
+    assert row.data.params == {
+        "seed": "0",
+        "data.set": "shapes",
+        "poison.attack": "badnets",
+        "train.lr": "0.1",
+        "recover.lr": "0.2",
+    }
+    seconds = {
+        f"time/{stage}": project.run_json(stage)["seconds"] for stage in ("train", "recover")
+    }
+    assert row.data.metrics == {
+        **seconds,
+        **{
+            f"{stage}/{name}": value
+            for stage, lr in (("train", 0.1), ("recover", 0.2))
+            for name, value in (("accuracy", lr), ("gate", 1.0), ("inner/asr_5", 0.25))
+        },
+    }
     assert [child.data.tags[PARENT] for child in children] == [row.info.run_id] * 2
-    assert [row.data.tags[f"rnp.run.{stage}"] for stage in ("train", "recover")] == [child.info.run_id for child in children]
+    assert [row.data.tags[f"rnp.run.{stage}"] for stage in ("train", "recover")] == [
+        child.info.run_id for child in children
+    ]
     assert row.inputs.dataset_inputs[0].dataset.digest == "0123456789abcdef.dir"
     folder = Path(project.store().client.download_artifacts(row.info.run_id, ""))
     assert {str(file.relative_to(folder)) for file in folder.rglob("*.*")} == {
-        "config/params.yaml", "config/dvc.lock", "report/report.html", "plots/train/curve.png", "plots/recover/curve.png",
+        "config/params.yaml",
+        "config/dvc.lock",
+        "report/report.html",
+        "plots/train/curve.png",
+        "plots/recover/curve.png",
     }
 
 
@@ -61,8 +92,13 @@ def test_edit_and_revert(project):
     publish()
     first, second = project.rows()
     train, recover, again = project.runs()
-    assert first.data.tags["rnp.run.train"] == second.data.tags["rnp.run.train"] == train.info.run_id
-    assert second.data.metrics["recover/accuracy"] == 0.5 and second.data.metrics["train/accuracy"] == 0.1
+    assert (
+        first.data.tags["rnp.run.train"] == second.data.tags["rnp.run.train"] == train.info.run_id
+    )
+    assert (
+        second.data.metrics["recover/accuracy"] == 0.5
+        and second.data.metrics["train/accuracy"] == 0.1
+    )
     assert train.data.tags[PARENT] == recover.data.tags[PARENT] == first.info.run_id
     assert again.data.tags[PARENT] == second.info.run_id
 
@@ -100,8 +136,12 @@ def test_store_gone(project, crowd):
         runs = Store().search("")
         kinds = sorted((run.data.tags["rnp.kind"], "rnp.backfill" in run.data.tags) for run in runs)
         print(kinds, len({run.data.tags.get("mlflow.parentRunId") for run in runs}))"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # here the old file is open
-    assert done.stdout.splitlines()[-1] == "[('pipeline', False), ('stage', True), ('stage', True)] 2"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )  # here the old file is open
+    assert (
+        done.stdout.splitlines()[-1] == "[('pipeline', False), ('stage', True), ('stage', True)] 2"
+    )
 
 
 def test_deleted_store_is_noticed(project):
@@ -109,7 +149,9 @@ def test_deleted_store_is_noticed(project):
     row = json.loads(MARKER.read_text())["row"][0]
     assert stages.publish.holds(project.folder / "mlflow.db", row)
     assert not stages.publish.holds(project.folder / "mlflow.db", "another")
-    assert not stages.publish.holds(project.folder / "gone.db", row) and not Path("gone.db").exists()
+    assert (
+        not stages.publish.holds(project.folder / "gone.db", row) and not Path("gone.db").exists()
+    )
 
 
 def test_server_away_then_back(project, monkeypatch, capsys):
@@ -122,10 +164,21 @@ def test_server_away_then_back(project, monkeypatch, capsys):
         publish()
         MARKER.unlink()
     (row,), (train, recover) = project.rows(), project.runs()
-    assert train.info.run_name == "train-badnets" and train.info.status == "FINISHED" and "rnp.backfill" in train.data.tags
-    assert train.data.tags[PARENT] == row.info.run_id and row.data.tags["rnp.run.train"] == train.info.run_id
+    assert (
+        train.info.run_name == "train-badnets"
+        and train.info.status == "FINISHED"
+        and "rnp.backfill" in train.data.tags
+    )
+    assert (
+        train.data.tags[PARENT] == row.info.run_id
+        and row.data.tags["rnp.run.train"] == train.info.run_id
+    )
     history = project.store().client.get_metric_history(train.info.run_id, "loss")
-    assert [(point.step, point.value) for point in history] == [(0, 0.5), (10, 0.25), (20, pytest.approx(0.5 / 3, abs=1e-6))]
+    assert [(point.step, point.value) for point in history] == [
+        (0, 0.5),
+        (10, 0.25),
+        (20, pytest.approx(0.5 / 3, abs=1e-6)),
+    ]
     assert train.data.metrics["final/accuracy"] == 0.5 and train.data.params["lr"] == "0.5"
 
 
@@ -151,7 +204,10 @@ def test_run_that_mlflow_lost_on_the_way_is_rebuilt(project):
 
 
 def test_cut_short(project, monkeypatch):
-    """A publish that was stopped leaves half a row; the next one leaves a whole one and nothing else."""
+    """A publish that was stopped leaves half a row; the next one leaves a whole one and nothing
+    else.
+    """
+
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -170,7 +226,7 @@ def test_failed_stage_makes_no_row(project, do):
         project.stage("recover", do)
     except RuntimeError:
         pass
-    with pytest.raises(UserError, match="reports/recover.*dvc repro"):
+    with pytest.raises(UserError, match=r"reports/recover.*dvc repro"):
         publish()
     assert project.rows() == []
 
@@ -185,7 +241,10 @@ def test_defences_that_are_no_longer_wanted(project, monkeypatch, tmp_path):
     project.stage("train")
     for name in ("fp", "nad"):
         shutil.copytree("reports/train", f"reports/defend/{name}")
-    assert [str(each.report) for each in stages.publish.finished({"nad": {}})] == ["reports/train", "reports/defend/nad"]
+    assert [str(each.report) for each in stages.publish.finished({"nad": {}})] == [
+        "reports/train",
+        "reports/defend/nad",
+    ]
 
 
 def test_experiment_in_a_copy(project, monkeypatch, tmp_path):
@@ -212,7 +271,9 @@ def test_models(project):
     Path("data/test").mkdir(parents=True)
     np.save("data/test/images.npy", np.zeros((3, 1, 16, 16), np.uint8))
     for name in ("backdoored", "pruned/model"):
-        model = architecture.build(3, 1, torch.tensor([0.5]), torch.tensor([0.2]), rng=torch.Generator())
+        model = architecture.build(
+            3, 1, torch.tensor([0.5]), torch.tensor([0.2]), rng=torch.Generator()
+        )
         save_model(Path(f"models/{name}.safetensors"), model, architecture, ("a", "b", name))
     for stage in ("train", "prune"):
         project.stage(stage)
@@ -227,10 +288,16 @@ def test_models(project):
 
 @pytest.mark.parametrize("gate", [True, False])
 def test_summary(gate, capsys):
-    summary({"train": 12.34, "prune": 0.5}, {**SCORES, "gate": gate, "gate_reason": "" if gate else "ASR 0.100 is below 0.8"})
+    summary(
+        {"train": 12.34, "prune": 0.5},
+        {**SCORES, "gate": gate, "gate_reason": "" if gate else "ASR 0.100 is below 0.8"},
+    )
     out = capsys.readouterr().out
     rows = {line[:22].strip(): line[22:].split() for line in out.splitlines()}
-    assert rows["clean accuracy"] == ["90.0%", "87.0%"] and rows["attack success rate"] == ["100.0%", "1.0%"]
+    assert rows["clean accuracy"] == ["90.0%", "87.0%"] and rows["attack success rate"] == [
+        "100.0%",
+        "1.0%",
+    ]
     assert rows["DER"] == ["0.980"] and rows["neurons pruned"] == ["12", "of", "480"]
     assert "train 12.3, prune 0.5" in out and "reports/report.html" in out
     assert ("NOT real: ASR 0.100 is below 0.8" in out) is not gate
@@ -239,13 +306,24 @@ def test_summary(gate, capsys):
 DVC = {
     "params": ["params.yaml"],
     "stages": {
-        **{name: {
-            "cmd": f"{sys.executable} {toy.__file__} {name} --out {name}.txt --report reports/{name} ${{{name}}}",
-            "deps": deps, "outs": [f"{name}.txt", f"reports/{name}/run.json"],
-            "metrics": [{f"reports/{name}/metrics.json": {"cache": False}}],
-            "plots": [{f"reports/{name}/history.csv": {"cache": False}}],
-        } for name, deps in (("train", ["data.txt"]), ("recover", ["train.txt"]))},
-        "publish": {"cmd": f"{sys.executable} -m stages.publish", "always_changed": True, "deps": ["recover.txt"]},
+        **{
+            name: {
+                "cmd": (
+                    f"{sys.executable} {toy.__file__} {name} --out {name}.txt --report"
+                    f" reports/{name} ${{{name}}}"
+                ),
+                "deps": deps,
+                "outs": [f"{name}.txt", f"reports/{name}/run.json"],
+                "metrics": [{f"reports/{name}/metrics.json": {"cache": False}}],
+                "plots": [{f"reports/{name}/history.csv": {"cache": False}}],
+            }
+            for name, deps in (("train", ["data.txt"]), ("recover", ["train.txt"]))
+        },
+        "publish": {
+            "cmd": f"{sys.executable} -m stages.publish",
+            "always_changed": True,
+            "deps": ["recover.txt"],
+        },
     },
 }
 
@@ -263,7 +341,9 @@ def repository(project):
     subprocess.run(["git", "init", "-q"], check=True)
     dvc("init", "-q")
     subprocess.run(["git", "add", "."], check=True)
-    subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", "commit", "-qm", "x"], check=True)
+    subprocess.run(
+        ["git", "-c", "user.name=x", "-c", "user.email=x@x", "commit", "-qm", "x"], check=True
+    )
     return project
 
 
@@ -273,12 +353,19 @@ def test_repro_experiment_edit(repository):
     dvc("exp", "run", "--temp", "--name", "sunny-day", "-S", "recover.lr=0.7")
     (first, second), (train, _, recover) = repository.rows(), repository.runs()
     assert first.data.params["recover.lr"] == "0.2" and second.data.params["recover.lr"] == "0.7"
-    assert second.info.run_name.startswith("sunny-day-") and second.data.tags["dvc.exp_name"] == "sunny-day"
-    assert first.data.tags["rnp.run.train"] == second.data.tags["rnp.run.train"] == train.info.run_id
+    assert (
+        second.info.run_name.startswith("sunny-day-")
+        and second.data.tags["dvc.exp_name"] == "sunny-day"
+    )
+    assert (
+        first.data.tags["rnp.run.train"] == second.data.tags["rnp.run.train"] == train.info.run_id
+    )
 
     repository.write({**toy.PARAMS, "recover": {"lr": 0.7}})
     said = dvc("repro")
-    assert "is cached" in said and second.info.run_name in said  # DVC brings back run.json with the weights
+    assert (
+        "is cached" in said and second.info.run_name in said
+    )  # DVC brings back run.json with the weights
     assert repository.run_json("recover")["run_id"] == recover.info.run_id
     assert len(repository.rows()) == 2 and len(repository.runs()) == 3
 

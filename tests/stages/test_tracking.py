@@ -1,4 +1,6 @@
-"""What MLflow sees of a stage, and that nothing which it does, or fails to do, reaches the stage."""
+"""What MLflow sees of a stage, and that nothing which it does, or fails to do, reaches the
+stage.
+"""
 
 import os
 import signal
@@ -43,15 +45,30 @@ def test_stage(project):
     (run,) = project.runs()
     store = project.store()
     assert run.info.status == "FINISHED" and run.info.run_name == "train-badnets"
-    assert run.data.params == {"lr": "0.5", "do": "well", "epochs": "3", "rate.final": "0.5", "model": "None"}
-    assert metrics(store, run.info.run_id, "loss") == [(0, 0.5), (10, 0.25), (20, pytest.approx(0.5 / 3))]
+    assert run.data.params == {
+        "lr": "0.5",
+        "do": "well",
+        "epochs": "3",
+        "rate.final": "0.5",
+        "model": "None",
+    }
+    assert metrics(store, run.info.run_id, "loss") == [
+        (0, 0.5),
+        (10, 0.25),
+        (20, pytest.approx(0.5 / 3)),
+    ]
     assert metrics(store, run.info.run_id, "share of _1") == [(0, 0.1), (10, 0.1), (20, 0.1)]
     ends = {name: value for name, value in run.data.metrics.items() if name.startswith("final/")}
     assert ends == {"final/accuracy": 0.5, "final/gate": 1, "final/inner/asr_5": 0.25}
-    assert [f.path for f in store.client.list_artifacts(run.info.run_id, "plots")] == ["plots/curve.png"]
+    assert [f.path for f in store.client.list_artifacts(run.info.run_id, "plots")] == [
+        "plots/curve.png"
+    ]
     assert project.run_json("train") == {
-        "stage": "train", "run_id": run.info.run_id, "seconds": run.data.metrics["seconds"],
-        "params": {"lr": 0.5, "do": "well", "epochs": 3, "rate.final": 0.5, "model": None}, **origin(),
+        "stage": "train",
+        "run_id": run.info.run_id,
+        "seconds": run.data.metrics["seconds"],
+        "params": {"lr": 0.5, "do": "well", "epochs": 3, "rate.final": 0.5, "model": None},
+        **origin(),
     }
 
 
@@ -59,15 +76,23 @@ def test_tags(project, monkeypatch):
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@x"]
     for command in (["init", "-q"], ["add", "params.yaml"], ["commit", "-qm", "x"]):
         subprocess.run([*git, *command], check=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     monkeypatch.setenv("DVC_EXP_NAME", "sunny-day")
     project.stage("train")
     project.write({**toy.PARAMS, "seed": 1})
     project.stage("recover")
     before, after = (run.data.tags for run in project.runs())
     assert (before["rnp.git"], after["rnp.git"]) == (commit, f"{commit}-dirty")
-    assert after["mlflow.source.git.commit"] == commit and after["mlflow.source.name"] == "stages.recover"
-    assert after["rnp.stage"] == after["dvc.stage"] == "recover" and after["dvc.exp_name"] == "sunny-day"
+    assert (
+        after["mlflow.source.git.commit"] == commit
+        and after["mlflow.source.name"] == "stages.recover"
+    )
+    assert (
+        after["rnp.stage"] == after["dvc.stage"] == "recover"
+        and after["dvc.exp_name"] == "sunny-day"
+    )
     assert (after["rnp.host"], after["rnp.pid"]) == (socket.gethostname(), str(os.getpid()))
     assert before["rnp.key"] != after["rnp.key"] and "dvc.baseline_rev" not in after
 
@@ -81,7 +106,9 @@ def test_a_leftover_run_id_does_not_merge_stages(project, monkeypatch):
 
 @pytest.fixture
 def interruptible():
-    """Shells start background jobs deaf to Ctrl-C, nohup to hanging up; stages respect that, the tests shall not depend on it."""
+    """Shells start background jobs deaf to Ctrl-C, nohup to hanging up; stages respect that, the
+    tests shall not depend on it.
+    """
     before = {each: signal.getsignal(each) for each in tracking.SIGNALS}
     for each in before:
         signal.signal(each, signal.SIG_DFL)
@@ -90,10 +117,16 @@ def interruptible():
         signal.signal(each, handler)
 
 
-@pytest.mark.parametrize("do, status, code", [
-    ("raise", "FAILED", RuntimeError), ("exit", "FAILED", 4),
-    ("SIGTERM", "KILLED", 143), ("SIGINT", "KILLED", 130), ("SIGHUP", "KILLED", 129),
-])
+@pytest.mark.parametrize(
+    "do, status, code",
+    [
+        ("raise", "FAILED", RuntimeError),
+        ("exit", "FAILED", 4),
+        ("SIGTERM", "KILLED", 143),
+        ("SIGINT", "KILLED", 130),
+        ("SIGHUP", "KILLED", 129),
+    ],
+)
 def test_a_stage_that_ends_early(project, do, status, code, interruptible):
     handlers = [signal.getsignal(each) for each in tracking.SIGNALS]
     if code is RuntimeError:
@@ -121,16 +154,34 @@ def test_what_nohup_ignores_stays_ignored(bare, monkeypatch):
 
 
 def test_killed_without_a_word(project):
-    command = [sys.executable, toy.__file__, "train", "--lr", "0.1", "--do", "die", "--out", "m", "--report", "reports/train"]
+    command = [
+        sys.executable,
+        toy.__file__,
+        "train",
+        "--lr",
+        "0.1",
+        "--do",
+        "die",
+        "--out",
+        "m",
+        "--report",
+        "reports/train",
+    ]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     client = MlflowClient(tracking.store_uri())
     experiment = client.get_experiment_by_name("rnp").experiment_id
     (dead,) = client.search_runs([experiment])
     assert dead.info.status == "RUNNING"
     labels = tracking.tags("stage", "recover", "")
-    living = client.create_run(experiment, tags={**labels, "rnp.pid": str(os.getppid())}).info.run_id
-    elsewhere = client.create_run(experiment, tags={**dead.data.tags, "rnp.host": "elsewhere"}).info.run_id
-    half_a_row = client.create_run(experiment, tags={**dead.data.tags, "rnp.kind": "pipeline"}).info.run_id
+    living = client.create_run(
+        experiment, tags={**labels, "rnp.pid": str(os.getppid())}
+    ).info.run_id
+    elsewhere = client.create_run(
+        experiment, tags={**dead.data.tags, "rnp.host": "elsewhere"}
+    ).info.run_id
+    half_a_row = client.create_run(
+        experiment, tags={**dead.data.tags, "rnp.kind": "pipeline"}
+    ).info.run_id
     project.store()
     found = {run.info.run_id: run.info.status for run in client.search_runs([experiment])}
     assert found == {dead.info.run_id: "KILLED", living: "RUNNING", elsewhere: "RUNNING"}
@@ -143,9 +194,14 @@ def test_a_short_stage_leaves_its_run_to_publish(project, monkeypatch):
     assert project.run_json("train")["run_id"] is None and project.runs() == []
     stages.publish.publish()
     (run,) = project.runs()
-    assert run.data.tags["rnp.backfill"] and metrics(project.store(), run.info.run_id, "loss")[0] == (0, 0.5)
+    assert run.data.tags["rnp.backfill"] and metrics(project.store(), run.info.run_id, "loss")[
+        0
+    ] == (0, 0.5)
     assert project.stage("recover", "SIGTERM") == 143
-    assert [run.info.status for run in project.runs()] == ["FINISHED", "KILLED"], "what ends early leaves no files"
+    assert [run.info.status for run in project.runs()] == [
+        "FINISHED",
+        "KILLED",
+    ], "what ends early leaves no files"
 
 
 def test_a_stage_shows_up_once_it_has_lasted(project, monkeypatch):
@@ -175,7 +231,11 @@ def test_bad_parameters_end_before_the_work(project, capsys, monkeypatch):
 
 def test_sub_command(project, monkeypatch):
     group = click.Group("defend", {"fp": toy.stage("fp")})
-    monkeypatch.setattr(sys, "argv", ["defend", "fp", "--lr", "1", "--out", "fp.txt", "--report", "reports/defend/fp"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["defend", "fp", "--lr", "1", "--out", "fp.txt", "--report", "reports/defend/fp"],
+    )
     stages.stage.run(group)
     (run,) = project.runs()
     assert run.data.tags["rnp.stage"] == "defend/fp" and run.info.run_name == "defend/fp-badnets"
@@ -210,8 +270,12 @@ def refusing():
 @pytest.fixture
 def busy():
     """A server that asks to come back in an hour."""
-    answer = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 3600\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    answer = (
+        b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 3600\r\nContent-Length: 0\r\nConnection:"
+        b" close\r\n\r\n"
+    )
     with socket.create_server(("127.0.0.1", 0)) as server:
+
         def serve():
             while True:
                 try:
@@ -221,6 +285,7 @@ def busy():
                 with connection:
                     connection.recv(4096)
                     connection.sendall(answer)
+
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         yield f"http://name:secret@127.0.0.1:{server.getsockname()[1]}"
@@ -262,14 +327,21 @@ def test_two_start_at_once(crowd):
     experiment = client.get_experiment_by_name("crowd")
     runs = client.search_runs([experiment.experiment_id])
     assert [run.info.status for run in runs] == ["FINISHED"] * 2
-    assert {len(client.get_metric_history(run.info.run_id, name)) for run in runs for name in ("loss", "accuracy")} == {2000}
+    assert {
+        len(client.get_metric_history(run.info.run_id, name))
+        for run in runs
+        for name in ("loss", "accuracy")
+    } == {2000}
 
 
 def test_setup_creates_the_store_once(project):
     tracking.setup()
     tracking.setup()
     client = MlflowClient(f"sqlite:///{project.folder / 'mlflow.db'}")
-    assert client.get_experiment_by_name("rnp").artifact_location == (project.folder / "mlruns").as_uri()
+    assert (
+        client.get_experiment_by_name("rnp").artifact_location
+        == (project.folder / "mlruns").as_uri()
+    )
 
 
 def test_uri(bare, monkeypatch):
@@ -277,8 +349,11 @@ def test_uri(bare, monkeypatch):
     assert tracking.store_uri() == f"sqlite:///{root}/mlflow.db"
     monkeypatch.setenv("DVC_ROOT", "/the/project")
     assert tracking.store_uri() == "sqlite:////the/project/mlflow.db"
-    for given, wanted in (("sqlite:///runs/x.db", "sqlite:////the/project/runs/x.db"), ("sqlite:////abs.db", "sqlite:////abs.db"),
-                          ("http://host", "http://host")):
+    for given, wanted in (
+        ("sqlite:///runs/x.db", "sqlite:////the/project/runs/x.db"),
+        ("sqlite:////abs.db", "sqlite:////abs.db"),
+        ("http://host", "http://host"),
+    ):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
         assert tracking.store_uri() == wanted
 
@@ -291,33 +366,48 @@ def test_moved_project(project, tmp_path, monkeypatch, capsys):
     assert "delete" in capsys.readouterr().err and not (tmp_path / "a project").exists()
 
 
-@pytest.mark.parametrize("name, wanted", [("asr@5", "asr_5"), ("class 1/größe", "class 1/gr__e"), ("a.b-c:d", "a.b-c:d")])
+@pytest.mark.parametrize(
+    "name, wanted", [("asr@5", "asr_5"), ("class 1/größe", "class 1/gr__e"), ("a.b-c:d", "a.b-c:d")]
+)
 def test_names(name, wanted):
     assert tracking.clean(name) == wanted
 
 
 def test_flat():
-    assert tracking.flat({"a": 1, "b": {"c": True, "d": "text", "e": [1]}, "f": None}, "x/") == {"x/a": 1, "x/b/c": 1}
+    assert tracking.flat({"a": 1, "b": {"c": True, "d": "text", "e": [1]}, "f": None}, "x/") == {
+        "x/a": 1,
+        "x/b/c": 1,
+    }
 
 
 def test_model(project, monkeypatch, capsys):
     architecture, file = Architecture(arch="resnet10", width=4), Path("model.safetensors")
-    model = architecture.build(3, 1, torch.tensor([0.5]), torch.tensor([0.2]), rng=torch.Generator())
+    model = architecture.build(
+        3, 1, torch.tensor([0.5]), torch.tensor([0.2]), rng=torch.Generator()
+    )
     save_model(file, model, architecture, ("a", "b", "c"))
     store = project.store()
     rows = [store.create("row", {}, {}) for _ in range(2)]
     for row in rows:
-        tracking.log_model(store, row, file, "backdoored", (1, 16, 16), backdoored=True, maker=rows[0])
+        tracking.log_model(
+            store, row, file, "backdoored", (1, 16, 16), backdoored=True, maker=rows[0]
+        )
     (logged,) = store.client.search_logged_models([store.experiment])
     assert logged.tags["rnp.backdoored"] == "true" and logged.source_run_id == rows[0]
     for row in rows:
         run = store.client.get_run(row)
-        assert run.data.tags["rnp.model.backdoored"] == run.outputs.model_outputs[0].model_id == logged.model_id
+        assert (
+            run.data.tags["rnp.model.backdoored"]
+            == run.outputs.model_outputs[0].model_id
+            == logged.model_id
+        )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     again = mlflow.pytorch.load_model(f"models:/{logged.model_id}")
     images = torch.rand(5, 1, 16, 16, generator=torch.Generator())
     torch.testing.assert_close(again(images), load_model(file)[0](images))
-    requirements = Path(mlflow.artifacts.download_artifacts(f"models:/{logged.model_id}"), "requirements.txt").read_text()
+    requirements = Path(
+        mlflow.artifacts.download_artifacts(f"models:/{logged.model_id}"), "requirements.txt"
+    ).read_text()
     assert f"torch=={torch.__version__.partition('+')[0]}" in requirements.splitlines()
     assert capsys.readouterr().err == ""
 

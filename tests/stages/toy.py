@@ -14,7 +14,13 @@ from rnp.cli.options import PATH
 from rnp.io import History, write_json
 from rnp.types import Epoch
 
-PARAMS = {"seed": 0, "data": {"set": "shapes"}, "poison": {"attack": "badnets"}, "train": {"lr": 0.1}, "recover": {"lr": 0.2}}
+PARAMS = {
+    "seed": 0,
+    "data": {"set": "shapes"},
+    "poison": {"attack": "badnets"},
+    "train": {"lr": 0.1},
+    "recover": {"lr": 0.2},
+}
 PICTURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -44,15 +50,29 @@ def stage(name: str) -> click.Command:
     @click.option("--epochs", default=3)
     @click.option("--out", type=PATH, required=True)
     @click.option("--report", type=PATH, required=True)
-    def command(model: Path, lr: float, rate__final: float, do: str, epochs: int, out: Path, report: Path) -> None:
+    def command(
+        model: Path, lr: float, rate__final: float, do: str, epochs: int, out: Path, report: Path
+    ) -> None:
         with History(report / "history.csv") as history:
             for epoch in range(epochs):
-                history(Epoch(epoch=epoch, step=10 * epoch, loss=lr / (epoch + 1), accuracy=0.5, learning_rate=lr,
-                              gradient_norm=1.0, extra={"share of @1": 0.1}))
+                history(
+                    Epoch(
+                        epoch=epoch,
+                        step=10 * epoch,
+                        loss=lr / (epoch + 1),
+                        accuracy=0.5,
+                        learning_rate=lr,
+                        gradient_norm=1.0,
+                        extra={"share of @1": 0.1},
+                    )
+                )
         misbehave(do, report)
         out.write_text(f"{name} {lr} {model and model.read_text()}")
         (report / "curve.png").write_bytes(PICTURE)
-        write_json(report / "metrics.json", {"accuracy": lr, "gate": True, "note": "text", "inner": {"asr@5": 0.25}})
+        write_json(
+            report / "metrics.json",
+            {"accuracy": lr, "gate": True, "note": "text", "inner": {"asr@5": 0.25}},
+        )
 
     return command
 

@@ -19,12 +19,14 @@ from rnp.unlearn import Unlearn
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement(LabelDetector):
-    """The score of a class is the smaller of its scores by `mm_bd` and `neuron_noise`, each as a share of what that one
-    names a label at; 0 for every class that one of the two does not put first, by its least margin.
+    """The score of a class is the smaller of its scores by `mm_bd` and `neuron_noise`, each as a
+    share of what that one names a label at; 0 for every class that one of the two does not put
+    first, by its least margin.
 
-    In an unlearned benign model either of them is prone to name a class, but not the same one: the margins start from noise, the
-    predictions from images. A backdoor that outlives unlearning draws both to its label. Of five benign models of CIFAR-10 one
-    had a score of 1.17, the others 0; `least_score` was settled after the first three.
+    In an unlearned benign model either of them is prone to name a class, but not the same one: the
+    margins start from noise, the predictions from images. A backdoor that outlives unlearning
+    draws both to its label. Of five benign models of CIFAR-10 one had a score of 1.17, the others
+    0; `least_score` was settled after the first three.
 
     Source: ours; the two detectors name theirs. Unlearning as in Li et al., ICML 2023, section 3.
     """
@@ -32,7 +34,9 @@ class Agreement(LabelDetector):
     asks_unlearned: ClassVar[bool] = True
     fewest_classes: ClassVar[int] = MMBD.fewest_classes
 
-    least_score: Annotated[float, "highest score below which no label is named; at 1 both detectors name it"] = 1.5
+    least_score: Annotated[
+        float, "highest score below which no label is named; at 1 both detectors name it"
+    ] = 1.5
     least_margin: Annotated[float, "lead over the second class below which no label is named"] = 0.0
     margins: MMBD = MMBD()
     noise: NeuronNoise = NeuronNoise()
@@ -43,18 +47,36 @@ class Agreement(LabelDetector):
                 raise UserError(f"agreement.{name} must be 0 or more, got {getattr(self, name):g}")
         for name in ("margins", "noise"):
             if not getattr(self, name).least_score > 0:
-                raise UserError(f"agreement.{name}.least_score must be above 0, got {getattr(self, name).least_score:g}")
+                raise UserError(
+                    f"agreement.{name}.least_score must be above 0, got"
+                    f" {getattr(self, name).least_score:g}"
+                )
 
-    def score(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
-        """With an unlearned copy by the default settings. Raises: UserError as the two detectors do."""
-        return self.of_unlearned(Unlearn(to_collapse=False)(model, clean, rng=rng).model, clean, rng)
+    def score(
+        self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator
+    ) -> Float[Tensor, "k"]:
+        """With an unlearned copy by the default settings. Raises: UserError as the two detectors
+        do.
+        """
+        return self.of_unlearned(
+            Unlearn(to_collapse=False)(model, clean, rng=rng).model, clean, rng
+        )
 
-    def judge(self, evidence: Evidence, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
+    def judge(
+        self, evidence: Evidence, clean: ImageSet, *, rng: torch.Generator
+    ) -> Float[Tensor, "k"]:
         return self.of_unlearned(evidence.unlearned, clean, rng)
 
-    def of_unlearned(self, unlearned: nn.Module, clean: ImageSet, rng: torch.Generator) -> Float[Tensor, "k"]:
-        said = [(each, each.score(unlearned, clean, rng=rng).float()) for each in (self.margins, self.noise)]
+    def of_unlearned(
+        self, unlearned: nn.Module, clean: ImageSet, rng: torch.Generator
+    ) -> Float[Tensor, "k"]:
+        said = [
+            (each, each.score(unlearned, clean, rng=rng).float())
+            for each in (self.margins, self.noise)
+        ]
         least = torch.stack([scores / each.least_score for each, scores in said]).amin(0)
-        first = torch.stack([torch.arange(len(scores)) == scores.argmax() for _, scores in said]).all(0)
+        first = torch.stack(
+            [torch.arange(len(scores)) == scores.argmax() for _, scores in said]
+        ).all(0)
         lead = all(each.verdict(scores).margin >= each.least_margin for each, scores in said)
         return least.clamp_min(0).where(first & lead, 0.0)

@@ -18,20 +18,25 @@ from rnp.types import Epoch, ImageSet
 
 @dataclass(frozen=True, kw_only=True)
 class ClassShares(LabelDetector):
-    """The score of a class is its share of the predictions for images of the *other* classes, in [0, 1].
+    """The score of a class is its share of the predictions for images of the *other* classes, in
+    [0, 1].
 
-    A benign model collapses to some class too: the verdict names the label of a backdoor, it does not prove one.
+    A benign model collapses to some class too: the verdict names the label of a backdoor, it does
+    not prove one.
 
     Source: Li et al., ICML 2023, Algorithm 1, line 5.
-    Differs: images of the class itself do not count, so that what accuracy is left does not either; `from_trajectory`
-    looks at the whole way to the collapse, since between accuracies of .5 and .2 a wrong class may lead.
+    Differs: images of the class itself do not count, so that what accuracy is left does not
+    either; `from_trajectory` looks at the whole way to the collapse, since between accuracies of
+    .5 and .2 a wrong class may lead.
     """
 
     asks_unlearned: ClassVar[bool] = True
 
     least_score: Annotated[float, "highest share, in [0, 1], below which no label is named"] = 0.5
     least_margin: Annotated[float, "lead over the second class below which no label is named"] = 0.2
-    sharpness: Annotated[float, "a step of the trajectory weighs (1 - accuracy) to this power"] = 4.0
+    sharpness: Annotated[float, "a step of the trajectory weighs (1 - accuracy) to this power"] = (
+        4.0
+    )
 
     def __post_init__(self) -> None:
         for name in ("least_score", "least_margin"):
@@ -40,18 +45,27 @@ class ClassShares(LabelDetector):
         if self.sharpness < 0:
             raise UserError(f"sharpness must be 0 or more, got {self.sharpness:g}")
 
-    def score(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
+    def score(
+        self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator
+    ) -> Float[Tensor, "k"]:
         """`model` is the most collapsed of the unlearned checkpoints."""
-        return class_shares(predict(model, clean.images).argmax(1), clean.labels, len(clean.classes))
+        return class_shares(
+            predict(model, clean.images).argmax(1), clean.labels, len(clean.classes)
+        )
 
-    def judge(self, evidence: Evidence, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
+    def judge(
+        self, evidence: Evidence, clean: ImageSet, *, rng: torch.Generator
+    ) -> Float[Tensor, "k"]:
         return self.from_trajectory(evidence.trajectory, len(clean.classes))
 
     def from_trajectory(self, rows: list[Epoch], k: int) -> Float[Tensor, "k"]:
-        """The same score, averaged over an unlearning trajectory with most weight on its collapsed part.
+        """The same score, averaged over an unlearning trajectory with most weight on its collapsed
+        part.
 
         It is 0 for all of the `k` classes where unlearning took every step back.
         """
-        shares = torch.tensor([[row.extra[f"share/{c}"] for c in range(k)] for row in rows]).reshape(-1, k)  # [t, k]
+        shares = torch.tensor(
+            [[row.extra[f"share/{c}"] for c in range(k)] for row in rows]
+        ).reshape(-1, k)  # [t, k]
         weights = torch.tensor([1 - row.accuracy for row in rows]) ** self.sharpness  # [t]
         return weights @ shares / weights.sum().clamp_min(1e-12)

@@ -1,4 +1,6 @@
-"""MM-BD: the label whose margin over all others can be driven abnormally high, starting from noise."""
+"""MM-BD: the label whose margin over all others can be driven abnormally high, starting from
+noise.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,15 @@ from rnp.types import ImageSet, Logits
 
 @dataclass(frozen=True, kw_only=True)
 class MMBD(LabelDetector):
-    """The score of a class is -log10 of the probability of its maximum margin, judged by the margins of the others.
+    """The score of a class is -log10 of the probability of its maximum margin, judged by the
+    margins of the others.
 
     No clean image is looked at. Drawn at random: the images from which the ascent starts.
 
     Source: Wang et al., S&P 2024, arXiv 2205.06900, section 4, with its significance of .05.
-    Differs: Adam on clipped pixels takes 30 steps where plain gradient ascent takes up to 3,000; the gamma distribution is
-    fitted by its moments, not by likelihood; every class gets a score, not the one with the largest margin alone.
+    Differs: Adam on clipped pixels takes 30 steps where plain gradient ascent takes up to 3,000;
+    the gamma distribution is fitted by its moments, not by likelihood; every class gets a score,
+    not the one with the largest margin alone.
     """
 
     fewest_classes: ClassVar[int] = 3
@@ -35,7 +39,9 @@ class MMBD(LabelDetector):
     starts: Annotated[int, "random images per class"] = 10
     steps: Annotated[int, "optimisation steps"] = 30
     lr: Annotated[float, "learning rate of Adam, for pixels in [0, 1]"] = 0.1
-    precision: Annotated[Precision, "arithmetic of the ascent; auto takes bf16 where the hardware has it"] = "auto"
+    precision: Annotated[
+        Precision, "arithmetic of the ascent; auto takes bf16 where the hardware has it"
+    ] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("least_score", "least_margin"):
@@ -45,19 +51,28 @@ class MMBD(LabelDetector):
             if not getattr(self, name) > 0:
                 raise UserError(f"mm_bd.{name} must be above 0, got {getattr(self, name):g}")
 
-    def score(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
+    def score(
+        self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator
+    ) -> Float[Tensor, "k"]:
         """Raises: UserError for less than three classes."""
         if len(clean.classes) < self.fewest_classes:
-            raise UserError(f"mm_bd compares each class with two others, got {len(clean.classes)} classes; use class_shares")
+            raise UserError(
+                f"mm_bd compares each class with two others, got {len(clean.classes)} classes; use"
+                " class_shares"
+            )
         return surprise(self.maximum_margins(model, clean, rng=rng))
 
-    def maximum_margins(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
+    def maximum_margins(
+        self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator
+    ) -> Float[Tensor, "k"]:
         """For each class the largest margin of its logit that any ascent reached."""
         device = device_of(model)
         network = copy.deepcopy(model).eval().requires_grad_(False)
         reached = []
         for label in range(len(clean.classes)):
-            images = torch.rand(self.starts, *clean.shape, generator=rng).to(device).requires_grad_()
+            images = (
+                torch.rand(self.starts, *clean.shape, generator=rng).to(device).requires_grad_()
+            )
             optimiser = torch.optim.Adam([images], lr=self.lr, maximize=True)
             for _ in range(self.steps):
                 with autocast(self.precision, device):
@@ -77,7 +92,9 @@ def margins(logits: Logits, label: int) -> Float[Tensor, "n"]:
 
 
 def surprise(reached: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
-    """-log10 of the probability that the largest of k margins, distributed like the *others*, exceeds that of the class."""
+    """-log10 of the probability that the largest of k margins, distributed like the *others*,
+    exceeds that of the class.
+    """
     k = len(reached)
     values = reached.double().clamp_min(0)  # a gamma distribution lies above 0
     others = values.expand(k, k)[~torch.eye(k, dtype=torch.bool)].view(k, k - 1)

@@ -17,11 +17,12 @@ from rnp.types import ImageSet
 
 @dataclass(frozen=True, kw_only=True)
 class NeuralCleanseIndex(LabelDetector):
-    """The score of a class is the anomaly index of its mask's size, above 0 where the mask is smaller than the median.
+    """The score of a class is the anomaly index of its mask's size, above 0 where the mask is
+    smaller than the median.
 
     Source: Wang et al., S&P 2019, section IV, with its threshold of 2.
-    Differs: a mask that moves less than half of the images counts as the whole image; in a collapsed model an empty
-    mask would else be the smallest.
+    Differs: a mask that moves less than half of the images counts as the whole image; in a
+    collapsed model an empty mask would else be the smallest.
     """
 
     asks_triggers: ClassVar[bool] = True
@@ -34,11 +35,17 @@ class NeuralCleanseIndex(LabelDetector):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be 0 or more, got {getattr(self, name):g}")
 
-    def score(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
-        """By a recovery with its default settings, which draws at random; `from_triggers` takes any."""
+    def score(
+        self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator
+    ) -> Float[Tensor, "k"]:
+        """By a recovery with its default settings, which draws at random; `from_triggers` takes
+        any.
+        """
         return self.from_triggers(NeuralCleanse().recover(model, clean, rng=rng))
 
-    def judge(self, evidence: Evidence, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
+    def judge(
+        self, evidence: Evidence, clean: ImageSet, *, rng: torch.Generator
+    ) -> Float[Tensor, "k"]:
         return self.from_triggers(evidence.triggers)
 
     def from_triggers(self, triggers: list[RecoveredTrigger]) -> Float[Tensor, "k"]:

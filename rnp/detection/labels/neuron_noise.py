@@ -1,4 +1,6 @@
-"""The label to which images of all other classes turn when the neurons of the model are disturbed."""
+"""The label to which images of all other classes turn when the neurons of the model are
+disturbed.
+"""
 
 from __future__ import annotations
 
@@ -21,47 +23,69 @@ from rnp.types import ImageSet, to_floats
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronNoise(LabelDetector):
-    """The score of a class is its share of the predictions for images of the *other* classes, averaged over noisy copies.
+    """The score of a class is its share of the predictions for images of the *other* classes,
+    averaged over noisy copies.
 
-    A benign model turns to some class too, and strong noise turns a backdoored one to any: the verdict is a hint.
+    A benign model turns to some class too, and strong noise turns a backdoored one to any: the
+    verdict is a hint.
     Drawn at random: the noise, and the images of the ascent.
 
     Source: Wu and Wang, NeurIPS 2021 (ANP), section 3, with its strength of .4 and its single step.
-    Differs: several copies from random starts, since one copy turns all images to a single class and says nothing on
-    the second; predictions are counted per class as `class_shares` counts them.
+    Differs: several copies from random starts, since one copy turns all images to a single class
+    and says nothing on the second; predictions are counted per class as `class_shares` counts
+    them.
     """
 
     least_score: Annotated[float, "highest share, in [0, 1], below which no label is named"] = 0.5
     least_margin: Annotated[float, "lead over the second class below which no label is named"] = 0.2
-    strength: Annotated[float, "largest change of a channel's scale and bias, as a share of them"] = 0.4
+    strength: Annotated[
+        float, "largest change of a channel's scale and bias, as a share of them"
+    ] = 0.4
     copies: Annotated[int, "noisy copies of the model"] = 10
-    steps: Annotated[int, "ascent steps on the loss of clean images; 0 leaves the noise uniform"] = 1
+    steps: Annotated[
+        int, "ascent steps on the loss of clean images; 0 leaves the noise uniform"
+    ] = 1
     batch_size: Annotated[int, "images per step"] = 128
-    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = "auto"
+    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = (
+        "auto"
+    )
 
     def __post_init__(self) -> None:
         for name in ("least_score", "least_margin"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"neuron_noise.{name} must be in [0, 1], got {getattr(self, name):g}")
+                raise UserError(
+                    f"neuron_noise.{name} must be in [0, 1], got {getattr(self, name):g}"
+                )
         for name in ("strength", "copies", "batch_size"):
             if not getattr(self, name) > 0:
                 raise UserError(f"neuron_noise.{name} must be above 0, got {getattr(self, name):g}")
         if self.steps < 0:
             raise UserError(f"neuron_noise.steps must be 0 or more, got {self.steps}")
 
-    def score(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
+    def score(
+        self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator
+    ) -> Float[Tensor, "k"]:
         """Raises: UserError when the model has no neurons to disturb."""
         shares = torch.zeros(len(clean.classes))
         for _ in range(self.copies):
-            predicted = predict(self._disturbed(model, clean, rng), clean.images, precision=self.precision).argmax(1)
+            predicted = predict(
+                self._disturbed(model, clean, rng), clean.images, precision=self.precision
+            ).argmax(1)
             shares += class_shares(predicted, clean.labels, len(clean.classes))
         return shares / self.copies
 
     def _disturbed(self, model: nn.Module, clean: ImageSet, rng: torch.Generator) -> nn.Module:
-        """A copy whose BatchNorm scales and biases are changed by at most `strength` times themselves."""
+        """A copy whose BatchNorm scales and biases are changed by at most `strength` times
+        themselves.
+        """
         device = device_of(model)
         disturbed = copy.deepcopy(model).eval().requires_grad_(False)
-        free = [p for layer in maskable(disturbed).values() for p in (layer.weight, bias(layer)) if p is not None]
+        free = [
+            p
+            for layer in maskable(disturbed).values()
+            for p in (layer.weight, bias(layer))
+            if p is not None
+        ]
         centres, reaches = [p.clone() for p in free], [self.strength * p.abs() for p in free]
         for p, reach in zip(free, reaches):
             p += reach * (2 * torch.rand(p.shape, generator=rng) - 1).to(device)
@@ -72,6 +96,10 @@ class NeuronNoise(LabelDetector):
             with autocast(self.precision, device):
                 loss = F.cross_entropy(disturbed(images).float(), clean.labels[drawn].to(device))
             with torch.no_grad():
-                for p, g, centre, reach in zip(free, torch.autograd.grad(loss, free), centres, reaches):
-                    p.copy_((p + g.sign() * reach / self.steps).clamp(centre - reach, centre + reach))
+                for p, g, centre, reach in zip(
+                    free, torch.autograd.grad(loss, free), centres, reaches
+                ):
+                    p.copy_(
+                        (p + g.sign() * reach / self.steps).clamp(centre - reach, centre + reach)
+                    )
         return disturbed

@@ -19,14 +19,17 @@ from rnp.unlearn import Unlearn
 
 @dataclass(frozen=True, kw_only=True)
 class TriggerSurvival(LabelDetector):
-    """The score of a class is how abnormally small its trigger is, times what that trigger still adds in the unlearned model.
+    """The score of a class is how abnormally small its trigger is, times what that trigger still
+    adds in the unlearned model.
 
-    Every model has triggers for every class. One that is made of clean features loses its effect when those are unlearned,
-    that of a backdoor keeps it. The smallness is the anomaly index of Neural Cleanse, of the logarithm of the size and not
-    below 0: in a benign model the sizes of different classes lie as far apart as factors of five.
+    Every model has triggers for every class. One that is made of clean features loses its effect
+    when those are unlearned, that of a backdoor keeps it. The smallness is the anomaly index of
+    Neural Cleanse, of the logarithm of the size and not below 0: in a benign model the sizes of
+    different classes lie as far apart as factors of five.
 
-    Source: ours, from the finding of Li et al., ICML 2023, section 3, that unlearning clean images leaves the backdoor in place;
-    triggers and index as in Wang et al., S&P 2019, section IV, with its threshold of 2.
+    Source: ours, from the finding of Li et al., ICML 2023, section 3, that unlearning clean images
+    leaves the backdoor in place; triggers and index as in Wang et al., S&P 2019, section IV, with
+    its threshold of 2.
     """
 
     asks_unlearned: ClassVar[bool] = True
@@ -34,24 +37,41 @@ class TriggerSurvival(LabelDetector):
 
     least_score: Annotated[float, "highest score below which no label is named"] = 2.0
     least_margin: Annotated[float, "lead over the second class below which no label is named"] = 0.0
-    precision: Annotated[Precision, "arithmetic of the forward passes; auto takes bf16 where the hardware has it"] = "auto"
+    precision: Annotated[
+        Precision, "arithmetic of the forward passes; auto takes bf16 where the hardware has it"
+    ] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("least_score", "least_margin"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be 0 or more, got {getattr(self, name):g}")
 
-    def score(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
+    def score(
+        self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator
+    ) -> Float[Tensor, "k"]:
         """With triggers and an unlearned copy by the default settings, which draw at random."""
         found = NeuralCleanse().recover(model, clean, rng=rng)
-        return self.from_triggers(found, Unlearn(to_collapse=False)(model, clean, rng=rng).model, clean)
+        return self.from_triggers(
+            found, Unlearn(to_collapse=False)(model, clean, rng=rng).model, clean
+        )
 
-    def judge(self, evidence: Evidence, clean: ImageSet, *, rng: torch.Generator) -> Float[Tensor, "k"]:
+    def judge(
+        self, evidence: Evidence, clean: ImageSet, *, rng: torch.Generator
+    ) -> Float[Tensor, "k"]:
         return self.from_triggers(evidence.triggers, evidence.unlearned, clean)
 
-    def from_triggers(self, triggers: list[RecoveredTrigger], unlearned: nn.Module, clean: ImageSet) -> Float[Tensor, "k"]:
-        """The same score from triggers of the given model, one per class in order, and its unlearned copy."""
+    def from_triggers(
+        self, triggers: list[RecoveredTrigger], unlearned: nn.Module, clean: ImageSet
+    ) -> Float[Tensor, "k"]:
+        """The same score from triggers of the given model, one per class in order, and its
+        unlearned copy.
+        """
         before = predict(unlearned, clean.images, precision=self.precision).argmax(1)
-        gains = [tried(each.label, each.mask, each.pattern, unlearned, clean, before, self.precision).gain for each in triggers]
+        gains = [
+            tried(
+                each.label, each.mask, each.pattern, unlearned, clean, before, self.precision
+            ).gain
+            for each in triggers
+        ]
         smallness = anomaly_index(torch.tensor([each.size for each in triggers]).log())
         return smallness.clamp_min(0) * torch.tensor(gains).clamp_min(0)

@@ -1,4 +1,6 @@
-"""Activation Clustering: the images of a class fall into two groups, and the defender's clean ones lie in one of them."""
+"""Activation Clustering: the images of a class fall into two groups, and the defender's clean ones
+lie in one of them.
+"""
 
 from __future__ import annotations
 
@@ -16,42 +18,68 @@ from rnp.types import Bytes, ImageSet
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationClustering(SampleDetector):
-    """How much larger a group is among the scored images than among clean ones, in [-1, 1]; one score per group.
+    """How much larger a group is among the scored images than among clean ones, in [-1, 1]; one
+    score per group.
 
-    This judges a set, as one filters a training set: scores depend on which images are scored together, and a class with
-    few images says little. Drawn at random: the starts of the clustering.
+    This judges a set, as one filters a training set: scores depend on which images are scored
+    together, and a class with few images says little. Drawn at random: the starts of the
+    clustering.
 
-    Source: Chen et al., SafeAI 2019, arXiv 1811.03728, with its 10 components and its comparison of sizes.
-    Differs: PCA instead of ICA, which need not converge. Classes are those predicted, not those of the training set. Clean
-    images are clustered along and sizes compared with theirs, since the smaller group is the clean one where most images
-    of a class are triggered: with 10 % of CIFAR-10 poisoned they are more than half.
+    Source: Chen et al., SafeAI 2019, arXiv 1811.03728, with its 10 components and its comparison
+    of sizes.
+    Differs: PCA instead of ICA, which need not converge. Classes are those predicted, not those of
+    the training set. Clean images are clustered along and sizes compared with theirs, since the
+    smaller group is the clean one where most images of a class are triggered: with 10 % of
+    CIFAR-10 poisoned they are more than half.
     """
 
-    components: Annotated[int, "principal components of the features in which images are clustered"] = 10
+    components: Annotated[
+        int, "principal components of the features in which images are clustered"
+    ] = 10
 
     def __post_init__(self) -> None:
         if self.components < 1:
-            raise UserError(f"activation_clustering.components must be at least 1, got {self.components}")
+            raise UserError(
+                f"activation_clustering.components must be at least 1, got {self.components}"
+            )
 
-    def score(self, model: nn.Module, images: Bytes, clean: ImageSet, *, rng: torch.Generator,
-              unlearned: nn.Module | None = None) -> Float[Tensor, "n"]:
+    def score(
+        self,
+        model: nn.Module,
+        images: Bytes,
+        clean: ImageSet,
+        *,
+        rng: torch.Generator,
+        unlearned: nn.Module | None = None,
+    ) -> Float[Tensor, "n"]:
         seed = int(torch.randint(2**31, (), generator=rng))
-        (seen, predicted), (known, known_predicted) = embed(model, images), embed(model, clean.images)
+        (seen, predicted), (known, known_predicted) = (
+            embed(model, images),
+            embed(model, clean.images),
+        )
         scores = torch.zeros(len(images))
         for label in predicted.unique():
             here = predicted == label
             scores[here] = self._excess(seen[here], known[known_predicted == label], seed)
         return scores
 
-    def _excess(self, seen: Float[Tensor, "n d"], known: Float[Tensor, "m d"], seed: int) -> Float[Tensor, "n"]:
+    def _excess(
+        self, seen: Float[Tensor, "n d"], known: Float[Tensor, "m d"], seed: int
+    ) -> Float[Tensor, "n"]:
         from sklearn.cluster import KMeans
         from sklearn.decomposition import PCA
 
         both = torch.cat([seen, known])
         if len(both.unique(dim=0)) < 2:
             return torch.zeros(len(seen))
-        points = PCA(min(self.components, *both.shape), svd_solver="full").fit_transform(both.numpy())
-        groups = torch.from_numpy(KMeans(2, n_init=10, random_state=seed).fit_predict(points)).long()
-        among_seen, among_known = (torch.bincount(part, minlength=2) / max(len(part), 1)  # [2], shares of each group
-                                   for part in (groups[: len(seen)], groups[len(seen) :]))
+        points = PCA(min(self.components, *both.shape), svd_solver="full").fit_transform(
+            both.numpy()
+        )
+        groups = torch.from_numpy(
+            KMeans(2, n_init=10, random_state=seed).fit_predict(points)
+        ).long()
+        among_seen, among_known = (
+            torch.bincount(part, minlength=2) / max(len(part), 1)  # [2], shares of each group
+            for part in (groups[: len(seen)], groups[len(seen) :])
+        )
         return ((among_seen - among_known) / (among_seen + among_known))[groups[: len(seen)]]

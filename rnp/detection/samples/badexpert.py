@@ -1,4 +1,6 @@
-"""BaDExpert: a copy tuned on wrong labels forgets what clean images are, but not what the trigger means."""
+"""BaDExpert: a copy tuned on wrong labels forgets what clean images are, but not what the trigger
+means.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +23,28 @@ from rnp.types import Bytes, ImageSet
 
 @dataclass(frozen=True, kw_only=True)
 class BaDExpert(SampleDetector):
-    """Log confidence of the tuned copy, the expert, in what the original predicts, minus that of the original; in nats.
+    """Log confidence of the tuned copy, the expert, in what the original predicts, minus that of
+    the original; in nats.
 
-    The expert is made anew by each call, the same one for the same `rng`. Drawn at random: the wrong labels, the order
-    and the augmentation of the images.
+    The expert is made anew by each call, the same one for the same `rng`. Drawn at random: the
+    wrong labels, the order and the augmentation of the images.
 
-    Source: Xie et al., ICLR 2024, arXiv 2308.12439: the expert and the ratio of the two confidences.
-    Differs: tuning ends at an accuracy, not after one pass, since 500 images make few steps; BatchNorm stays on its running
-    statistics, which costs fewer false alarms in the target class; no second copy is tuned on the right labels.
+    Source: Xie et al., ICLR 2024, arXiv 2308.12439: the expert and the ratio of the two
+    confidences.
+    Differs: tuning ends at an accuracy, not after one pass, since 500 images make few steps;
+    BatchNorm stays on its running statistics, which costs fewer false alarms in the target class;
+    no second copy is tuned on the right labels.
     """
 
     lr: Annotated[float, "learning rate of Adam"] = 1e-4
     batch_size: Annotated[int, "images per step"] = 64
     epochs: Annotated[int, "passes over the clean images, at most"] = 20
-    stop_accuracy: Annotated[float, "accuracy on the clean images at which the copy is an expert"] = 0.2
-    precision: Annotated[Precision, "arithmetic of the tuning; auto takes bf16 where the hardware has it"] = "auto"
+    stop_accuracy: Annotated[
+        float, "accuracy on the clean images at which the copy is an expert"
+    ] = 0.2
+    precision: Annotated[
+        Precision, "arithmetic of the tuning; auto takes bf16 where the hardware has it"
+    ] = "auto"
     augment: Augment = Augment()
 
     def __post_init__(self) -> None:
@@ -43,18 +52,38 @@ class BaDExpert(SampleDetector):
             if not getattr(self, name) > 0:
                 raise UserError(f"badexpert.{name} must be above 0, got {getattr(self, name):g}")
         if not 0 < self.stop_accuracy < 1:
-            raise UserError(f"badexpert.stop_accuracy must be in (0, 1), got {self.stop_accuracy:g}; it is a fraction")
+            raise UserError(
+                f"badexpert.stop_accuracy must be in (0, 1), got {self.stop_accuracy:g}; it is a"
+                " fraction"
+            )
 
-    def score(self, model: nn.Module, images: Bytes, clean: ImageSet, *, rng: torch.Generator,
-              unlearned: nn.Module | None = None) -> Float[Tensor, "n"]:
+    def score(
+        self,
+        model: nn.Module,
+        images: Bytes,
+        clean: ImageSet,
+        *,
+        rng: torch.Generator,
+        unlearned: nn.Module | None = None,
+    ) -> Float[Tensor, "n"]:
         return log_ratio(self._expert(model, clean, rng), model, images)
 
     def _expert(self, model: nn.Module, clean: ImageSet, rng: torch.Generator) -> nn.Module:
         k = len(clean.classes)
         wrong = (clean.labels + torch.randint(1, k, clean.labels.shape, generator=rng)) % k
         expert = freeze_statistics(copy.deepcopy(model), frozen=True)
-        fit(expert, ImageSet(clean.images, wrong, clean.classes), objective=cross_entropy(expert),
-            optimiser=torch.optim.Adam(expert.parameters(), lr=self.lr), epochs=self.epochs, batch_size=self.batch_size,
-            rng=rng, augment=self.augment, precision=self.precision,
-            stop_epoch=lambda _: accuracy(expert, clean, precision=self.precision) <= self.stop_accuracy)
+        fit(
+            expert,
+            ImageSet(clean.images, wrong, clean.classes),
+            objective=cross_entropy(expert),
+            optimiser=torch.optim.Adam(expert.parameters(), lr=self.lr),
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            rng=rng,
+            augment=self.augment,
+            precision=self.precision,
+            stop_epoch=lambda _: (
+                accuracy(expert, clean, precision=self.precision) <= self.stop_accuracy
+            ),
+        )
         return expert

@@ -17,16 +17,24 @@ from rnp.types import Bytes, ImageSet
 class Confidence(SampleDetector):
     """The confidence of the unlearned model in what the original predicts.
 
-    After the collapse clean images of the backdoor's label score as high as triggered ones, and later all images do:
-    take the checkpoint at an accuracy of .2 to .5.
+    After the collapse clean images of the backdoor's label score as high as triggered ones, and
+    later all images do: take the checkpoint at an accuracy of .2 to .5.
 
-    Source: Li et al., ICML 2023, for the idea; the paper's exact score could not be read, this one is ours.
+    Source: Li et al., ICML 2023, for the idea; the paper's exact score could not be read, this one
+    is ours.
     """
 
     asks_unlearned = True
 
-    def score(self, model: nn.Module, images: Bytes, clean: ImageSet, *, rng: torch.Generator,
-              unlearned: nn.Module | None = None) -> Float[Tensor, "n"]:
+    def score(
+        self,
+        model: nn.Module,
+        images: Bytes,
+        clean: ImageSet,
+        *,
+        rng: torch.Generator,
+        unlearned: nn.Module | None = None,
+    ) -> Float[Tensor, "n"]:
         unlearned = self.needed(unlearned)
         predicted = predict(model, images).argmax(1, keepdim=True)
         return predict(unlearned, images).softmax(1).gather(1, predicted).squeeze(1)

@@ -1,4 +1,6 @@
-"""Triggered images reach their class by another way than clean ones: their features lie off the clean images of that class."""
+"""Triggered images reach their class by another way than clean ones: their features lie off the
+clean images of that class.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +16,38 @@ from rnp.types import Bytes, ImageSet, Labels
 
 @dataclass(frozen=True, kw_only=True)
 class Mahalanobis(SampleDetector):
-    """Squared Mahalanobis distance of an image's features from those of the clean images that are taken for the same class.
+    """Squared Mahalanobis distance of an image's features from those of the clean images that are
+    taken for the same class.
 
     Each image is judged by itself, whatever is scored beside it. Nothing is random.
 
-    Source: Lee et al., NeurIPS 2018, arXiv 1807.03888, section 2.1, for images from elsewhere; here triggered ones are those.
-    Differs: the penultimate layer alone and no noise on the input. The classes are those predicted. The covariance, which all
-    classes share, is shrunk (Ledoit and Wolf, 2004), since the defender has fewer images than such a layer has features.
+    Source: Lee et al., NeurIPS 2018, arXiv 1807.03888, section 2.1, for images from elsewhere;
+    here triggered ones are those.
+    Differs: the penultimate layer alone and no noise on the input. The classes are those
+    predicted. The covariance, which all classes share, is shrunk (Ledoit and Wolf, 2004), since
+    the defender has fewer images than such a layer has features.
     """
 
-    def score(self, model: nn.Module, images: Bytes, clean: ImageSet, *, rng: torch.Generator,
-              unlearned: nn.Module | None = None) -> Float[Tensor, "n"]:
+    def score(
+        self,
+        model: nn.Module,
+        images: Bytes,
+        clean: ImageSet,
+        *,
+        rng: torch.Generator,
+        unlearned: nn.Module | None = None,
+    ) -> Float[Tensor, "n"]:
         return distances(*embed(model, images), *embed(model, clean.images))
 
 
-def distances(seen: Float[Tensor, "n d"], predicted: Labels, known: Float[Tensor, "m d"],
-              known_predicted: Int64[Tensor, "m"]) -> Float[Tensor, "n"]:
-    """Squared Mahalanobis distances of `seen` from the mean of those of `known` that are predicted alike.
+def distances(
+    seen: Float[Tensor, "n d"],
+    predicted: Labels,
+    known: Float[Tensor, "m d"],
+    known_predicted: Int64[Tensor, "m"],
+) -> Float[Tensor, "n"]:
+    """Squared Mahalanobis distances of `seen` from the mean of those of `known` that are predicted
+    alike.
 
     Where there are none the mean of all of `known` stands in.
     """

@@ -1,4 +1,6 @@
-"""A triggered image keeps its prediction all along the unlearning, a clean one only for a part of the way."""
+"""A triggered image keeps its prediction all along the unlearning, a clean one only for a part of
+the way.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,14 @@ from rnp.detection.samples.confidence import Confidence
 
 @dataclass(frozen=True, kw_only=True)
 class MeanConfidence(Confidence):
-    """The score of `confidence`, averaged over the checkpoints of the unlearning; which those are is up to who asks.
+    """The score of `confidence`, averaged over the checkpoints of the unlearning; which those are
+    is up to who asks.
 
-    A single checkpoint is a matter of luck: at a high accuracy clean images are still sure, after the collapse those of the
-    backdoor's label are.
+    A single checkpoint is a matter of luck: at a high accuracy clean images are still sure, after
+    the collapse those of the backdoor's label are.
 
-    Source: Li et al., ICML 2023, for the idea; the paper's exact score could not be read, this one is ours.
+    Source: Li et al., ICML 2023, for the idea; the paper's exact score could not be read, this one
+    is ours.
     """
 
     asks_average = True

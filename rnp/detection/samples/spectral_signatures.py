@@ -1,4 +1,6 @@
-"""Spectral Signatures: the features of triggered images stand out along the direction in which their class varies most."""
+"""Spectral Signatures: the features of triggered images stand out along the direction in which
+their class varies most.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,29 @@ from rnp.types import Bytes, ImageSet
 class SpectralSignatures(SampleDetector):
     """Squared projection of an image's features on the first principal direction of its class.
 
-    This judges a set, as one filters a training set: scores depend on which images are scored together, through that
-    direction. Nothing is random.
+    This judges a set, as one filters a training set: scores depend on which images are scored
+    together, through that direction. Nothing is random.
 
     Source: Tran et al., NeurIPS 2018, arXiv 1811.00636, Algorithm 1.
-    Differs: classes are those predicted, not those of the training set. Features are centred on the defender's clean images
-    of the class, not on those scored: the own mean lies among the triggered images where these are the majority, and
-    clean ones then stand out. A class that no clean image is taken for is centred on its own mean.
+    Differs: classes are those predicted, not those of the training set. Features are centred on
+    the defender's clean images of the class, not on those scored: the own mean lies among the
+    triggered images where these are the majority, and clean ones then stand out. A class that no
+    clean image is taken for is centred on its own mean.
     """
 
-    def score(self, model: nn.Module, images: Bytes, clean: ImageSet, *, rng: torch.Generator,
-              unlearned: nn.Module | None = None) -> Float[Tensor, "n"]:
-        (seen, predicted), (known, known_predicted) = embed(model, images), embed(model, clean.images)
+    def score(
+        self,
+        model: nn.Module,
+        images: Bytes,
+        clean: ImageSet,
+        *,
+        rng: torch.Generator,
+        unlearned: nn.Module | None = None,
+    ) -> Float[Tensor, "n"]:
+        (seen, predicted), (known, known_predicted) = (
+            embed(model, images),
+            embed(model, clean.images),
+        )
         scores = torch.zeros(len(images))
         for label in predicted.unique():
             here = predicted == label
@@ -36,7 +49,9 @@ class SpectralSignatures(SampleDetector):
 
 
 def projections(seen: Float[Tensor, "n d"], known: Float[Tensor, "m d"]) -> Float[Tensor, "n"]:
-    """Squared, on the direction of the largest second moment of `seen` around the mean of `known`."""
+    """Squared, on the direction of the largest second moment of `seen` around the mean of
+    `known`.
+    """
     centred = seen - (known if len(known) else seen).mean(0)
     first = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]
     return (centred @ first).square()

@@ -12,39 +12,58 @@ from torch import Tensor, nn
 from rnp.detection.base import SampleDetector
 from rnp.errors import UserError
 from rnp.training import Precision, eval_batches, predict
-from rnp.types import Bytes, ImageSet, Images, Logits, to_floats
+from rnp.types import Bytes, Images, ImageSet, Logits, to_floats
 
 EPS = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strip(SampleDetector):
-    """Minus the mean entropy, in bits, of the predictions for half-and-half blends with clean images.
+    """Minus the mean entropy, in bits, of the predictions for half-and-half blends with clean
+    images.
 
-    Drawn at random: the clean images, the same for all scored ones, so that no score depends on its neighbours.
+    Drawn at random: the clean images, the same for all scored ones, so that no score depends on
+    its neighbours.
 
     Source: Gao et al., ACSAC 2019, arXiv 1902.06531.
-    Differs: the weights of a blend add up to 1, where public code adds images at full strength; a small constant in
-    the logarithm keeps saturated predictions from becoming NaN.
+    Differs: the weights of a blend add up to 1, where public code adds images at full strength; a
+    small constant in the logarithm keeps saturated predictions from becoming NaN.
     """
 
     overlays: Annotated[int, "clean images that are blended into each scored image"] = 32
-    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = "auto"
+    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = (
+        "auto"
+    )
 
     def __post_init__(self) -> None:
         if self.overlays < 1:
             raise UserError(f"overlays must be at least 1, got {self.overlays}")
 
-    def score(self, model: nn.Module, images: Bytes, clean: ImageSet, *, rng: torch.Generator,
-              unlearned: nn.Module | None = None) -> Float[Tensor, "n"]:
+    def score(
+        self,
+        model: nn.Module,
+        images: Bytes,
+        clean: ImageSet,
+        *,
+        rng: torch.Generator,
+        unlearned: nn.Module | None = None,
+    ) -> Float[Tensor, "n"]:
         drawn = torch.randint(len(clean), (self.overlays,), generator=rng)
         overlays = to_floats(clean.images[drawn])  # [m, c, h, w]
         parts = eval_batches(images)
-        return torch.cat([-self._entropies(model, to_floats(part), overlays).mean(0) for part in parts])
+        return torch.cat(
+            [-self._entropies(model, to_floats(part), overlays).mean(0) for part in parts]
+        )
 
-    def _entropies(self, model: nn.Module, images: Images, overlays: Float[Tensor, "m c h w"]) -> Float[Tensor, "m n"]:
-        return torch.stack([entropy(predict(model, images.lerp(overlay, 0.5), precision=self.precision))
-                            for overlay in overlays])
+    def _entropies(
+        self, model: nn.Module, images: Images, overlays: Float[Tensor, "m c h w"]
+    ) -> Float[Tensor, "m n"]:
+        return torch.stack(
+            [
+                entropy(predict(model, images.lerp(overlay, 0.5), precision=self.precision))
+                for overlay in overlays
+            ]
+        )
 
 
 def entropy(logits: Logits) -> Float[Tensor, "n"]:

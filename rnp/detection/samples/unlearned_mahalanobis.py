@@ -1,4 +1,6 @@
-"""The unlearned model answers a triggered image unlike any clean one, too surely or in another way."""
+"""The unlearned model answers a triggered image unlike any clean one, too surely or in another
+way.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +18,34 @@ from rnp.types import Bytes, ImageSet
 
 @dataclass(frozen=True, kw_only=True)
 class UnlearnedMahalanobis(SampleDetector):
-    """Squared Mahalanobis distance of the unlearned model's log probabilities from those of clean images that the given model takes
-    for the same class; the probabilities are means over the checkpoints of the unlearning.
+    """Squared Mahalanobis distance of the unlearned model's log probabilities from those of clean
+    images that the given model takes for the same class; the probabilities are means over the
+    checkpoints of the unlearning.
 
-    `confidence` expects that the backdoor outlives the unlearning. Where it goes first, triggered images lose their prediction
-    faster than clean ones; this finds them in both cases, and does not mistake the clean images of the target class for triggered
-    ones, since it compares within the class. Nothing is random.
+    `confidence` expects that the backdoor outlives the unlearning. Where it goes first, triggered
+    images lose their prediction faster than clean ones; this finds them in both cases, and does
+    not mistake the clean images of the target class for triggered ones, since it compares within
+    the class. Nothing is random.
 
-    Source: Li et al., ICML 2023, for the idea of asking the unlearned model; Lee et al., NeurIPS 2018, section 2.1, for the distance.
+    Source: Li et al., ICML 2023, for the idea of asking the unlearned model; Lee et al., NeurIPS
+    2018, section 2.1, for the distance.
     """
 
     asks_unlearned = True
     asks_average = True
 
-    def score(self, model: nn.Module, images: Bytes, clean: ImageSet, *, rng: torch.Generator,
-              unlearned: nn.Module | None = None) -> Float[Tensor, "n"]:
+    def score(
+        self,
+        model: nn.Module,
+        images: Bytes,
+        clean: ImageSet,
+        *,
+        rng: torch.Generator,
+        unlearned: nn.Module | None = None,
+    ) -> Float[Tensor, "n"]:
         unlearned = self.needed(unlearned)
         (seen, predicted), (known, known_predicted) = (
-            (predict(unlearned, each).log_softmax(1), predict(model, each).argmax(1)) for each in (images, clean.images))
+            (predict(unlearned, each).log_softmax(1), predict(model, each).argmax(1))
+            for each in (images, clean.images)
+        )
         return distances(seen, predicted, known, known_predicted)

@@ -1,4 +1,6 @@
-"""The confidence in a prediction falls less for triggered images than for clean ones when the model is unlearned."""
+"""The confidence in a prediction falls less for triggered images than for clean ones when the
+model is unlearned.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +17,35 @@ from rnp.types import Bytes, ImageSet
 
 @dataclass(frozen=True, kw_only=True)
 class UnlearnedRatio(SampleDetector):
-    """Log confidence of the unlearned model in what the original predicts, minus that of the original; in nats.
+    """Log confidence of the unlearned model in what the original predicts, minus that of the
+    original; in nats.
 
-    `confidence` asks what is left, this asks which share of it. Clean images of which the original was not sure have
-    little to lose and score high. The caveat on the checkpoint is that of `confidence`.
+    `confidence` asks what is left, this asks which share of it. Clean images of which the original
+    was not sure have little to lose and score high. The caveat on the checkpoint is that of
+    `confidence`.
 
-    Source: Li et al., ICML 2023, for the idea; the paper's exact score could not be read, this one is ours.
+    Source: Li et al., ICML 2023, for the idea; the paper's exact score could not be read, this one
+    is ours.
     """
 
     asks_unlearned = True
 
-    def score(self, model: nn.Module, images: Bytes, clean: ImageSet, *, rng: torch.Generator,
-              unlearned: nn.Module | None = None) -> Float[Tensor, "n"]:
+    def score(
+        self,
+        model: nn.Module,
+        images: Bytes,
+        clean: ImageSet,
+        *,
+        rng: torch.Generator,
+        unlearned: nn.Module | None = None,
+    ) -> Float[Tensor, "n"]:
         return log_ratio(self.needed(unlearned), model, images)
 
 
 def log_ratio(changed: nn.Module, model: nn.Module, images: Bytes) -> Float[Tensor, "n"]:
     """Log confidence of `changed` in the predictions of `model`, minus that of `model`."""
     before, predicted = predict(model, images).log_softmax(1).max(1)
-    return predict(changed, images).log_softmax(1).gather(1, predicted.unsqueeze(1)).squeeze(1) - before
+    return (
+        predict(changed, images).log_softmax(1).gather(1, predicted.unsqueeze(1)).squeeze(1)
+        - before
+    )

@@ -1,4 +1,6 @@
-"""Neural Cleanse: the smallest mask and pattern that send all images to a label, for all labels at once."""
+"""Neural Cleanse: the smallest mask and pattern that send all images to a label, for all labels at
+once.
+"""
 
 from __future__ import annotations
 
@@ -20,25 +22,33 @@ from rnp.types import ImageSet, Indices, to_floats
 
 @dataclass(frozen=True, kw_only=True)
 class NeuralCleanse(TriggerRecovery):
-    """The mask that is kept is the smallest of many that passed, so its success on all images lies some points lower.
+    """The mask that is kept is the smallest of many that passed, so its success on all images lies
+    some points lower.
 
     Drawn at random: the images of each step.
 
-    Source: Wang et al., S&P 2019, section IV; optimiser and factors on the cost as in backdoor-toolbox.
-    Differs: all labels share each forward pass, every one with a mask, a cost and a success of its own. Single batches
-    move the cost, not epochs. A label is optimised on the images that the model does not send there already, so that
-    success is success over the baseline: an unlearned model, which sends most images to its label, would else be
-    content with an empty mask.
+    Source: Wang et al., S&P 2019, section IV; optimiser and factors on the cost as in
+    backdoor-toolbox.
+    Differs: all labels share each forward pass, every one with a mask, a cost and a success of its
+    own. Single batches move the cost, not epochs. A label is optimised on the images that the
+    model does not send there already, so that success is success over the baseline: an unlearned
+    model, which sends most images to its label, would else be content with an empty mask.
     """
 
     steps: Annotated[int, "optimisation steps"] = 300
     batch_size: Annotated[int, "images per label and step"] = 16
     lr: Annotated[float, "learning rate of Adam, for mask and pattern"] = 0.1
     init_cost: Annotated[float, "weight of the mask's size at the start"] = 1e-3
-    multiplier: Annotated[float, "factor that raises that weight; it is lowered by the power of 1.5 of it"] = 1.5
+    multiplier: Annotated[
+        float, "factor that raises that weight; it is lowered by the power of 1.5 of it"
+    ] = 1.5
     success: Annotated[float, "share of a batch that must reach the label"] = 0.99
-    patience: Annotated[int, "successes in a row that prove a mask and raise the weight, failures that lower it"] = 10
-    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = "auto"
+    patience: Annotated[
+        int, "successes in a row that prove a mask and raise the weight, failures that lower it"
+    ] = 10
+    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = (
+        "auto"
+    )
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "lr", "init_cost", "patience"):
@@ -49,41 +59,66 @@ class NeuralCleanse(TriggerRecovery):
         if self.multiplier <= 1:
             raise UserError(f"multiplier must be above 1, got {self.multiplier:g}")
 
-    def recover(self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> list[RecoveredTrigger]:
+    def recover(
+        self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator
+    ) -> list[RecoveredTrigger]:
         return self.recover_for(range(len(clean.classes)), model, clean, rng=rng)
 
-    def recover_for(self, labels: Sequence[int], model: nn.Module, clean: ImageSet, *, rng: torch.Generator) -> list[RecoveredTrigger]:
+    def recover_for(
+        self, labels: Sequence[int], model: nn.Module, clean: ImageSet, *, rng: torch.Generator
+    ) -> list[RecoveredTrigger]:
         """The triggers of some labels alone; one costs a k-th of all."""
         classes = torch.tensor(labels).unsqueeze(1)  # [k, 1]
         other = clean.labels != classes  # [k, n]
         before = predict(model, clean.images, precision=self.precision).argmax(1)  # [n]
-        masks, patterns = self._search(model, clean, other & (before != classes), classes.squeeze(1), rng)
-        return [tried(*found, model, clean, before, self.precision) for found in zip(labels, masks, patterns)]
+        masks, patterns = self._search(
+            model, clean, other & (before != classes), classes.squeeze(1), rng
+        )
+        return [
+            tried(*found, model, clean, before, self.precision)
+            for found in zip(labels, masks, patterns)
+        ]
 
-    def _search(self, model: nn.Module, clean: ImageSet, pool: Bool[Tensor, "k n"], labels: Indices,
-                rng: torch.Generator) -> tuple[Float[Tensor, "k h w"], Float[Tensor, "k c h w"]]:
-        """For each of the k labels its smallest mask proven on images of the `pool`, else the last one, and its pattern."""
+    def _search(
+        self,
+        model: nn.Module,
+        clean: ImageSet,
+        pool: Bool[Tensor, "k n"],
+        labels: Indices,
+        rng: torch.Generator,
+    ) -> tuple[Float[Tensor, "k h w"], Float[Tensor, "k c h w"]]:
+        """For each of the k labels its smallest mask proven on images of the `pool`, else the last
+        one, and its pattern.
+        """
         device, k, (c, h, w) = device_of(model), len(pool), clean.shape
         network = copy.deepcopy(model).eval().requires_grad_(False)
         sizes = pool.sum(1, keepdim=True)  # [k, 1]
-        order = pool.int().argsort(dim=1, descending=True, stable=True)  # [k, n], positions in the pool first
+        order = pool.int().argsort(
+            dim=1, descending=True, stable=True
+        )  # [k, n], positions in the pool first
         targets = labels.to(device).repeat_interleave(self.batch_size)
         raw_masks = torch.zeros(k, 1, h, w, device=device, requires_grad=True)
         raw_patterns = torch.zeros(k, c, h, w, device=device, requires_grad=True)
         optimiser = torch.optim.Adam([raw_masks, raw_patterns], lr=self.lr, betas=(0.5, 0.9))
         cost = torch.full((k,), self.init_cost, device=device)
-        streak = torch.zeros(k, dtype=torch.int64, device=device)  # successes in a row; failures count below 0
+        streak = torch.zeros(
+            k, dtype=torch.int64, device=device
+        )  # successes in a row; failures count below 0
         smallest = torch.full((k,), float("inf"), device=device)  # area of the smallest proven mask
         kept_masks, kept_patterns = torch.zeros_like(raw_masks), torch.zeros_like(raw_patterns)
         for _ in range(self.steps):
             ranks = (torch.rand(k, self.batch_size, generator=rng) * sizes).long()
             images = to_floats(clean.images[order.gather(1, ranks)].to(device))  # [k, b, c, h, w]
             masks, patterns = (raw_masks.tanh() + 1) / 2, (raw_patterns.tanh() + 1) / 2
-            stamped = stamp(images, masks.unsqueeze(1), patterns.unsqueeze(1)).flatten(0, 1)  # [k*b, c, h, w]
+            stamped = stamp(images, masks.unsqueeze(1), patterns.unsqueeze(1)).flatten(
+                0, 1
+            )  # [k*b, c, h, w]
             with autocast(self.precision, device):
                 logits = network(stamped).float()
             areas = masks.sum((1, 2, 3))
-            loss = F.cross_entropy(logits, targets, reduction="sum") / self.batch_size + cost @ areas
+            loss = (
+                F.cross_entropy(logits, targets, reduction="sum") / self.batch_size + cost @ areas
+            )
             optimiser.zero_grad()
             loss.backward()
 
