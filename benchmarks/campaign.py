@@ -26,16 +26,16 @@ import yaml
 
 from benchmarks.parcel import MIB, pack, unpack
 from benchmarks.pipeline import parameters, stages
-from benchmarks.process import MINUTE, ROOT, ended
-from rnp.cli.check import read_params
-from rnp.cli.configurations import PARAMS
-from rnp.cli.sweep import claimed, interruptible
-from rnp.cli.workers import MARK, end
+from benchmarks.subprocesses import MINUTE, ROOT, ended
 from rnp.errors import UserError
-from rnp.io import whole, write_text
-from rnp.origin import origin
+from rnp.io.files import atomic_write, write_text
+from rnp.params.read import read_params
+from rnp.reporting.provenance import provenance
+from rnp.sweep.grid import PARAMS
+from rnp.sweep.run import exclusive_folder, interruptible
+from rnp.sweep.runners import ENV_MARKER, terminate_tree
 
-COMMON, SHARED = ("prepare", "twin"), "shared"
+COMMON, SHARED = ("prepare", "benign"), "shared"
 """The stages that run once for all attacks, and the folder in which they do."""
 KEPT = (PARAMS, "data/triggered/attack.json", "reports/**/*.json", "reports/**/*.csv", "logs/*")
 
@@ -65,7 +65,7 @@ class Task:
         return self.folder / "logs" / f"{self.stage}.log"
 
     def start(self, env: dict[str, str]) -> subprocess.Popen[bytes]:
-        own = {"DVC_STAGE": self.stage, MARK: str(self.folder)}
+        own = {"DVC_STAGE": self.stage, ENV_MARKER: str(self.folder)}
         self.log.parent.mkdir(exist_ok=True)
         with self.log.open("wb") as log:
             return subprocess.Popen(
@@ -82,12 +82,12 @@ class Task:
 def plan(work: Path, configurations: dict[str, dict], pipeline: dict) -> list[Task]:
     """Make a folder for each of the `configurations`, of which one is `SHARED`; their tasks.
 
-    Raises: UserError when a folder was made with other parameters, the choice of defences aside.
+    Raises: UserError when a folder was made with other parameters, the choice of defenses aside.
     """
     for name, params in configurations.items():
         file = work / name / PARAMS
         before = read_params(file) if file.exists() else params
-        if besides_defences(before) != besides_defences(params):
+        if besides_defenses(before) != besides_defenses(params):
             raise UserError(f"{file.parent} was made with other parameters; name another folder")
         if before != params:
             ended(file.parent, "evaluate").unlink(missing_ok=True)
@@ -109,8 +109,8 @@ def plan(work: Path, configurations: dict[str, dict], pipeline: dict) -> list[Ta
     return tasks
 
 
-def besides_defences(params: dict) -> dict:
-    return params | {"defences": {}, "evaluate": params["evaluate"] | {"defences": []}}
+def besides_defenses(params: dict) -> dict:
+    return params | {"defenses": {}, "evaluate": params["evaluate"] | {"defenses": []}}
 
 
 def touch(deps: Sequence[str], outs: Sequence[str]) -> bool:
@@ -164,15 +164,15 @@ def work_off(
 
 def run(options: argparse.Namespace) -> list[Task]:
     """The tasks that are left. Raises: UserError for parameters that no stage takes."""
-    say(", ".join(origin().values()))
-    attacks, defences = options.attacks.split(","), options.defences.split(",")
+    say(", ".join(provenance().values()))
+    attacks, defenses = options.attacks.split(","), options.defenses.split(",")
 
     def make(attack):
         return parameters(
             options.preset,
             seed=options.seed,
             attack=attack,
-            defences=defences,
+            defenses=defenses,
             changes=options.changes,
         )
 
@@ -186,19 +186,19 @@ def run(options: argparse.Namespace) -> list[Task]:
     }
     pipeline = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     work, seconds = options.work.resolve(), options.minutes * MINUTE
-    with claimed(work), interruptible():
+    with exclusive_folder(work), interruptible():
         tasks = plan(work, configurations, pipeline)
         say(f"{sum(not task.done for task in tasks)} of {len(tasks)} stages to run")
         try:
             return work_off(tasks, workers=options.workers, seconds=seconds, env=env)
         finally:
-            end(work)
+            terminate_tree(work)
 
 
 def collect(work: Path, out: Path) -> None:
     """Write OUT/campaign.tar.gz: parameters, reports and logs; no weights, no pictures."""
     file = out / "campaign.tar.gz"
-    with whole(file) as draft, tarfile.open(draft, "w:gz", dereference=True) as tar:
+    with atomic_write(file) as draft, tarfile.open(draft, "w:gz", dereference=True) as tar:
         for folder in sorted(path.parent for path in work.glob(f"*/{PARAMS}")):
             for pattern in KEPT:
                 for name in sorted(glob.glob(pattern, root_dir=folder, recursive=True)):
@@ -225,7 +225,7 @@ def main() -> None:
     add("--preset", default="cifar10")
     add("--seed", type=int, default=0)
     add("--attacks", required=True, help="names with commas between; the first have precedence")
-    add("--defences", default="guided,ft,anp", help="names with commas between")
+    add("--defenses", default="rnp_ft,ft,anp", help="names with commas between")
     add("--workers", type=int, default=6, help="stages at a time")
     add("--minutes", type=float, default=9.0, help="what runs after them is ended")
     add("-S", "--set", action="append", default=[], dest="changes", metavar="NAME=VALUE")

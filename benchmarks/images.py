@@ -2,7 +2,7 @@
 [N] [SIDE]`.
 
 Makes N JPEGs of 224 to 500 pixels in ten classes (seeded; low-frequency noise, a disc in the
-colour of the class, fine noise), then prepares, poisons and trains on squares of SIDE pixels, each
+color of the class, fine noise), then prepares, poisons and trains on squares of SIDE pixels, each
 stage in a process of its own, and prints a table. `train` is the stage without its epochs: the
 poisoned set, a few steps, the triggered test set, and accuracies on some of its images. Files,
 some 500 kB an image of 224 pixels in all, go to --folder; those behind temporary maps where TMPDIR
@@ -131,10 +131,10 @@ def resident() -> tuple[int, int]:
     return tuple(1024 * int(values[key].split()[0]) for key in ("RssAnon", "VmRSS"))
 
 
-class Watch:
+class MemoryWatch:
     """Seconds, memory before, and the peaks above it while the block runs, looked at every 5 ms."""
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> MemoryWatch:
         self.before, self.done = resident(), threading.Event()
         self.peaks = self.before
         self.thread = threading.Thread(target=self._look)
@@ -164,7 +164,7 @@ class Watch:
 
 def decode(work: Path, side: int, workers: int) -> dict[str, float]:
     from rnp.data.imagefolder import decode, listed, scan
-    from rnp.memory import keep_freed_pages
+    from rnp.training.malloc import keep_freed_pages
 
     keep_freed_pages()
     os.environ["RNP_WORKERS"] = str(workers)
@@ -172,19 +172,19 @@ def decode(work: Path, side: int, workers: int) -> dict[str, float]:
     files = files[:: max(1, len(files) // DECODED)]
     for file in files:
         file.read_bytes()  # both numbers of workers find them in the page cache
-    with Watch() as watch:
+    with MemoryWatch() as watch:
         decode([files], side)
     return watch.row(len(files))
 
 
 def prepare(work: Path, side: int) -> dict[str, float]:
     from rnp.cli.prepare import prepare
-    from rnp.memory import keep_freed_pages
+    from rnp.training.malloc import keep_freed_pages
 
     keep_freed_pages()
     n = sum(1 for _ in (work / "images").glob("*/*.jpg"))
     held = str(min(500, n // 10))
-    with Watch() as watch:
+    with MemoryWatch() as watch:
         prepare.main(
             [
                 "--set",
@@ -193,9 +193,9 @@ def prepare(work: Path, side: int) -> dict[str, float]:
                 str(work / "images"),
                 "--imagefolder.size",
                 str(side),
-                "--defence_train",
+                "--defense_train",
                 held,
-                "--defence_val",
+                "--defense_val",
                 held,
                 "--out",
                 str(work / "data"),
@@ -211,17 +211,18 @@ def poison(work: Path, side: int, arch: str) -> dict[str, float]:
     import torch
 
     from rnp.cli.poison import poison
-    from rnp.io import load_images, save_model
-    from rnp.memory import keep_freed_pages
+    from rnp.io.datasets import load_images
+    from rnp.io.models import save_model
     from rnp.models.build import Architecture
+    from rnp.training.malloc import keep_freed_pages
 
     keep_freed_pages()
     pool, architecture = load_images(work / "data/pool"), Architecture(arch=arch)
-    twin = architecture.build(
+    benign = architecture.build(
         CLASSES, 3, torch.full((3,), 0.5), torch.full((3,), 0.25), rng=torch.Generator()
     )
-    save_model(work / "twin.safetensors", twin, architecture, pool.classes)
-    with Watch() as watch:
+    save_model(work / "benign.safetensors", benign, architecture, pool.classes)
+    with MemoryWatch() as watch:
         poison.main(
             [
                 "--attack",
@@ -230,8 +231,8 @@ def poison(work: Path, side: int, arch: str) -> dict[str, float]:
                 str(max(1, side // 16)),
                 "--pool",
                 str(work / "data/pool"),
-                "--twin",
-                str(work / "twin.safetensors"),
+                "--benign",
+                str(work / "benign.safetensors"),
                 "--out",
                 str(work / "poisoned"),
                 "--report",
@@ -246,12 +247,14 @@ def train(work: Path, side: int, arch: str, steps: int, batch: int) -> dict[str,
     import torch
 
     from rnp.attacks.base import backdoored_test_set
-    from rnp.augment import Augment
-    from rnp.io import load_images, load_poisoned
-    from rnp.memory import keep_freed_pages
-    from rnp.metrics import score
+    from rnp.evaluation.metrics import score
+    from rnp.io.datasets import load_images, load_poisoned
     from rnp.models.build import Architecture, statistics
-    from rnp.training import EVAL_BATCH, cross_entropy, default_device, eval_batches, fit, predict
+    from rnp.training.augment import Augment
+    from rnp.training.device import default_device
+    from rnp.training.loop import cross_entropy, fit
+    from rnp.training.malloc import keep_freed_pages
+    from rnp.training.predict import EVAL_BATCH, eval_batches, predict
     from rnp.types import ImageSet, to_floats
 
     keep_freed_pages()
@@ -262,14 +265,14 @@ def train(work: Path, side: int, arch: str, steps: int, batch: int) -> dict[str,
         made_up, torch.arange(len(made_up)) % CLASSES, tuple(map(str, range(CLASSES)))
     )
     model = Architecture(arch=arch).build_for(made_up, rng=rng).to(default_device())
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
 
     def run(data: ImageSet, number: int) -> None:
         fit(
             model.train(),
             data,
             objective=cross_entropy(model),
-            optimiser=optimiser,
+            optimizer=optimizer,
             epochs=number,
             max_steps=number,
             batch_size=batch,
@@ -281,7 +284,7 @@ def train(work: Path, side: int, arch: str, steps: int, batch: int) -> dict[str,
     run(made_up, 1)
     predict(model, made_up.images, precision="auto")
     del made_up
-    with Watch() as watch:
+    with MemoryWatch() as watch:
         clean, (changes, options) = (
             load_images(work / "data/pool"),
             load_poisoned(work / "poisoned"),

@@ -1,7 +1,7 @@
 """What one process measures: `python -m benchmarks.measure NAME '{"argument": ...}'` prints its
 numbers as JSON, last of all.
 
-Loading is not timed; `peak` is the most memory of the whole process and `loaded` what it had
+Loading is not timed; `peak_memory` is the most memory of the whole process and `loaded` what it had
 before the work, in bytes.
 """
 
@@ -25,38 +25,36 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from benchmarks import poison as poisoning
-from benchmarks import published
-from benchmarks.process import peak
+from benchmarks import reference_rnp
+from benchmarks.subprocesses import peak_memory
 from rnp.attacks.badnets import BadNets
-from rnp.cli.check import leaves, read_params
-from rnp.cli.options import from_section, generator
 from rnp.cli.prepare import data_root
-from rnp.cli.preset import FOLDER as PRESETS
 from rnp.data.base import Split
 from rnp.data.cifar10 import Cifar10
 from rnp.data.shapes import Shapes
 from rnp.detection.base import Evidence
 from rnp.errors import UserError
-from rnp.io import (
-    load_defence_set,
-    load_images,
-    load_mask,
-    load_model,
-    read_json,
-    read_trajectory,
-    save_defence_set,
-    save_mask,
-    save_model,
-)
-from rnp.memory import keep_freed_pages
-from rnp.metrics import score
+from rnp.evaluation.metrics import score
+from rnp.io.datasets import load_defense_set, load_images, save_defense_set
+from rnp.io.files import read_json
+from rnp.io.history import read_trajectory
+from rnp.io.models import load_model, save_model
+from rnp.io.tensors import load_mask, save_mask
 from rnp.models.build import Architecture, statistics
 from rnp.models.classifier import Classifier
+from rnp.params.fields import from_section
+from rnp.params.presets import FOLDER as PRESETS
+from rnp.params.read import flatten, read_params
 from rnp.prune import Prune
 from rnp.recover import Recover
 from rnp.registry import load
-from rnp.training import Train, accuracy, default_device, device_of, steps_per_epoch
-from rnp.types import DefenceSet, Epoch, ImageSet, targets, to_floats
+from rnp.seeds import generator
+from rnp.training.device import default_device, device_of
+from rnp.training.loop import steps_per_epoch
+from rnp.training.malloc import keep_freed_pages
+from rnp.training.predict import accuracy
+from rnp.training.recipe import Train
+from rnp.types import DefenseSet, Epoch, ImageSet, backdoor_labels, to_floats
 from rnp.unlearn import Unlearn
 
 Numbers = dict[str, object]
@@ -92,25 +90,25 @@ def now() -> float:
 
 def timed(work: Callable[[], object]) -> tuple[object, Numbers]:
     """What `work` returns; its seconds and memory."""
-    loaded, start, cpu = peak(), now(), time.process_time()
+    loaded, start, cpu = peak_memory(), now(), time.process_time()
     made = work()
     found: Numbers = {
         "seconds": now() - start,
         "cpu_seconds": time.process_time() - cpu,
         "loaded": loaded,
-        "peak": peak(),
+        "peak": peak_memory(),
     }
     if torch.cuda.is_available():
         found["peak_gpu"] = torch.cuda.max_memory_allocated()
     return made, found
 
 
-class Work:
+class MacCounter:
     """Multiply-adds of convolutions and linear layers in all forward passes while the block lasts,
     whoever runs them.
     """
 
-    def __enter__(self) -> Work:
+    def __enter__(self) -> MacCounter:
         self.total = 0
         self.handle = nn.modules.module.register_module_forward_hook(self._count)
         return self
@@ -125,7 +123,7 @@ class Work:
 
 def cost(model: nn.Module, data: ImageSet) -> int:
     """Multiply-adds of one image."""
-    with Work() as work, torch.no_grad():
+    with MacCounter() as work, torch.no_grad():
         model.eval()(to_floats(data.images[:1]).to(device_of(model)))
     return work.total
 
@@ -186,7 +184,7 @@ def train_plain(width: int, batch: int, steps: int, warm_up: int, workers: int) 
     data, device = pictures(min(50_000, 2 * (steps + warm_up) * batch)), default_device()
     net = Architecture(width=width).build_for(data, rng=torch.Generator().manual_seed(0)).net
     net = net.to(device, memory_format=torch.contiguous_format).train()
-    optimiser = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     loader = DataLoader(
         Pictures(data), batch_size=batch, shuffle=True, num_workers=workers, drop_last=True
     )
@@ -196,10 +194,10 @@ def train_plain(width: int, batch: int, steps: int, warm_up: int, workers: int) 
         total = 0.0
         for images, labels in itertools.islice(batches, n):
             images, labels = images.to(device), labels.to(device)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss = F.cross_entropy(net(images), labels)
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             total += loss.item()
         return total
 
@@ -253,13 +251,13 @@ def training_steps(steps: int, limit: float) -> Numbers:
         .build_for(data, rng=torch.Generator().manual_seed(0))
         .train()
     )
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
-    images, labels, done = data.floats(), data.labels, 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    images, labels, done = data.as_floats(), data.labels, 0
 
     def step() -> None:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
-        optimiser.step()
+        optimizer.step()
 
     for _ in range(3):
         step()
@@ -289,7 +287,7 @@ def product_peak(side: int = 8192, times: int = 20) -> float:
     return 2 * side**3 * times / (now() - start)
 
 
-# ---- the defence, on the folder of a run
+# ---- the defense, on the folder of a run
 # ------------------------------------------------------------------------------------
 
 
@@ -300,7 +298,7 @@ class Subject:
     folder: Path
     params: dict
     model: Classifier
-    defence: DefenceSet
+    defense: DefenseSet
 
     @classmethod
     def load(cls, folder: str) -> Subject:
@@ -309,14 +307,14 @@ class Subject:
             path,
             read_params(path / "params.yaml"),
             load_model(path / "models/backdoored.safetensors")[0],
-            load_defence_set(path / "data/defence"),
+            load_defense_set(path / "data/defense"),
         )
 
     def method(self, kind: type, section: str, prefix: str = "", **changes: object) -> object:
         """`kind` with the settings of the run, and with its own defaults where the run says
         nothing.
         """
-        values = dict(leaves(self.params.get(section, {})))
+        values = dict(flatten(self.params.get(section, {})))
         return from_section(
             kind, values | {f"{prefix}{name}": value for name, value in changes.items()}, prefix
         )
@@ -342,8 +340,8 @@ class Subject:
             level = made / f"accuracy_{LEVEL}.safetensors"
             model = load_model(level if level.exists() else made / "accuracy_end.safetensors")[0]
             return model, read_trajectory(made / "trajectory.csv")
-        result = self.method(Unlearn, "unlearn", to_collapse=True)(
-            self.model, self.defence.train, rng=self.rng("unlearn")
+        result = self.method(Unlearn, "unlearn", until_collapse=True)(
+            self.model, self.defense.train, rng=self.rng("unlearn")
         )
         result.model.load_state_dict(result.checkpoints.get(LEVEL, result.checkpoints["end"]))
         return result.model, result.trajectory
@@ -357,12 +355,12 @@ def rnp_ours(folder: str, to_collapse: bool) -> Numbers:
     subject, clock = Subject.load(folder), Clock()
     test, attacked, target = subject.tests()
     clean, precision = (
-        subject.defence.train,
+        subject.defense.train,
         subject.params.get("evaluate", {}).get("precision", "auto"),
     )
     each = cost(subject.model, clean)
     methods = (
-        subject.method(Unlearn, "unlearn", to_collapse=to_collapse),
+        subject.method(Unlearn, "unlearn", until_collapse=to_collapse),
         subject.method(Recover, "recover"),
         subject.method(Prune, "prune"),
     )
@@ -373,7 +371,7 @@ def rnp_ours(folder: str, to_collapse: bool) -> Numbers:
         with clock("recover"):
             recovered = methods[1](unlearned.model, clean, rng=subject.rng("recover"))
         with clock("prune"):
-            pruned = methods[2](subject.model, recovered.mask, subject.defence.both)
+            pruned = methods[2](subject.model, recovered.mask, subject.defense.all)
         with clock("evaluate"):
             return (
                 unlearned,
@@ -381,7 +379,7 @@ def rnp_ours(folder: str, to_collapse: bool) -> Numbers:
                 score(pruned.model, test, attacked, target, precision=precision),
             )
 
-    with Work() as work:
+    with MacCounter() as work:
         (unlearned, pruned, scores), found = timed(defend)
     before = score(subject.model, test, attacked, target, precision=precision)
     return found | {
@@ -394,7 +392,7 @@ def rnp_ours(folder: str, to_collapse: bool) -> Numbers:
         "pruned": pruned.chosen.pruned,
         "evaluation_seconds": clock.seconds["evaluate"],
         "precision": [*(method.precision for method in methods), precision],
-        "n_defence": len(clean),
+        "n_defense": len(clean),
         "n_clean": len(test),
         "n_triggered": len(attacked),
         **{f"{name}_before": value for name, value in before.flat().items()},
@@ -403,14 +401,14 @@ def rnp_ours(folder: str, to_collapse: bool) -> Numbers:
 
 
 class Shifted(Dataset):
-    """The defence set as the published loader hands it out: cropped and flipped one image at a
+    """The defense set as the published loader hands it out: cropped and flipped one image at a
     time.
     """
 
     def __init__(self, data: ImageSet, device: torch.device) -> None:
         from torchvision import transforms
 
-        self.images, self.labels = data.floats().to(device), data.labels.to(device)
+        self.images, self.labels = data.as_floats().to(device), data.labels.to(device)
         self.transform = transforms.Compose(
             [transforms.RandomCrop(data.shape[1:], padding=4), transforms.RandomHorizontalFlip()]
         )
@@ -426,7 +424,7 @@ def rnp_published(folder: str, unlearn_steps: int, recover_steps: int, quick: bo
     """The published procedure, which tests on all test images after every epoch and at every
     threshold.
 
-    `seconds` are those of as many optimiser steps as ours takes, in whole epochs. The ascent goes
+    `seconds` are those of as many optimizer steps as ours takes, in whole epochs. The ascent goes
     on beyond them, or to them, for the sake of its own stop: the masks are learned from where the
     published rule stops, and `own_seconds` count to there. `quick` measures one epoch of each kind
     and one evaluation, each after one that does not count, and multiplies; it reaches no model.
@@ -434,12 +432,12 @@ def rnp_published(folder: str, unlearn_steps: int, recover_steps: int, quick: bo
     torch.manual_seed(98)
     subject = Subject.load(folder)
     victim, device = subject.model.lay_out("the published code knows no other"), default_device()
-    clean = subject.defence.train
+    clean = subject.defense.train
     test, attacked, target = subject.tests()
-    goals = targets(attacked.labels, target, len(attacked.classes))
+    goals = backdoor_labels(attacked.labels, target, len(attacked.classes))
     train = DataLoader(Shifted(clean, device), batch_size=128, shuffle=True)
     tests = [
-        DataLoader(TensorDataset(data.floats().to(device), labels.to(device)), batch_size=128)
+        DataLoader(TensorDataset(data.as_floats().to(device), labels.to(device)), batch_size=128)
         for data, labels in ((test, test.labels), (attacked, goals))
     ]
     per_epoch = len(train)
@@ -449,11 +447,11 @@ def rnp_published(folder: str, unlearn_steps: int, recover_steps: int, quick: bo
     )
 
     def evaluate(model: nn.Module) -> tuple[float, float]:
-        return tuple(published.evaluate(model, loader)[1] for loader in tests)
+        return tuple(reference_rnp.evaluate(model, loader)[1] for loader in tests)
 
     def passes(unlearning: int) -> int:
         """Images of one run with so many epochs of unlearning."""
-        evaluations = unlearning + recover_epochs + len(published.THRESHOLDS)
+        evaluations = unlearning + recover_epochs + len(reference_rnp.THRESHOLDS)
         return (unlearning + recover_epochs) * len(clean) + evaluations * (
             len(test) + len(attacked)
         )
@@ -463,16 +461,16 @@ def rnp_published(folder: str, unlearn_steps: int, recover_steps: int, quick: bo
         "recover_steps": recover_epochs * per_epoch,
         "recover_epochs": recover_epochs,
         "image_passes": passes(epochs),
-        "evaluations": epochs + recover_epochs + len(published.THRESHOLDS),
+        "evaluations": epochs + recover_epochs + len(reference_rnp.THRESHOLDS),
         "n_clean": len(test),
         "n_triggered": len(attacked),
     }
     if quick:
         return common | extrapolated(victim, lambda: train, evaluate, epochs, recover_epochs)
 
-    before, loaded, cpu = evaluate(victim), peak(), time.process_time()
+    before, loaded, cpu = evaluate(victim), peak_memory(), time.process_time()
     ways, testing, stopped = [], [], False
-    loop = published.ascent(victim, lambda: train, epochs=max(21, epochs))
+    loop = reference_rnp.ascent(victim, lambda: train, epochs=max(21, epochs))
 
     def assess(model: nn.Module) -> tuple[float, float]:
         start = now()
@@ -486,17 +484,17 @@ def rnp_published(folder: str, unlearn_steps: int, recover_steps: int, quick: bo
         assess(model)
         ways.append(now() - start)
         if not stopped:
-            stopped, own = running <= published.STOP, len(ways)
+            stopped, own = running <= reference_rnp.STOP, len(ways)
             kept = copy.deepcopy(model) if stopped else model
     clock = Clock()
     with clock("recover"):
-        for model, masks in published.recovery(kept, lambda: train, epochs=recover_epochs):
+        for model, masks in reference_rnp.recovery(kept, lambda: train, epochs=recover_epochs):
             assess(model)
     points = []
     with clock("prune"), tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary, "mask_values.txt")
-        published.write_masks(path, masks)
-        for threshold, pruned, model in published.sweep(victim, path):
+        reference_rnp.write_masks(path, masks)
+        for threshold, pruned, model in reference_rnp.sweep(victim, path):
             ca, asr = assess(model)
             points.append(
                 {
@@ -521,37 +519,37 @@ def rnp_published(folder: str, unlearn_steps: int, recover_steps: int, quick: bo
         **oracle(points, before[0]),
         "cpu_seconds": time.process_time() - cpu,
         "loaded": loaded,
-        "peak": peak(),
+        "peak": peak_memory(),
     }
 
 
 def extrapolated(
     victim: nn.Module,
-    batches: published.Batches,
+    batches: reference_rnp.Batches,
     evaluate: Callable[[nn.Module], object],
     epochs: int,
     recover_epochs: int,
 ) -> Numbers:
     """What the published run would take, from one epoch of each kind and one evaluation."""
     clock = Clock()
-    model, _ = next(published.ascent(victim, batches))  # what comes first is slower
-    next(published.recovery(model, batches))
+    model, _ = next(reference_rnp.ascent(victim, batches))  # what comes first is slower
+    next(reference_rnp.recovery(model, batches))
     evaluate(victim)
     with clock("unlearn"):
-        next(published.ascent(victim, batches))
+        next(reference_rnp.ascent(victim, batches))
     with clock("recover"):
-        next(published.recovery(model, batches))
+        next(reference_rnp.recovery(model, batches))
     with clock("evaluate"):
         evaluate(victim)
     one = clock.seconds
-    evaluations = (epochs + recover_epochs + len(published.THRESHOLDS)) * one["evaluate"]
+    evaluations = (epochs + recover_epochs + len(reference_rnp.THRESHOLDS)) * one["evaluate"]
     return {
         "seconds": epochs * one["unlearn"] + recover_epochs * one["recover"] + evaluations,
         "evaluation_seconds": evaluations,
         "extrapolated": True,
         "measured": one,
         "measured_cpu": clock.cpu,
-        "peak": peak(),
+        "peak": peak_memory(),
     }
 
 
@@ -563,16 +561,16 @@ def oracle(points: list[Numbers], before: float) -> Numbers:
     return min(allowed or points[:1], key=lambda point: point["attack_success_rate"])
 
 
-def defence(folder: str, name: str) -> Numbers:
+def defense(folder: str, name: str) -> Numbers:
     keep_freed_pages()
     subject = Subject.load(folder)
-    method = subject.method(load("defence", name), "defences", f"{name}.")
+    method = subject.method(load("defense", name), "defenses", f"{name}.")
     rng = subject.rng(f"defend/{name}")
-    return timed(lambda: method.repair(subject.model, subject.defence, rng=rng))[1]
+    return timed(lambda: method.repair(subject.model, subject.defense, rng=rng))[1]
 
 
-def defence_rnp(folder: str) -> Numbers:
-    """Our three steps without a test image, as the other defences are measured; with the ascent to
+def defense_rnp(folder: str) -> Numbers:
+    """Our three steps without a test image, as the other defenses are measured; with the ascent to
     the collapse, as in the pipeline.
     """
     keep_freed_pages()
@@ -582,9 +580,9 @@ def defence_rnp(folder: str) -> Numbers:
     )
 
     def defend() -> None:
-        unlearned = unlearn(subject.model, subject.defence.train, rng=subject.rng("unlearn"))
-        recovered = recover(unlearned.model, subject.defence.train, rng=subject.rng("recover"))
-        prune(subject.model, recovered.mask, subject.defence.both)
+        unlearned = unlearn(subject.model, subject.defense.train, rng=subject.rng("unlearn"))
+        recovered = recover(unlearned.model, subject.defense.train, rng=subject.rng("recover"))
+        prune(subject.model, recovered.mask, subject.defense.all)
 
     return timed(defend)[1]
 
@@ -596,7 +594,7 @@ def detector(folder: str, family: str, name: str, images: int) -> Numbers:
     keep_freed_pages()
     subject = Subject.load(folder)
     method = subject.method(load(family, name), "detect", f"{name}.")
-    model, clean, rng = subject.model, subject.defence.train, subject.rng(f"{family}/{name}")
+    model, clean, rng = subject.model, subject.defense.train, subject.rng(f"{family}/{name}")
     if family == "triggers":
 
         def work():
@@ -604,7 +602,7 @@ def detector(folder: str, family: str, name: str, images: int) -> Numbers:
     elif family == "samples":
         test, attacked, _ = subject.tests()
         shown = torch.cat([part.images[:images] for part in (test, attacked)])
-        weak = subject.unlearned()[0] if method.asks_unlearned else None
+        weak = subject.unlearned()[0] if method.needs_unlearned else None
 
         def work():
             return method.score(model, shown, clean, rng=rng, unlearned=weak)
@@ -612,13 +610,13 @@ def detector(folder: str, family: str, name: str, images: int) -> Numbers:
         search = subject.method(
             load("triggers", "neural_cleanse"), "detect", "neural_cleanse.", steps=1
         )
-        found = search.recover(model, clean, rng=rng) if method.asks_triggers else []
+        found = search.recover(model, clean, rng=rng) if method.needs_triggers else []
         evidence = Evidence(
-            model, found, *(subject.unlearned() if method.asks_unlearned else (model, []))
+            model, found, *(subject.unlearned() if method.needs_unlearned else (model, []))
         )
 
         def work():
-            return method.judge(evidence, clean, rng=rng)
+            return method.score_evidence(evidence, clean, rng=rng)
 
     return timed(work)[1]
 
@@ -634,7 +632,7 @@ def poison(name: str) -> Numbers:
 
 def demo(kind: type, **changes: object) -> object:
     """`kind` with the settings of the preset demo."""
-    section = dict(leaves(read_params(PRESETS / "demo.yaml").get(kind.__name__.lower(), {})))
+    section = dict(flatten(read_params(PRESETS / "demo.yaml").get(kind.__name__.lower(), {})))
     return from_section(kind, section | changes)
 
 
@@ -645,25 +643,25 @@ def scale_subject(folder: str, width: int, side: int) -> Numbers:
     keep_freed_pages()
     rng, path = torch.Generator().manual_seed(0), Path(folder)
     train, test = Shapes(train=8000, test=1000, size=side).load(path, rng=rng)
-    splits = Split(defence_train=1000, defence_val=1000)(train, test, rng=rng)
+    splits = Split(defense_train=1000, defense_val=1000)(train, test, rng=rng)
     attack, architecture = BadNets(), Architecture(arch="resnet18", width=width)
     data = attack.poison(splits.pool, rng=rng).apply(splits.pool)
     model = architecture.build_for(data, rng=rng).to(default_device())
     recipe = Train(epochs=4, batch_size=32, lr=0.05, weight_decay=0.005)
     _, found = timed(lambda: recipe(model, data, rng=rng))
     save_model(path / "model.safetensors", model, architecture, data.classes)
-    save_defence_set(path / "defence", splits.defence)
+    save_defense_set(path / "defense", splits.defense)
     return found | {"clean_accuracy": accuracy(model, test, precision="auto")}
 
 
 def scale_unlearn(folder: str, images: int) -> Numbers:
     """At most 40 steps, for models that do not stop by themselves."""
     keep_freed_pages()
-    path, clean = Path(folder), few(folder, images).train
+    path, clean = Path(folder), first_images(folder, images).train
     model, architecture, classes = load_model(path / "model.safetensors")
-    unlearn = demo(Unlearn, to_collapse=False)
+    unlearn = demo(Unlearn, until_collapse=False)
     unlearn = demo(
-        Unlearn, to_collapse=False, epochs=math.ceil(40 / math.ceil(images / unlearn.batch_size))
+        Unlearn, until_collapse=False, epochs=math.ceil(40 / math.ceil(images / unlearn.batch_size))
     )
     made, found = timed(lambda: unlearn(model, clean, rng=generator(0, "unlearn")))
     save_model(path / "unlearned.safetensors", made.model, architecture, classes)
@@ -673,7 +671,7 @@ def scale_unlearn(folder: str, images: int) -> Numbers:
 
 def scale_recover(folder: str, images: int) -> Numbers:
     keep_freed_pages()
-    path, clean, recover = Path(folder), few(folder, images).train, demo(Recover)
+    path, clean, recover = Path(folder), first_images(folder, images).train, demo(Recover)
     model, _, _ = load_model(path / "unlearned.safetensors")
     made, found = timed(lambda: recover(model, clean, rng=generator(0, "recover")))
     save_mask(path / "mask.safetensors", made.mask)
@@ -682,7 +680,7 @@ def scale_recover(folder: str, images: int) -> Numbers:
 
 def scale_prune(folder: str, images: int, max_fraction: float) -> Numbers:
     keep_freed_pages()
-    path, clean = Path(folder), few(folder, images).both
+    path, clean = Path(folder), first_images(folder, images).all
     model, mask = load_model(path / "model.safetensors")[0], load_mask(path / "mask.safetensors")
     made, found = timed(lambda: demo(Prune, max_fraction=max_fraction)(model, mask, clean))
     return found | {
@@ -691,10 +689,10 @@ def scale_prune(folder: str, images: int, max_fraction: float) -> Numbers:
     }
 
 
-def few(folder: str, images: int) -> DefenceSet:
+def first_images(folder: str, images: int) -> DefenseSet:
     """The first images of each half; their classes are spread evenly."""
-    both = load_defence_set(Path(folder) / "defence")
-    return DefenceSet(*(part.subset(torch.arange(images)) for part in (both.train, both.val)))
+    both = load_defense_set(Path(folder) / "defense")
+    return DefenseSet(*(part.subset(torch.arange(images)) for part in (both.train, both.val)))
 
 
 MEASURES = {
@@ -705,8 +703,8 @@ MEASURES = {
         training_steps,
         rnp_ours,
         rnp_published,
-        defence,
-        defence_rnp,
+        defense,
+        defense_rnp,
         detector,
         poison,
         scale_subject,

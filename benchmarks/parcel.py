@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from benchmarks.process import say
+from benchmarks.subprocesses import say
 from rnp.cli.prepare import data_root
 from rnp.errors import UserError
-from rnp.io import whole
+from rnp.io.files import atomic_write
 
 MIB = 2**20
 STRIP = 500  # images in one WebP; its height must be less than 16,384 pixels
@@ -81,7 +81,10 @@ def pack(folder: Path, limit: int) -> None:
         before += len(content)
     for number, share in enumerate(shares, 1):
         file = folder / f"part-{number}-of-{parts}.tar"
-        with whole(file) as draft, tarfile.open(draft, "w", format=tarfile.USTAR_FORMAT) as tar:
+        with (
+            atomic_write(file) as draft,
+            tarfile.open(draft, "w", format=tarfile.USTAR_FORMAT) as tar,
+        ):
             for name, content in share.items():
                 header = tarfile.TarInfo(name)
                 header.size = len(content)
@@ -102,6 +105,6 @@ def unpack(folders: Sequence[Path], data: Path) -> None:
     for name, own in members.items():
         if not any(each.endswith(".xz") for each in own):
             raise UserError(f"no part holds the beginning of {name}")
-        with whole(data / CIFAR10.base_folder / name) as draft:
+        with atomic_write(data / CIFAR10.base_folder / name) as draft:
             draft.write_bytes(check(name, grow(own)))
     say(f"{data / CIFAR10.base_folder} is whole")

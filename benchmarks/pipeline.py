@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 import yaml
 
 from benchmarks.suite import flags
-from rnp.cli.check import Loader, check_params
-from rnp.cli.options import fields
-from rnp.cli.preset import render
+from rnp.params.fields import iter_hyperparameters
+from rnp.params.presets import render
+from rnp.params.read import Loader
+from rnp.params.schema import check_params
 from rnp.registry import load
 
 LEFT_OUT = ("detect", "controls", "report", "publish")
@@ -26,20 +27,22 @@ def put(params: dict, name: str, value: object) -> None:
 
 
 def parameters(
-    preset: str, *, seed: int, attack: str, defences: Sequence[str], changes: Iterable[str] = ()
+    preset: str, *, seed: int, attack: str, defenses: Sequence[str], changes: Iterable[str] = ()
 ) -> dict:
-    """Those of `preset` with `defences` alone; the ones that it lacks have their defaults.
+    """Those of `preset` with `defenses` alone; the ones that it lacks have their defaults.
 
     Raises: UserError for a name or a value that no stage takes.
     """
     params = yaml.load(render(preset), Loader)
-    known, params["defences"] = params["defences"], {}
-    for name in defences:
-        params["defences"][name] = known.get(name, {})
-        for key, _, _, default in () if name in known else fields(load("defence", name), ""):
+    known, params["defenses"] = params["defenses"], {}
+    for name in defenses:
+        params["defenses"][name] = known.get(name, {})
+        for key, _, _, default in (
+            () if name in known else iter_hyperparameters(load("defense", name), "")
+        ):
             plain = list(default) if isinstance(default, tuple) else default
-            put(params, f"defences.{name}.{key}", plain)
-    params["evaluate"]["defences"] = [*defences]
+            put(params, f"defenses.{name}.{key}", plain)
+    params["evaluate"]["defenses"] = [*defenses]
     params |= {"seed": seed, "poison": {"attack": attack}}
     for change in changes:
         name, _, text = change.partition("=")

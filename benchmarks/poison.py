@@ -16,11 +16,11 @@ import time
 
 import torch
 
-from benchmarks.process import peak
+from benchmarks.subprocesses import peak_memory
 from rnp.attacks.base import trigger_images
 from rnp.models.build import Architecture
-from rnp.origin import machine
 from rnp.registry import load, names
+from rnp.reporting.provenance import device_name
 from rnp.types import ImageSet
 
 N = 50_000
@@ -30,13 +30,13 @@ def measure(name: str) -> dict[str, float]:
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (N, 3, 32, 32), dtype=torch.uint8, generator=rng)
     clean = ImageSet(images, torch.arange(N) % 10, tuple("0123456789"))
-    twin = (
+    benign = (
         Architecture(width=32)
         .build(10, 3, torch.full((3,), 0.5), torch.full((3,), 0.25), rng=rng)
         .eval()
     )
-    attack, before, start = load("attack", name)(), peak(), time.perf_counter()
-    poisoned = attack.poison(clean, rng=rng, surrogate=twin)
+    attack, before, start = load("attack", name)(), peak_memory(), time.perf_counter()
+    poisoned = attack.poison(clean, rng=rng, surrogate=benign)
     seconds, start = time.perf_counter() - start, time.perf_counter()
     trigger_images(poisoned.trigger, images)
     stamp = time.perf_counter() - start
@@ -44,7 +44,7 @@ def measure(name: str) -> dict[str, float]:
         "changed": len(poisoned.positions),
         "seconds": seconds,
         "stamp_seconds": stamp,
-        "copies": (peak() - before) / images.numel(),
+        "copies": (peak_memory() - before) / images.numel(),
     }
 
 
@@ -57,7 +57,7 @@ def line(name: str, found: dict[str, float]) -> str:
 
 
 def main(chosen: list[str]) -> None:
-    print(f"{machine()}, torch {torch.__version__}\n")
+    print(f"{device_name()}, torch {torch.__version__}\n")
     print("| attack | images changed | poison, s | stamp, s | copies |\n|---|---|---|---|---|")
     for name in chosen or names("attack"):
         done = subprocess.run(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.process import Runs, median
-from rnp.plots import BLUE, GREEN, GREY, RED, SMALL, canvas, name_axes, name_lines, save
+from benchmarks.subprocesses import Runs, median
+from rnp.reporting.plots import BLUE, GRAY, GREEN, RED, SMALL, canvas, name_axes, name_lines, save
 
 AXES = {
     "images": "clean images (each half)",
@@ -75,15 +75,15 @@ def draw(path: Path, part: dict) -> None:
     for ax, (axis, title) in zip(axes.flat, AXES.items()):
         ends, at = [], set()
         for phase, some in points(part["runs"]).get(axis, {}).items():
-            _, name, colour = PHASES[phase]
+            _, name, color = PHASES[phase]
             x, y = zip(*sorted(some))
-            ax.plot(x, y, color=colour, marker="o", markersize=3.5, linewidth=1.8)
+            ax.plot(x, y, color=color, marker="o", markersize=3.5, linewidth=1.8)
             fit = part["exponents"][axis][phase]
             ends.append(
                 (
                     y[-1],
                     f"{name}\n{'' if fit is None else f'exponent {round(fit, 2) + 0.0:.2f}'}",
-                    colour,
+                    color,
                 )
             )
             at |= set(x)
@@ -98,5 +98,5 @@ def draw(path: Path, part: dict) -> None:
         ax.grid(axis="x", color="#e4e4e4", linewidth=0.8)
         name_axes(ax, "seconds", title)
         name_lines(ax, ends, gap=0.2)
-    figure.supxlabel(part["machine"]["name"], x=0.01, ha="left", fontsize=SMALL, color=GREY)
+    figure.supxlabel(part["machine"]["name"], x=0.01, ha="left", fontsize=SMALL, color=GRAY)
     save(figure, path)

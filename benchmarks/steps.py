@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import cost, noise, product_peak
-from benchmarks.page import number, table
-from rnp import training
-from rnp.augment import Augment
-from rnp.cli.rows import written
-from rnp.io import put_rows, read_rows
+from benchmarks.report import number, table
+from rnp.io.files import upsert_rows, read_rows
 from rnp.models.build import Architecture
-from rnp.origin import origin
+from rnp.reporting.provenance import provenance
+from rnp.reporting.rows import format_row
+from rnp.training import loop
+from rnp.training.augment import Augment
+from rnp.training.loop import cross_entropy, fit, make_optimizer
 from rnp.types import ImageSet
 
 COLUMNS = (
@@ -40,10 +41,10 @@ STEPS, FIRST = 200, 10
 
 def measure(way: str, batch: int, data: ImageSet) -> dict[str, object]:
     model = Architecture().build_for(data, rng=torch.Generator().manual_seed(0)).cuda().train()
-    optimiser = training.graphable(
+    optimizer = make_optimizer(
         torch.optim.SGD, model, lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
-    training.WORTH_COMPILING = 0 if way == "compiled" else 10**9
+    loop.WORTH_COMPILING = 0 if way == "compiled" else 10**9
     ends: list[float] = []
 
     def hear(*_: object) -> None:
@@ -52,11 +53,11 @@ def measure(way: str, batch: int, data: ImageSet) -> dict[str, object]:
         ends.append(time.perf_counter())
 
     start = time.perf_counter()
-    training.fit(
+    fit(
         model,
         data,
-        objective=training.cross_entropy(model),
-        optimiser=optimiser,
+        objective=cross_entropy(model),
+        optimizer=optimizer,
         epochs=STEPS,
         max_steps=FIRST + STEPS,
         batch_size=batch,
@@ -110,7 +111,7 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         raise SystemExit("error: it needs a GPU")
-    data, peak, where = noise(50_000), product_peak() / 1e12, origin()
+    data, peak, where = noise(50_000), product_peak() / 1e12, provenance()
     for batch in options.batches:
         for way in WAYS:
             row = measure(way, batch, data) | {
@@ -118,7 +119,7 @@ def main() -> None:
                 "device": where["device"],
                 "torch": where["torch"],
             }
-            put_rows(options.table, [written(row, COLUMNS)], COLUMNS, KEY)
+            upsert_rows(options.table, [format_row(row, COLUMNS)], COLUMNS, KEY)
             print(
                 f"{way}, batches of {batch}: {row['images_per_second']:,.0f} images a second",
                 flush=True,

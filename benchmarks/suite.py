@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.page import headline, markdown
-from benchmarks.process import (
+from benchmarks.report import headline, markdown
+from benchmarks.scaling import draw, exponents
+from benchmarks.subprocesses import (
     ROOT,
     Failed,
     Result,
@@ -34,16 +35,15 @@ from benchmarks.process import (
     repeat,
     say,
 )
-from benchmarks.scaling import draw, exponents
-from rnp.cli.check import read_params
-from rnp.cli.preset import render
-from rnp.cli.report_page import versions
 from rnp.errors import UserError
-from rnp.io import read_json, write_json, write_text
-from rnp.origin import machine
+from rnp.io.files import read_json, write_json, write_text
+from rnp.params.presets import render
+from rnp.params.read import read_params
 from rnp.registry import names, suggest
-from rnp.tracking import git_commit
-from rnp.training import default_device, half_precision
+from rnp.reporting.page import versions
+from rnp.reporting.provenance import device_name
+from rnp.tracking.store import git_commit
+from rnp.training.device import default_device, half_precision
 
 SIZES = {
     "cpu": {"width": 32, "batch": 256, "steps": 20, "warm_up": 3},
@@ -80,7 +80,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
-class Workshop:
+class BenchFixtures:
     """Folders that several parts need, each made when it is asked for first."""
 
     def __init__(self, folder: Path, run: Path | None, repeats: int, quick: bool) -> None:
@@ -116,15 +116,15 @@ class Workshop:
                 folder=folder,
             )
 
-        pool, test, twin, model = (
+        pool, test, benign, model = (
             "data/pool",
             "data/test",
-            "models/twin.safetensors",
+            "models/benign.safetensors",
             "models/backdoored.safetensors",
         )
         command("prepare", "data", "datasets", out="data")
-        command("twin", "model", "train", pool=pool, test=test, out=twin)
-        command("poison", "poison", "attacks", pool=pool, twin=twin, out="data/poisoned")
+        command("benign", "model", "train", pool=pool, test=test, out=benign)
+        command("poison", "poison", "attacks", pool=pool, benign=benign, out="data/poisoned")
         command(
             "train",
             "model",
@@ -132,11 +132,11 @@ class Workshop:
             pool=pool,
             poisoned="data/poisoned",
             test=test,
-            twin=twin,
+            benign=benign,
             out=model,
             triggered="data/triggered",
         )
-        command("unlearn", "unlearn", model=model, defence="data/defence", out="models/unlearned")
+        command("unlearn", "unlearn", model=model, defense="data/defense", out="models/unlearned")
         return folder
 
     @functools.cached_property
@@ -201,7 +201,7 @@ def flags(section: dict, prefix: str = "") -> list[str]:
     return words
 
 
-def train(shop: Workshop) -> Runs:
+def train(shop: BenchFixtures) -> Runs:
     device = default_device().type
     size = SIZES.get(device, SIZES["cpu"])
     fewer, workers = size | FEWER.get(device, {}), 2 if device == "cpu" else os.cpu_count()
@@ -215,7 +215,7 @@ def train(shop: Workshop) -> Runs:
     )
 
 
-def waiting(shop: Workshop) -> Runs:
+def waiting(shop: BenchFixtures) -> Runs:
     """Two ways for threads to wait, on a quiet machine and beside a process that takes a core."""
     size = {"steps": 100, "limit": 30.0}
 
@@ -234,12 +234,12 @@ def waiting(shop: Workshop) -> Runs:
     )
 
 
-def rnp(shop: Workshop) -> Runs:
+def rnp(shop: BenchFixtures) -> Runs:
     folder = str(shop.subject)
     ours = repeat(
         {
-            "ours": lambda: measure("rnp_ours", folder=folder, to_collapse=False),
-            "ours, to collapse": lambda: measure("rnp_ours", folder=folder, to_collapse=True),
+            "ours": lambda: measure("rnp_ours", folder=folder, until_collapse=False),
+            "ours, to collapse": lambda: measure("rnp_ours", folder=folder, until_collapse=True),
         },
         shop.repeats,
     )
@@ -252,16 +252,16 @@ def rnp(shop: Workshop) -> Runs:
     )
 
 
-def defences(shop: Workshop) -> Runs:
+def defenses(shop: BenchFixtures) -> Runs:
     folder = str(shop.subject)
     others = {
-        name: functools.partial(measure, "defence", folder=folder, name=name)
-        for name in names("defence")
+        name: functools.partial(measure, "defense", folder=folder, name=name)
+        for name in names("defense")
     }
-    return repeat({"rnp": lambda: measure("defence_rnp", folder=folder), **others}, shop.repeats)
+    return repeat({"rnp": lambda: measure("defense_rnp", folder=folder), **others}, shop.repeats)
 
 
-def detectors(shop: Workshop) -> Runs:
+def detectors(shop: BenchFixtures) -> Runs:
     folder = str(shop.subject)
     asked = {
         f"{family}/{name}": functools.partial(
@@ -270,17 +270,17 @@ def detectors(shop: Workshop) -> Runs:
         for family in ("triggers", "labels", "samples")
         for name in names(family)
     }
-    return repeat({"rnp": lambda: measure("defence_rnp", folder=folder), **asked}, shop.repeats)
+    return repeat({"rnp": lambda: measure("defense_rnp", folder=folder), **asked}, shop.repeats)
 
 
-def poison(shop: Workshop) -> Runs:
+def poison(shop: BenchFixtures) -> Runs:
     return repeat(
         {name: functools.partial(measure, "poison", name=name) for name in names("attack")},
         shop.repeats,
     )
 
 
-def start(shop: Workshop) -> Runs:
+def start(shop: BenchFixtures) -> Runs:
     """From the start of the process to the call of the stage's function: imports, options, the
     check of params.yaml.
     """
@@ -288,7 +288,7 @@ def start(shop: Workshop) -> Runs:
     write_text(folder / "params.yaml", render("demo"))
     arguments = [
         word
-        for name in ("model", "masks", "defence", "out", "report")
+        for name in ("model", "masks", "defense", "out", "report")
         for word in (f"--{name}", ".")
     ]
 
@@ -319,11 +319,11 @@ def start(shop: Workshop) -> Runs:
     )
 
 
-def demo(shop: Workshop) -> Runs:
+def demo(shop: BenchFixtures) -> Runs:
     return repeat({"pipeline": lambda: shop.finished[1]}, 1)
 
 
-def noop(shop: Workshop) -> Runs:
+def noop(shop: BenchFixtures) -> Runs:
     clone, _ = shop.finished
 
     def again() -> Result:
@@ -336,7 +336,7 @@ def noop(shop: Workshop) -> Runs:
     return repeat({"repro": again}, shop.repeats)
 
 
-def scaling(shop: Workshop) -> Runs:
+def scaling(shop: BenchFixtures) -> Runs:
     """One thing at a time grows from `BASE`; the names of the runs are axis/value/phase."""
     found, made = {}, {}
     for axis, value in ((axis, value) for axis, values in AXES.items() for value in values):
@@ -369,9 +369,9 @@ def scaling(shop: Workshop) -> Runs:
     return found
 
 
-PARTS: dict[str, Callable[[Workshop], Runs]] = {
+PARTS: dict[str, Callable[[BenchFixtures], Runs]] = {
     part.__name__: part
-    for part in (start, train, waiting, poison, rnp, defences, detectors, demo, noop, scaling)
+    for part in (start, train, waiting, poison, rnp, defenses, detectors, demo, noop, scaling)
 }
 
 
@@ -397,7 +397,7 @@ def hardware() -> dict[str, object]:
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     )
     return {
-        "name": machine(),
+        "name": device_name(),
         "cores": os.cpu_count(),
         "memory_gib": round(memory / 2**30, 1),
         "bf16": half_precision("auto", default_device()),
@@ -459,7 +459,7 @@ def run(
         for needed in (
             "params.yaml",
             "models/backdoored.safetensors",
-            "data/defence",
+            "data/defense",
             "data/test",
             "data/triggered/test",
         ):
@@ -470,7 +470,7 @@ def run(
     record = read_json(raw) if raw.exists() else {}
     chosen = [part for part in PARTS if part in only] or list(PARTS)
     with tempfile.TemporaryDirectory(prefix="rnp-bench-") as folder:
-        shop = Workshop(Path(folder), subject, repeats, quick)
+        shop = BenchFixtures(Path(folder), subject, repeats, quick)
         for part in chosen:
             say(part)
             new = facts(subject, quick)

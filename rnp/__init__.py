@@ -1,13 +1,13 @@
 """Remove backdoors from image classifiers. In a notebook: `from rnp import purify, inspect`."""
 
-from rnp.openmp import wait_briefly
+from rnp.training.openmp import wait_briefly
 
 wait_briefly()
 
 
 def __getattr__(name: str) -> object:
     if name in ("purify", "inspect"):
-        from rnp.cli import examination  # PyTorch is loaded when it is needed
+        from rnp.untrusted import audit  # PyTorch is loaded when it is needed
 
-        return getattr(examination, name)
+        return getattr(audit, name)
     raise AttributeError(f"module 'rnp' has no attribute {name!r}")

@@ -7,7 +7,7 @@ class UserError(Exception):
     """
 
 
-class NonFinite(Exception):
+class NonFiniteLossError(Exception):
     """A loss became NaN or infinite; carries the step at which it did."""
 
     def __init__(self, step: int) -> None:

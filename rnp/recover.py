@@ -1,4 +1,4 @@
-"""Recover: minimise the error of the unlearned model again, with one mask per channel as the only
+"""Recover: minimize the error of the unlearned model again, with one mask per channel as the only
 free parameters.
 """
 
@@ -10,13 +10,15 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Gt
 from torch import Tensor, nn
 
-from rnp.augment import Augment
-from rnp.errors import UserError
-from rnp.masks import freeze_statistics, masked, ones, spread
-from rnp.training import Precision, fit
-from rnp.types import Epoch, ImageSet, NeuronMask, OnEpoch, ignore
+from rnp.neurons.masks import broadcast_to_weight, forward_masked, freeze_statistics, unit_mask
+from rnp.params.ranges import Hyperparameters
+from rnp.training.augment import Augment
+from rnp.training.device import chosen_precision
+from rnp.training.loop import fit
+from rnp.types import Epoch, ImageSet, NeuronMask, OnEpoch, no_callback
 
 
 @dataclass(frozen=True)
@@ -32,37 +34,31 @@ class Recovered:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recover:
+class Recover(Hyperparameters):
     """Gradient descent on the masks, clipped to [0, 1] after every step.
 
     Source: Li et al., ICML 2023, section 3 and Algorithm 1. `alpha` there only scales the loss,
     hence the step.
     Differs: length is given in steps, since the mask values depend on their number, and epochs
-    change with the size of the defence set; neurons are ranked by the mask averaged over the
+    change with the size of the defense set; neurons are ranked by the mask averaged over the
     steps, since final masks tie at 0 and 1.
     """
 
-    lr: Annotated[float, "learning rate of the masks"] = 0.2
-    alpha: Annotated[float, "factor on the loss, which is a factor on the learning rate"] = 0.2
+    lr: Annotated[float, Gt(0), "learning rate of the masks"] = 0.2
+    alpha: Annotated[float, Gt(0), "factor on the loss, which is a factor on the learning rate"] = (
+        0.2
+    )
     momentum: Annotated[float, "SGD momentum"] = 0.9
-    steps: Annotated[int, "optimiser steps; mask values depend on their number"] = 80
-    batch_size: Annotated[int, "images per step"] = 128
+    steps: Annotated[int, Gt(0), "optimizer steps; mask values depend on their number"] = 80
+    batch_size: Annotated[int, Gt(0), "images per step"] = 128
     bn_mode: Annotated[
         Literal["train", "frozen"],
         "BatchNorm on batch statistics, or on its running ones, unchanged",
     ] = "train"
-    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = (
-        "fp32"
-    )
     rank_by: Annotated[
         Literal["average", "final"], "the mask averaged over the steps, or after the last"
     ] = "average"
     augment: Augment = Augment()
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "alpha", "steps", "batch_size"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"recover.{name} must be above 0, got {getattr(self, name):g}")
 
     def __call__(
         self,
@@ -70,7 +66,7 @@ class Recover:
         clean: ImageSet,
         *,
         rng: torch.Generator,
-        on_epoch: OnEpoch = ignore,
+        on_epoch: OnEpoch = no_callback,
     ) -> Recovered:
         """Drawn at random: the order and the augmentation of the images. `unlearned` is left
         unchanged.
@@ -80,11 +76,11 @@ class Recover:
         model = freeze_statistics(
             copy.deepcopy(unlearned).requires_grad_(False), self.bn_mode == "frozen"
         )
-        mask = {name: value.requires_grad_() for name, value in ones(model).items()}
+        mask = {name: value.requires_grad_() for name, value in unit_mask(model).items()}
         total = {name: torch.zeros_like(value) for name, value in mask.items()}
 
         def objective(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            logits = masked(model, images, mask)
+            logits = forward_masked(model, images, mask)
             return self.alpha * F.cross_entropy(logits.float(), labels), logits
 
         @torch.no_grad()
@@ -100,10 +96,10 @@ class Recover:
             rng=rng,
             epochs=self.steps,
             max_steps=self.steps,
-            optimiser=torch.optim.SGD(mask.values(), lr=self.lr, momentum=self.momentum),
+            optimizer=torch.optim.SGD(mask.values(), lr=self.lr, momentum=self.momentum),
             batch_size=self.batch_size,
             augment=self.augment,
-            precision=self.precision,
+            precision=chosen_precision(),
             after_step=clip,
             on_epoch=on_epoch,
         )
@@ -112,7 +108,7 @@ class Recover:
         with torch.no_grad():
             for name, value in mask.items():
                 weight = model.get_submodule(name).weight
-                weight.mul_(spread(value, weight))
+                weight.mul_(broadcast_to_weight(value, weight))
         return Recovered(
             average if self.rank_by == "average" else final, final, model.eval(), history
         )

@@ -9,18 +9,19 @@ import importlib
 from pathlib import Path
 
 from rnp.errors import UserError
+from rnp.params.ranges import Hyperparameters
 
 FAMILIES = {
     "attack": "attacks",
     "dataset": "data",
-    "defence": "defences",
+    "defense": "defenses",
     "triggers": "detection/triggers",
     "labels": "detection/labels",
     "samples": "detection/samples",
 }
 
 
-class Method:
+class Method(Hyperparameters):
     """The root of everything that a file name selects: frozen dataclasses whose fields are
     hyperparameters.
     """

@@ -1,4 +1,4 @@
-"""The nouns of the project: images, defence sets, triggers, neuron masks, and one row of a
+"""The nouns of the project: images, defense sets, triggers, neuron masks, and one row of a
 training history.
 """
 
@@ -18,7 +18,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 Images = Float[Tensor, "n c h w"]
-"""Images as the models see them: floats in [0, 1]. Normalisation is the first layer of a model."""
+"""Images as the models see them: floats in [0, 1]. Normalization is the first layer of a model."""
 Bytes = UInt8[Tensor, "n c h w"]
 """Images as they are stored."""
 Labels = Int64[Tensor, "n"]
@@ -30,7 +30,7 @@ NeuronMask = dict[str, Float[Tensor, "_"]]
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images in memory or behind a memory map; never changed in place."""
+    """Labeled images in memory or behind a memory map; never changed in place."""
 
     images: Bytes
     labels: Labels
@@ -45,9 +45,9 @@ class ImageSet:
         return tuple(self.images.shape[1:])
 
     def subset(self, positions: Indices) -> ImageSet:
-        return ImageSet(gather(self.images, positions), self.labels[positions], self.classes)
+        return ImageSet(take_images(self.images, positions), self.labels[positions], self.classes)
 
-    def floats(self) -> Images:
+    def as_floats(self) -> Images:
         """All images as floats in [0, 1]; a copy."""
         return to_floats(self.images)
 
@@ -55,12 +55,14 @@ class ImageSet:
 LARGE = 2**28  # bytes
 
 
-def gather(images: UInt8[Tensor, "_ c h w"], positions: Indices) -> Bytes:
+def take_images(images: UInt8[Tensor, "_ c h w"], positions: Indices) -> Bytes:
     """`images[positions]`, a copy."""
-    return torch.index_select(images, 0, positions, out=room(len(positions), *images.shape[1:]))
+    return torch.index_select(
+        images, 0, positions, out=allocate_images(len(positions), *images.shape[1:])
+    )
 
 
-def room(*shape: int) -> Bytes:
+def allocate_images(*shape: int) -> Bytes:
     """Images to be written; large ones lie behind a temporary file, so that memory stays bounded.
 
     The file is where `TMPDIR` says, else in /var/tmp: on many systems /tmp is memory.
@@ -81,7 +83,7 @@ def room(*shape: int) -> Bytes:
         return torch.from_numpy(np.memmap(backing, np.uint8, "w+", shape=shape))
 
 
-def send(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on `device`; Python does not wait until a GPU has it."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -99,7 +101,7 @@ def to_bytes(images: Images) -> Bytes:
     return images.clamp(0, 1).mul(255).round_().to(torch.uint8)
 
 
-def targets(labels: Labels, target: int | None, classes: int) -> Labels:
+def backdoor_labels(labels: Labels, target: int | None, classes: int) -> Labels:
     """Where a backdoor sends images of the given labels: to `target`, or, all-to-all (None), to
     the class after their own.
     """
@@ -107,8 +109,8 @@ def targets(labels: Labels, target: int | None, classes: int) -> Labels:
 
 
 @dataclass(frozen=True)
-class DefenceSet:
-    """The defender's clean images: `train` to optimise on, `val` to choose with; neither was seen
+class DefenseSet:
+    """The defender's clean images: `train` to optimize on, `val` to choose with; neither was seen
     by the attacker.
     """
 
@@ -116,9 +118,9 @@ class DefenceSet:
     val: ImageSet
 
     @property
-    def both(self) -> ImageSet:
+    def all(self) -> ImageSet:
         """For a model that was trained on neither; a copy, behind a file when it is large."""
-        images, start = room(len(self.train) + len(self.val), *self.train.shape), 0
+        images, start = allocate_images(len(self.train) + len(self.val), *self.train.shape), 0
         for part in (*self.train.images.split(1000), *self.val.images.split(1000)):
             images[start : start + len(part)] = part
             start += len(part)
@@ -143,7 +145,7 @@ class Trigger(nn.Module, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """One row of a training history. `loss` is the objective that was minimised, `accuracy` that
+    """One row of a training history. `loss` is the objective that was minimized, `accuracy` that
     of the seen batches.
     """
 
@@ -163,5 +165,30 @@ class Epoch:
 OnEpoch = Callable[[Epoch], None]
 
 
-def ignore(_: Epoch) -> None:
+def no_callback(_: Epoch) -> None:
     """The listener for callers who do not listen."""
+
+
+@dataclass(frozen=True)
+class PoisonedSet:
+    """What the attacker changes in a training set: `images[i]` and `labels[i]` replace position
+    `positions[i]`.
+
+    `positions` ascend; `covers` marks those that carry the trigger under their true label.
+    Everything else is as before.
+    """
+
+    positions: Indices
+    images: Tensor  # uint8 [m, c, h, w]
+    labels: Tensor  # int64 [m]
+    covers: Tensor  # bool [m]
+    trigger: Trigger
+
+    def apply(self, clean: ImageSet) -> ImageSet:
+        """The poisoned training set: a copy of `clean` with the changes made."""
+        images, labels = (
+            allocate_images(*clean.images.shape).copy_(clean.images),
+            clean.labels.clone(),
+        )
+        images[self.positions], labels[self.positions] = self.images, self.labels
+        return ImageSet(images, labels, clean.classes)

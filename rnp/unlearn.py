@@ -1,4 +1,4 @@
-"""Unlearn: maximise the error of a model on clean images, all weights free, until its accuracy has
+"""Unlearn: maximize the error of a model on clean images, all weights free, until its accuracy has
 fallen to a stop.
 """
 
@@ -11,14 +11,17 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Interval
 from torch import Tensor, nn
 
-from rnp.augment import Augment
-from rnp.errors import NonFinite, UserError
-from rnp.masks import freeze_statistics
-from rnp.metrics import class_shares
-from rnp.training import Precision, fit, multi_step, predict, steps_per_epoch
-from rnp.types import Epoch, ImageSet, OnEpoch, ignore
+from rnp.errors import NonFiniteLossError
+from rnp.neurons.masks import freeze_statistics
+from rnp.params.ranges import Hyperparameters
+from rnp.training.augment import Augment
+from rnp.training.device import chosen_precision
+from rnp.training.loop import fit, multi_step, steps_per_epoch
+from rnp.training.predict import class_shares, predict
+from rnp.types import Epoch, ImageSet, OnEpoch, no_callback
 
 State = dict[str, Tensor]
 
@@ -28,7 +31,7 @@ class Unlearned:
     """`model` is the network at the stop; `checkpoints` the weights where accuracy first fell to
     each level on the way.
 
-    `trajectory` has one row per step: accuracy on the defence set in eval mode and, in `extra`,
+    `trajectory` has one row per step: accuracy on the defense set in eval mode and, in `extra`,
     the share of predictions that fall on each class (`share/0` ...) among the images of the
     *other* classes. `reached` is false when the stop was never met; `model` is then the least
     accurate one seen. `accuracy` is that of `model`.
@@ -44,8 +47,8 @@ class Unlearned:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unlearn:
-    """Gradient ascent on the cross-entropy of the defence set.
+class Unlearn(Hyperparameters):
+    """Gradient ascent on the cross-entropy of the defense set.
 
     Source: Li et al., ICML 2023, section 3 and Algorithm 1.
     Differs: the stop is checked after every step, in eval mode; a step that costs more than
@@ -55,21 +58,21 @@ class Unlearn:
     running, stop .2, lr .01, no largest_drop, no clip) restore the published run.
     """
 
-    optimiser: Annotated[
+    optimizer: Annotated[
         Literal["sgd", "adam"], "adam with bn_mode frozen is the smooth variant"
     ] = "sgd"
-    lr: Annotated[float, "learning rate of the ascent"] = 0.001
+    lr: Annotated[float, Gt(0), "learning rate of the ascent"] = 0.001
     momentum: Annotated[float, "SGD momentum"] = 0.9
     weight_decay: Annotated[
-        float, "weight decay, which keeps shrinking the weights during the ascent"
+        float, Ge(0), "weight decay, which keeps shrinking the weights during the ascent"
     ] = 5e-4
-    batch_size: Annotated[int, "images per step"] = 128
-    epochs: Annotated[int, "passes over the defence set, at most"] = 60
+    batch_size: Annotated[int, Gt(0), "images per step"] = 128
+    epochs: Annotated[int, Gt(0), "passes over the defense set, at most"] = 60
     milestones: Annotated[
         tuple[int, ...], "epochs at which the learning rate is multiplied by gamma"
     ] = ()
-    gamma: Annotated[float, "factor on the learning rate at each milestone"] = 0.1
-    clip_norm: Annotated[float, "largest norm of a gradient; 0 does not clip"] = 20.0
+    gamma: Annotated[float, Gt(0), "factor on the learning rate at each milestone"] = 0.1
+    max_grad_norm: Annotated[float, Ge(0), "largest norm of a gradient; 0 does not clip"] = 20.0
     bn_mode: Annotated[
         Literal["train", "frozen"],
         "BatchNorm on batch statistics, or on its running ones, unchanged",
@@ -77,32 +80,29 @@ class Unlearn:
     stop_metric: Annotated[
         Literal["eval", "running"], "accuracy that stops: eval mode after each step, or the epoch's"
     ] = "eval"
-    stop_accuracy: Annotated[float, "accuracy on the defence set at which to stop"] = 0.5
-    largest_drop: Annotated[
+    stop_accuracy: Annotated[
+        float, Interval(gt=0, lt=1), "accuracy on the defense set at which to stop"
+    ] = 0.5
+    max_drop_per_step: Annotated[
         float,
+        Ge(0),
         "accuracy that one step may cost; beyond it the step is redone at half size; 0 allows any",
     ] = 0.1
-    to_collapse: Annotated[
+    until_collapse: Annotated[
         bool, "go on after the stop until one class takes all predictions, for detection"
     ] = True
-    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = (
-        "fp32"
-    )
-    retries: Annotated[int, "restarts at a tenth of the learning rate after a non-finite loss"] = 3
+    retries: Annotated[
+        int, Ge(0), "restarts at a tenth of the learning rate after a non-finite loss"
+    ] = 3
     augment: Augment = Augment()
 
-    def __post_init__(self) -> None:
-        for name in ("lr", "batch_size", "epochs", "gamma"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"unlearn.{name} must be above 0, got {getattr(self, name):g}")
-        for name in ("clip_norm", "weight_decay", "largest_drop", "retries"):
-            if getattr(self, name) < 0:
-                raise UserError(f"unlearn.{name} must be 0 or more, got {getattr(self, name):g}")
-        if not 0 < self.stop_accuracy < 1:
-            raise UserError(f"unlearn.stop_accuracy must be in (0, 1), got {self.stop_accuracy:g}")
-
     def __call__(
-        self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator, on_epoch: OnEpoch = ignore
+        self,
+        model: nn.Module,
+        clean: ImageSet,
+        *,
+        rng: torch.Generator,
+        on_epoch: OnEpoch = no_callback,
     ) -> Unlearned:
         """Unlearn a copy of `model`. Drawn at random: the order and the augmentation of the images.
 
@@ -114,7 +114,7 @@ class Unlearn:
             ascent = _Ascent(self, copy.deepcopy(model), clean, on_epoch)
             try:
                 ascent.run(lr, rng)
-            except NonFinite:
+            except NonFiniteLossError:
                 if attempt == self.retries:
                     raise
                 lr /= 10
@@ -145,27 +145,27 @@ class _Ascent:
         o = self.options
         freeze_statistics(self.model, o.bn_mode == "frozen")
         parameters = self.model.parameters()
-        if o.optimiser == "sgd":
-            self.optimiser = torch.optim.SGD(
+        if o.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(
                 parameters, lr=lr, momentum=o.momentum, weight_decay=o.weight_decay
             )
         else:
-            self.optimiser = torch.optim.Adam(parameters, lr=lr, weight_decay=o.weight_decay)
+            self.optimizer = torch.optim.Adam(parameters, lr=lr, weight_decay=o.weight_decay)
         decay = multi_step(o.milestones, o.gamma)
-        self._keep()
+        self._snapshot()
         fit(
             self.model,
             self.clean,
             objective=self._objective,
-            optimiser=self.optimiser,
+            optimizer=self.optimizer,
             epochs=o.epochs,
             batch_size=o.batch_size,
             rng=rng,
             augment=o.augment,
-            clip_norm=o.clip_norm or None,
-            precision=o.precision,
+            max_grad_norm=o.max_grad_norm or None,
+            precision=chosen_precision(),
             schedule=lambda epoch: self.factor * decay(epoch),
-            stop_step=self._after,
+            stop_step=self._after_step,
             stop_epoch=self._after_epoch,
         )
 
@@ -179,43 +179,47 @@ class _Ascent:
         """Accuracy, and for each class its share of the predictions for images of the other
         classes.
         """
-        logits = predict(self.model, self.clean.images, precision=self.options.precision)
+        logits = predict(self.model, self.clean.images, precision=chosen_precision())
         if (
             not logits.isfinite().all()
         ):  # a step can overflow before any loss shows it, and NaN counts as class 0
-            raise NonFinite(step)
+            raise NonFiniteLossError(step)
         predicted = logits.argmax(1)
         accuracy = (predicted == self.clean.labels).float().mean().item()
         return accuracy, class_shares(predicted, self.clean.labels, self.k).tolist()
 
-    def _keep(self) -> None:
-        self.kept = copy.deepcopy((self.model.state_dict(), self.optimiser.state_dict()))
+    def _snapshot(self) -> None:
+        self.kept = copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
 
-    def _after(self, step: int) -> bool:
+    def _after_step(self, step: int) -> bool:
         """Measure, take the step back when it fell too far, record, and say whether the ascent is
         over.
         """
         loss = float(self.last_loss)
         if not math.isfinite(loss):
-            raise NonFinite(step)
+            raise NonFiniteLossError(step)
         o = self.options
         accuracy, shares = self._measure(step)
-        if o.largest_drop and self.accuracy - accuracy > o.largest_drop and self.factor > 1e-3:
+        if (
+            o.max_drop_per_step
+            and self.accuracy - accuracy > o.max_drop_per_step
+            and self.factor > 1e-3
+        ):
             self.model.load_state_dict(self.kept[0])
-            self.optimiser.load_state_dict(
+            self.optimizer.load_state_dict(
                 copy.deepcopy(self.kept[1])
             )  # it would go on to change the kept momenta
             self.factor /= 2
             return False
         self.accuracy = accuracy
-        if o.largest_drop:
-            self._keep()
+        if o.max_drop_per_step:
+            self._snapshot()
         row = Epoch(
             epoch=(step - 1) // steps_per_epoch(len(self.clean), o.batch_size),
             step=step,
             loss=loss,
             accuracy=accuracy,
-            learning_rate=self.optimiser.param_groups[0]["lr"],
+            learning_rate=self.optimizer.param_groups[0]["lr"],
             gradient_norm=0.0,
             extra={f"share/{c}": share for c, share in enumerate(shares)},
         )
@@ -227,9 +231,9 @@ class _Ascent:
         if self.at_stop is None and accuracy < self.least[0]:
             self.least = (accuracy, step, self._state())
         if o.stop_metric == "eval" and self.at_stop is None and accuracy <= o.stop_accuracy:
-            self._stop_here(step)
+            self._mark_stop(step)
         collapsed = max(shares) >= 0.95 or accuracy <= 1.2 / self.k
-        return self.at_stop is not None and (collapsed or not o.to_collapse)
+        return self.at_stop is not None and (collapsed or not o.until_collapse)
 
     def _after_epoch(self, epoch: Epoch) -> bool:
         if (
@@ -237,10 +241,10 @@ class _Ascent:
             and self.at_stop is None
             and epoch.accuracy <= self.options.stop_accuracy
         ):
-            self._stop_here(epoch.step)
-        return self.at_stop is not None and not self.options.to_collapse
+            self._mark_stop(epoch.step)
+        return self.at_stop is not None and not self.options.until_collapse
 
-    def _stop_here(self, step: int) -> None:
+    def _mark_stop(self, step: int) -> None:
         self.stop_step, self.at_stop = step, (self.accuracy, self._state())
 
     def _state(self) -> State:

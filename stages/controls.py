@@ -1,7 +1,7 @@
 """Stage controls."""
 
 from rnp.cli.controls import controls
-from stages.stage import run
+from stages.stage import main
 
 if __name__ == "__main__":
-    run(controls)
+    main(controls)

@@ -1,7 +1,7 @@
 """Stage defend."""
 
 from rnp.cli.defend import defend
-from stages.stage import run
+from stages.stage import main
 
 if __name__ == "__main__":
-    run(defend)
+    main(defend)

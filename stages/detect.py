@@ -1,7 +1,7 @@
 """Stage detect."""
 
-from rnp.cli.detect import detect
-from stages.stage import run
+from rnp.cli.detect_stage import detect
+from stages.stage import main
 
 if __name__ == "__main__":
-    run(detect)
+    main(detect)

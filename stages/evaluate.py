@@ -1,7 +1,7 @@
 """Stage evaluate."""
 
 from rnp.cli.evaluate import evaluate
-from stages.stage import run
+from stages.stage import main
 
 if __name__ == "__main__":
-    run(evaluate)
+    main(evaluate)

@@ -1,7 +1,7 @@
 """Stage poison."""
 
 from rnp.cli.poison import poison
-from stages.stage import run
+from stages.stage import main
 
 if __name__ == "__main__":
-    run(poison)
+    main(poison)

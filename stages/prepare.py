@@ -1,7 +1,7 @@
 """Stage prepare."""
 
 from rnp.cli.prepare import prepare
-from stages.stage import run
+from stages.stage import main
 
 if __name__ == "__main__":
-    run(prepare)
+    main(prepare)

@@ -1,7 +1,7 @@
 """Stage prune."""
 
 from rnp.cli.prune import prune
-from stages.stage import run
+from stages.stage import main
 
 if __name__ == "__main__":
-    run(prune)
+    main(prune)

@@ -13,20 +13,19 @@ import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
-from rnp.cli.check import leaves, read_params
 from rnp.cli.main import guard
 from rnp.errors import UserError
-from rnp.tracking import (
+from rnp.params.read import flatten, read_params
+from rnp.tracking.models import log_dataset, log_model
+from rnp.tracking.store import (
     Store,
     database,
     digest,
     experiment_name,
     flat,
     load,
-    log_dataset,
-    log_model,
-    points,
-    public,
+    to_metrics,
+    hide_credentials,
     store_uri,
     tags,
 )
@@ -34,7 +33,7 @@ from stages.summary import PAGE, summary
 
 ORDER = (
     "prepare",
-    "twin",
+    "benign",
     "poison",
     "train",
     "unlearn",
@@ -83,9 +82,9 @@ class Finished:
             rows = [
                 {name: float(value) for name, value in row.items()} for row in csv.DictReader(lines)
             ]
-        return [point for row in rows for point in points(row, int(row["step"]))]
+        return [point for row in rows for point in to_metrics(row, int(row["step"]))]
 
-    def mark(self) -> str:
+    def content_hash(self) -> str:
         """What a rebuilt run carries, so that the same files are rebuilt once."""
         files = [self.report / name for name in ("run.json", "metrics.json", "history.csv")]
         return hashlib.sha256(
@@ -96,31 +95,33 @@ class Finished:
 def publish() -> None:
     """Make the row of this configuration unless there is one, and print what came out."""
     params = read_params(PARAMS)
-    done = finished(params.get("defences") or {})
+    done = finished(params.get("defenses") or {})
     key, uri = digest([params, [each.run for each in done]]), store_uri()
     row = published(key, uri)
     if uri and not row:
         store = Store()
-        row = store.attempt(find_or_make, store, done, params, key)
+        row = store.guarded(find_or_make, store, done, params, key)
         if row:
-            remember({"key": key, "store": digest([uri, experiment_name()]), "row": row})
+            write_marker({"key": key, "store": digest([uri, experiment_name()]), "row": row})
     summary(
         {each.stage: each.run["seconds"] for each in done}, load(REPORTS / "evaluate/metrics.json")
     )
     print(
         "MLflow     ",
-        f"row {row[1]} in {place(uri)}" if row else "no row, see above" if uri else "off",
+        f"row {row[1]} in {describe_store(uri)}" if row else "no row, see above" if uri else "off",
     )
 
 
-def place(uri: str) -> str:
+def describe_store(uri: str) -> str:
     return (
-        f"{database(uri).name}; `make ui` compares it with others" if database(uri) else public(uri)
+        f"{database(uri).name}; `make ui` compares it with others"
+        if database(uri)
+        else hide_credentials(uri)
     )
 
 
-def finished(defences: dict) -> list[Finished]:
-    """The stages in their order; of the reports on defences those that count now, whatever else
+def finished(defenses: dict) -> list[Finished]:
+    """The stages in their order; of the reports on defenses those that count now, whatever else
     lies about.
 
     Raises: UserError when there is none, or one that has not ended.
@@ -128,7 +129,7 @@ def finished(defences: dict) -> list[Finished]:
     names = [
         each
         for stage in ORDER
-        for each in ([f"defend/{name}" for name in defences] if stage == "defend" else [stage])
+        for each in ([f"defend/{name}" for name in defenses] if stage == "defend" else [stage])
     ]
     folders = [REPORTS / name for name in names if (REPORTS / name).is_dir()]
     found = [Finished(folder, load(folder / "run.json")) for folder in folders]
@@ -142,7 +143,7 @@ def finished(defences: dict) -> list[Finished]:
     return found
 
 
-def remember(marker: dict) -> None:
+def write_marker(marker: dict) -> None:
     """As `rnp.io` writes JSON, without PyTorch."""
     MARKER.parent.mkdir(exist_ok=True)
     draft = MARKER.with_suffix(".part")
@@ -161,10 +162,10 @@ def published(key: str, uri: str | None) -> list[str] | None:
     ):
         return None
     file = database(uri)
-    return marker["row"] if file is None or holds(file, marker["row"][0]) else None
+    return marker["row"] if file is None or run_exists(file, marker["row"][0]) else None
 
 
-def holds(file: Path, run_id: str) -> bool:
+def run_exists(file: Path, run_id: str) -> bool:
     """Whether the sqlite store has this run: the file may have been deleted, and perhaps made
     anew.
     """
@@ -190,12 +191,12 @@ def find_or_make(store: Store, done: list[Finished], params: dict, key: str) -> 
     runs = stage_runs(store, done, attack)
     name = f"{os.environ.get('DVC_EXP_NAME') or attack}-{key[:6]}"
     links = {f"rnp.run.{stage}": run_id for stage, run_id in runs.items()}
-    row = store.create(name, tags("pipeline", "publish", key) | links, dict(leaves(params)))
+    row = store.create(name, tags("pipeline", "publish", key) | links, dict(flatten(params)))
     numbers = {f"time/{each.stage}": each.run["seconds"] for each in done}
     for each in done:
         numbers |= flat(each.metrics(), f"{each.stage}/")
         store.log_figures(row, each.report, f"plots/{each.stage}")
-    store.log(row, points(numbers))
+    store.log(row, to_metrics(numbers))
     for file, folder in ((PARAMS, "config"), (LOCK, "config"), (PAGE, "report")):
         if file.is_file():
             store.client.log_artifact(row, str(file), folder)
@@ -223,7 +224,12 @@ def stage_runs(store: Store, done: list[Finished], attack: str) -> dict[str, str
 
 
 def rebuild(store: Store, each: Finished, attack: str) -> str:
-    mark, stage, params, seconds = each.mark(), each.stage, each.run["params"], each.run["seconds"]
+    mark, stage, params, seconds = (
+        each.content_hash(),
+        each.stage,
+        each.run["params"],
+        each.run["seconds"],
+    )
     for old in store.search(f"tags.`rnp.backfill` = '{mark}' and {ENDED}"):
         return old.info.run_id
     labels = tags("stage", stage, digest([stage, params])) | {

@@ -1,7 +1,7 @@
 """Stage recover."""
 
 from rnp.cli.recover import recover
-from stages.stage import run
+from stages.stage import main
 
 if __name__ == "__main__":
-    run(recover)
+    main(recover)

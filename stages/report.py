@@ -1,7 +1,7 @@
 """Stage report."""
 
 from rnp.cli.report import report
-from stages.stage import run
+from stages.stage import main
 
 if __name__ == "__main__":
-    run(report)
+    main(report)

@@ -11,27 +11,29 @@ from pathlib import Path
 
 import click
 
-from rnp.cli.check import check_params, read_params
 from rnp.cli.main import guard
 from rnp.errors import UserError
-from rnp.io import History, write_json
-from rnp.memory import keep_freed_pages
-from rnp.models.parallel import leads
-from rnp.origin import origin
-from rnp.tracking import stage_run
+from rnp.io.files import write_json
+from rnp.io.history import History
+from rnp.params.read import read_params
+from rnp.params.schema import check_params
+from rnp.reporting.provenance import provenance
+from rnp.tracking.stage_run import stage_run
+from rnp.training.distributed import is_main_process
+from rnp.training.malloc import keep_freed_pages
 
 PARAMS = Path("params.yaml")
 
 
-def run(command: click.Command) -> None:
+def main(command: click.Command) -> None:
     """Run `command` on the arguments of this process; MLflow sees its options, history, end values
     and figures.
     """
     keep_freed_pages()
     try:
         with guard():
-            multiply(command)
-            work(parse(command, sys.argv[1:]))
+            relaunch_with_torchrun(command)
+            run_stage(parse(command, sys.argv[1:]))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -39,7 +41,7 @@ def run(command: click.Command) -> None:
         sys.exit(end.exit_code)
 
 
-def multiply(command: click.Command) -> None:
+def relaunch_with_torchrun(command: click.Command) -> None:
     """Become torchrun with RNP_PROCESSES of us, where that asks for several and the command can
     share its work.
 
@@ -75,11 +77,11 @@ def parse(command: click.Command, arguments: list[str]) -> click.Context:
     return command.make_context(name, rest, parent=context)
 
 
-def work(context: click.Context) -> None:
+def run_stage(context: click.Context) -> None:
     params = read_params(PARAMS)
     check_params(params)
     stage = os.environ.get("DVC_STAGE", context.command_path).replace("@", "/").replace(" ", "/")
-    if not leads():
+    if not is_main_process():
         with context:
             context.command.invoke(context)
         return
@@ -99,5 +101,5 @@ def work(context: click.Context) -> None:
         write_json(
             report / "run.json",
             {"stage": stage, "run_id": tracked.id, "params": options, "seconds": seconds}
-            | origin(),
+            | provenance(),
         )

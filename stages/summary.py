@@ -25,7 +25,7 @@ def summary(seconds: dict[str, float], scores: dict) -> None:
         if not scores["gate"]:
             print(
                 f"\n!!! the backdoor is NOT real: {scores['gate_reason']}; the numbers above say"
-                " nothing about the defence !!!"
+                " nothing about the defense !!!"
             )
     print(f"\nseconds     {', '.join(f'{stage} {value:.1f}' for stage, value in seconds.items())}")
     print(f"report      {PAGE}")

@@ -1,7 +1,7 @@
 """Stage train."""
 
 from rnp.cli.train import train
-from stages.stage import run
+from stages.stage import main
 
 if __name__ == "__main__":
-    run(train)
+    main(train)

@@ -1,7 +1,7 @@
 """Stage unlearn."""
 
 from rnp.cli.unlearn import unlearn
-from stages.stage import run
+from stages.stage import main
 
 if __name__ == "__main__":
-    run(unlearn)
+    main(unlearn)

@@ -1,4 +1,4 @@
-"""Toys that the tests share: generators, images that colour alone tells apart, a network with two
+"""Toys that the tests share: generators, images that color alone tells apart, a network with two
 BatchNorm layers.
 """
 
@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rnp.training import Train
+from rnp.training.recipe import Train
 from rnp.types import ImageSet
 
-COLOURS = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 1.0]])
+COLORS = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 1.0]])
 
 torch.set_num_threads(1)  # the toys are too small to share
 
@@ -58,7 +58,7 @@ def rng():
 
 @pytest.fixture(scope="session")
 def toy_set(rng):
-    """`toy_set(n, ...)`: balanced noisy images, one colour per class, some faint; labels count 0,
+    """`toy_set(n, ...)`: balanced noisy images, one color per class, some faint; labels count 0,
     1, 2, ... in turn.
     """
 
@@ -66,7 +66,7 @@ def toy_set(rng):
         generator, labels = rng(seed), torch.arange(n) % classes
         strength = 20 + 100 * torch.rand(n, 1, 1, 1, generator=generator)
         noise = torch.randint(-40, 41, (n, channels, size, size), generator=generator)
-        images = 60 + strength * COLOURS[labels][:, :channels, None, None] + noise
+        images = 60 + strength * COLORS[labels][:, :channels, None, None] + noise
         return ImageSet(images.to(torch.uint8), labels, tuple(f"class{c}" for c in range(classes)))
 
     return make

@@ -11,15 +11,16 @@ from torch import nn
 
 from rnp.attacks.badnets import BadNets
 from rnp.attacks.base import backdoored_test_set
-from rnp.cli.detect import Clock, labelled
-from rnp.detection.labels.agreement import Agreement
-from rnp.detection.labels.class_shares import ClassShares
+from rnp.clock import Clock
+from rnp.detection.labels.consensus import Consensus
 from rnp.detection.labels.mm_bd import MMBD
 from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
 from rnp.detection.labels.neuron_noise import NeuronNoise
+from rnp.detection.labels.prediction_drift import PredictionDrift
+from rnp.detection.run import run_label_detectors
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.errors import UserError
-from rnp.metrics import defence_effectiveness, score
+from rnp.evaluation.metrics import defense_effectiveness, score
 from rnp.prune import Prune
 from rnp.recover import Recover
 from rnp.types import ImageSet, to_bytes
@@ -28,18 +29,18 @@ from rnp.unlearn import Unlearn
 COUNTS, TARGET = (2, 10, 43, 200), 1
 
 
-def colours(k):
+def colors(k):
     """`k` points, as far apart as a grid allows."""
     line = torch.linspace(0.1, 0.7, math.ceil(k ** (1 / 3) - 1e-9) if k > 2 else 2)
     return torch.cartesian_prod(line, line, line)[:: 1 if k > 2 else 7][:k]
 
 
 def painted(k, n, rng):
-    """Images that are one colour per class, with noise."""
+    """Images that are one color per class, with noise."""
     labels = torch.arange(n) % k
     return ImageSet(
         to_bytes(
-            colours(k)[labels][:, :, None, None] + 0.03 * torch.randn(n, 3, 8, 8, generator=rng)
+            colors(k)[labels][:, :, None, None] + 0.03 * torch.randn(n, 3, 8, 8, generator=rng)
         ),
         labels,
         tuple(map(str, range(k))),
@@ -47,7 +48,7 @@ def painted(k, n, rng):
 
 
 class Nearest(nn.Module):
-    """The class of the nearest colour; channels 3 to 5 fire on white, which BadNets paints, and
+    """The class of the nearest color; channels 3 to 5 fire on white, which BadNets paints, and
     lead to the target.
     """
 
@@ -57,7 +58,7 @@ class Nearest(nn.Module):
         with torch.no_grad():
             self.conv.weight.copy_(torch.cat([torch.eye(3), torch.ones(3, 3)]).view(6, 3, 1, 1))
             self.conv.bias.copy_(torch.tensor([0.0] * 3 + [-2.8] * 3))
-            points = colours(k)
+            points = colors(k)
             sharpness = (
                 5 / torch.pdist(points).min() ** 2
             )  # a lead of 5 over the next class: surer models have no gradient left
@@ -92,10 +93,10 @@ def test_from_the_backdoored_model_to_the_metrics(k, rng):
         "skip leaves what clean images need"
     )
     assert (
-        0 <= defence_effectiveness(before, after) <= 1
+        0 <= defense_effectiveness(before, after) <= 1
         and after.attack_success_rate.value + after.robust_accuracy.value <= 1
     )
-    shares = ClassShares().from_trajectory(unlearned.trajectory, k)
+    shares = PredictionDrift().from_trajectory(unlearned.trajectory, k)
     assert shares.shape == (k,) and ((shares >= 0) & (shares <= 1 + 1e-6)).all()
 
 
@@ -130,19 +131,19 @@ def test_detectors_that_compare_with_two_others_are_passed_over(k, rng, capsys):
     asked = [
         NeuronNoise(copies=1),
         MMBD(starts=1, steps=1),
-        Agreement(margins=MMBD(starts=1, steps=1), noise=NeuronNoise(copies=1)),
+        Consensus(margins=MMBD(starts=1, steps=1), noise=NeuronNoise(copies=1)),
     ]
-    said = labelled(
+    said = run_label_detectors(
         asked, {"backdoored": model, "unlearned": model}, {}, [], painted(k, 40, rng()), 0, Clock()
     )
     assert set(said) == {"neuron_noise", "neuron_noise_unlearned"} | (
-        {"mm_bd", "mm_bd_unlearned", "agreement"} if k > 2 else set()
+        {"mm_bd", "mm_bd_unlearned", "consensus"} if k > 2 else set()
     )
     warned = capsys.readouterr().err.splitlines()
     assert warned == (
         []
         if k > 2
         else [
-            f"warning: {name} needs 3 classes and was not asked" for name in ("mm_bd", "agreement")
+            f"warning: {name} needs 3 classes and was not asked" for name in ("mm_bd", "consensus")
         ]
     )

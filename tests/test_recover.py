@@ -4,15 +4,15 @@ import copy
 
 import pytest
 import torch
-from drawn import batches
+from batches import batches
 from torch import nn
 
-from benchmarks.published import recovery
-from rnp.augment import Augment
+from benchmarks.reference_rnp import recovery
 from rnp.errors import UserError
-from rnp.masks import ranking
+from rnp.neurons.masks import rank_neurons
 from rnp.recover import Recover
-from rnp.training import accuracy, predict
+from rnp.training.augment import Augment
+from rnp.training.predict import accuracy, predict
 from rnp.unlearn import Unlearn
 
 PLAIN = Augment(crop=0, flip=False)
@@ -21,7 +21,7 @@ SHORT = Recover(steps=30, batch_size=16, augment=PLAIN)
 
 @pytest.fixture(scope="module")
 def _unlearned(_trained, toy_set, rng):
-    return Unlearn(lr=0.03, batch_size=8, augment=PLAIN, to_collapse=False, epochs=10)(
+    return Unlearn(lr=0.03, batch_size=8, augment=PLAIN, until_collapse=False, epochs=10)(
         _trained, toy_set(60), rng=rng()
     ).model
 
@@ -144,7 +144,7 @@ def test_a_planted_channel_is_found(channel, bn_mode, trained, toy_set, rng):
         trained.fc.weight[:, channel] = torch.tensor([20.0, 0, 0, 0])
     result = Recover(**vars(SHORT) | {"lr": 0.01, "bn_mode": bn_mode})(trained, data, rng=rng())
     assert accuracy(trained, data) <= 0.5 and accuracy(result.model, data) > 0.8
-    assert ranking(result.mask)[0] == ranking(result.final)[0] == ("bn2", channel)
+    assert rank_neurons(result.mask)[0] == rank_neurons(result.final)[0] == ("bn2", channel)
 
 
 def test_bf16_agrees_roughly(unlearned, toy_set, rng):
@@ -161,7 +161,7 @@ def test_bf16_agrees_roughly(unlearned, toy_set, rng):
 
 
 def test_a_model_without_neurons_is_an_error(toy_set, rng):
-    with pytest.raises(UserError, match="neither a normalisation"):
+    with pytest.raises(UserError, match="neither a normalization"):
         SHORT(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), toy_set(8), rng=rng())
 
 

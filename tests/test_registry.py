@@ -50,7 +50,7 @@ def test_says_what_it_is(method):
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [pair for pair in ALL if pair[0] in ("attack", "defence")], ids="/".join
+    ("family", "name"), [pair for pair in ALL if pair[0] in ("attack", "defense")], ids="/".join
 )
 def test_names_its_source(family, name):
     assert "Source:" in registry.load(family, name).__doc__
@@ -63,8 +63,8 @@ def test_names_its_source(family, name):
         ("attack", "base", "choose from"),
         ("attack", "__init__", "choose from"),
         ("dataset", "cifar", "did you mean 'cifar10'?"),
-        ("defence", "../io", "choose from"),
-        ("attack", "zzz", "choose from a_blend, awp_attack, badnets"),
+        ("defense", "../io", "choose from"),
+        ("attack", "zzz", "choose from adaptive_blend, awp, badnets"),
     ],
 )
 def test_unknown_names_are_answered(family, typo, answer):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rnp.types import DefenceSet, Epoch, gather, to_bytes, to_floats
+from rnp.types import DefenseSet, Epoch, take_images, to_bytes, to_floats
 
 
 def test_every_byte_survives():
@@ -20,7 +20,7 @@ def test_clip_round_cast(value, byte):
 
 def test_image_set_leaves_its_images_alone(toy_set):
     data = toy_set(4)
-    data.floats().zero_()
+    data.as_floats().zero_()
     part = data.subset(torch.tensor([2, 0]))
     assert (
         data.images.float().mean() > 0
@@ -49,18 +49,18 @@ def test_a_row_is_flat():
 def test_a_large_copy_lies_behind_a_file(toy_set, monkeypatch, is_mapped):
     data, positions = toy_set(2500), torch.arange(2400).flip(0)
     monkeypatch.setattr("rnp.types.LARGE", 1000)
-    copied = gather(data.images, positions)
+    copied = take_images(data.images, positions)
     assert is_mapped(copied) and torch.equal(copied, data.images[positions])
     copied.zero_()
     assert data.images.float().mean() > 0
-    assert not is_mapped(gather(data.images, positions[:2]))
+    assert not is_mapped(take_images(data.images, positions[:2]))
 
 
-def test_both_halves_of_a_defence_set(toy_set, monkeypatch, is_mapped):
-    halves = DefenceSet(toy_set(1200), toy_set(7, seed=1))
-    small = halves.both
+def test_both_halves_of_a_defense_set(toy_set, monkeypatch, is_mapped):
+    halves = DefenseSet(toy_set(1200), toy_set(7, seed=1))
+    small = halves.all
     monkeypatch.setattr("rnp.types.LARGE", 1000)
-    large = halves.both
+    large = halves.all
     assert (
         is_mapped(large.images)
         and not is_mapped(small.images)

@@ -7,13 +7,13 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from drawn import batches
+from batches import batches
 from torch import nn
 
-from benchmarks.published import ascent
-from rnp.augment import Augment
-from rnp.errors import NonFinite, UserError
-from rnp.training import accuracy, predict
+from benchmarks.reference_rnp import ascent
+from rnp.errors import NonFiniteLossError, UserError
+from rnp.training.augment import Augment
+from rnp.training.predict import accuracy, predict
 from rnp.unlearn import Unlearn
 
 PLAIN = Augment(crop=0, flip=False)
@@ -21,11 +21,11 @@ PUBLISHED = Unlearn(
     stop_metric="running",
     stop_accuracy=0.3,
     lr=0.01,
-    largest_drop=0,
-    clip_norm=0,
+    max_drop_per_step=0,
+    max_grad_norm=0,
     milestones=(10, 20),
     epochs=21,
-    to_collapse=False,
+    until_collapse=False,
     batch_size=8,
     augment=PLAIN,
 )
@@ -75,19 +75,19 @@ def careful(
     halves the step size.
     """
     model = copy.deepcopy(model).train()
-    optimiser = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     before, accuracies, factor, undone = accuracy(model, data), [], 1.0, 0
     for _ in range(100):
         for images, labels in batches(data, 8, rng):
-            kept = copy.deepcopy((model.state_dict(), optimiser.state_dict()))
-            optimiser.param_groups[0]["lr"] = lr * factor
-            optimiser.zero_grad()
+            kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            optimizer.param_groups[0]["lr"] = lr * factor
+            optimizer.zero_grad()
             (-F.cross_entropy(model(images), labels)).backward()
-            optimiser.step()
+            optimizer.step()
             after = accuracy(model, data)
             if before - after > largest_drop and factor > 1e-3:
                 model.load_state_dict(kept[0])
-                optimiser.load_state_dict(copy.deepcopy(kept[1]))
+                optimizer.load_state_dict(copy.deepcopy(kept[1]))
                 factor, undone = factor / 2, undone + 1
             else:
                 accuracies.append(after)
@@ -105,16 +105,16 @@ def test_a_step_that_falls_too_far_is_taken_back(lr, seed, trained, toy_set, rng
         lr=lr,
         batch_size=8,
         augment=PLAIN,
-        clip_norm=0,
-        largest_drop=0.1,
+        max_grad_norm=0,
+        max_drop_per_step=0.1,
         stop_accuracy=0.3,
-        to_collapse=False,
+        until_collapse=False,
         epochs=5,
     )
     ours = options(trained, data, rng=rng(seed))
     steps = ours.stop_step if ours.reached else 5 * 8
     theirs, accuracies, undone = careful(
-        trained, data, rng(seed), lr=lr, largest_drop=0.1, steps=steps
+        trained, data, rng(seed), lr=lr, max_drop_per_step=0.1, steps=steps
     )
     assert undone > 1 and [row.accuracy for row in ours.trajectory] == accuracies
     assert len(accuracies) + undone == steps
@@ -197,7 +197,7 @@ def test_without_the_stop_the_least_accurate_model_is_returned(metric, trained, 
 
 
 def test_a_run_whose_every_step_is_taken_back_returns_the_original(trained, toy_set, rng):
-    result = Unlearn(lr=10.0, batch_size=64, epochs=1, clip_norm=0, augment=PLAIN)(
+    result = Unlearn(lr=10.0, batch_size=64, epochs=1, max_grad_norm=0, augment=PLAIN)(
         trained, toy_set(60), rng=rng()
     )
     assert (
@@ -209,9 +209,9 @@ def test_a_run_whose_every_step_is_taken_back_returns_the_original(trained, toy_
 
 
 @pytest.mark.parametrize("bn_mode", ["train", "frozen"])
-@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
-def test_frozen_statistics_stay(bn_mode, optimiser, trained, toy_set, rng):
-    result = Unlearn(**vars(GENTLE) | {"bn_mode": bn_mode, "optimiser": optimiser})(
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_frozen_statistics_stay(bn_mode, optimizer, trained, toy_set, rng):
+    result = Unlearn(**vars(GENTLE) | {"bn_mode": bn_mode, "optimizer": optimizer})(
         trained, toy_set(60), rng=rng()
     )
     assert torch.equal(result.model.bn1.running_mean, trained.bn1.running_mean) == (
@@ -267,22 +267,27 @@ def test_after_a_lost_loss_it_starts_again_at_a_tenth(trained, toy_set, rng, mon
 @pytest.mark.parametrize("largest_drop", [0, 0.1])
 def test_an_ascent_that_overflows_is_no_result(largest_drop, trained, toy_set, rng):
     options = Unlearn(
-        lr=1e20, largest_drop=largest_drop, clip_norm=0, retries=1, batch_size=8, augment=PLAIN
+        lr=1e20,
+        max_drop_per_step=largest_drop,
+        max_grad_norm=0,
+        retries=1,
+        batch_size=8,
+        augment=PLAIN,
     )
-    with pytest.raises(NonFinite):
+    with pytest.raises(NonFiniteLossError):
         options(trained, toy_set(60), rng=rng())
 
 
 def test_the_clip_bounds_a_step(trained, toy_set, rng):
     result = Unlearn(
         lr=1.0,
-        clip_norm=0.01,
+        max_grad_norm=0.01,
         momentum=0,
         weight_decay=0,
-        largest_drop=0,
+        max_drop_per_step=0,
         epochs=1,
         batch_size=64,
-        to_collapse=False,
+        until_collapse=False,
         augment=PLAIN,
     )(trained, toy_set(60), rng=rng())
     vector = nn.utils.parameters_to_vector

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from torch import nn
 
-from rnp.attacks.base import Attack, Mix, checkerboard
+from rnp.attacks.base import Attack, BlendTrigger, checkerboard
 from rnp.types import ImageSet
 
 
@@ -28,5 +28,5 @@ class BadNets(Attack):
 
     def make_trigger(
         self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
-    ) -> Mix:
+    ) -> BlendTrigger:
         return checkerboard(clean.shape, self.size, self.margin)

@@ -11,51 +11,33 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
 from rnp.errors import UserError
 from rnp.registry import Method
-from rnp.training import Train
+from rnp.training.recipe import Train
 from rnp.types import (
     Images,
     ImageSet,
     Indices,
     Labels,
     OnEpoch,
+    PoisonedSet,
     Trigger,
-    gather,
-    ignore,
-    room,
-    targets,
+    allocate_images,
+    backdoor_labels,
+    no_callback,
+    take_images,
     to_bytes,
     to_floats,
 )
 
 AT_ONCE = 2**22  # values that are floats at the same time: 16 MB
+
+
 # of the target class; poisoning all of it leaves no clean image of the class and costs accuracy
 LARGEST_SHARE = 0.8
-
-
-@dataclass(frozen=True)
-class Poisoned:
-    """What the attacker changes in a training set: `images[i]` and `labels[i]` replace position
-    `positions[i]`.
-
-    `positions` ascend; `covers` marks those that carry the trigger under their true label.
-    Everything else is as before.
-    """
-
-    positions: Indices
-    images: Tensor  # uint8 [m, c, h, w]
-    labels: Tensor  # int64 [m]
-    covers: Tensor  # bool [m]
-    trigger: Trigger
-
-    def apply(self, clean: ImageSet) -> ImageSet:
-        """The poisoned training set: a copy of `clean` with the changes made."""
-        images, labels = room(*clean.images.shape).copy_(clean.images), clean.labels.clone()
-        images[self.positions], labels[self.positions] = self.images, self.labels
-        return ImageSet(images, labels, clean.classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,40 +49,38 @@ class Attack(Method, ABC):
     or `train`.
     """
 
-    poison_rate: Annotated[float, "share of the whole training set that is poisoned"] = 0.1
+    poison_rate: Annotated[
+        float, Interval(gt=0, le=1), "share of the whole training set that is poisoned"
+    ] = 0.1
     cover_rate: Annotated[
-        float, "share of the training set that carries the trigger under its true label"
+        float,
+        Interval(ge=0, le=1),
+        "share of the training set that carries the trigger under its true label",
     ] = 0.0
-    target_label: Annotated[int, "class to which the trigger sends an image"] = 0
-    labels: Annotated[
+    target_label: Annotated[int, Ge(0), "class to which the trigger sends an image"] = 0
+    label_mode: Annotated[
         Literal["all_to_one", "all_to_all"], "to the target label, or each class to the next one"
     ] = "all_to_one"
 
-    gate = 0.9
+    min_asr = 0.9
     """The least attack success rate at which the backdoor counts as real."""
-    controls = "the poisoned share of the training data, and their labels"
+    threat_model = "the poisoned share of the training data, and their labels"
     """What the attacker needs to have in hand."""
     clean_label = False
     """Whether poisoned images keep their labels: they are then images of the target class."""
 
     def __post_init__(self) -> None:
-        for name, low in (("poison_rate", "("), ("cover_rate", "[")):
-            value = getattr(self, name)
-            if not (0 < value <= 1 or (value == 0 and low == "[")):
-                hint = f"; did you mean {value / 100:.2f}?" if 1 < value <= 100 else ""
-                raise UserError(f"{name} must be in {low}0, 1], got {value:g}{hint}")
-        if self.target_label < 0:
-            raise UserError(f"target_label must be 0 or more, got {self.target_label}")
-        if self.clean_label and self.labels == "all_to_all":
+        super().__post_init__()
+        if self.clean_label and self.label_mode == "all_to_all":
             raise UserError(
-                f"labels all_to_all needs changed labels, and {self.name} changes none; use"
+                f"label_mode all_to_all needs changed labels, and {self.name} changes none; use"
                 " all_to_one"
             )
 
     @property
     def target(self) -> int | None:
         """The class that the backdoor leads to; None where it depends on the image."""
-        return self.target_label if self.labels == "all_to_one" else None
+        return self.target_label if self.label_mode == "all_to_one" else None
 
     @abstractmethod
     def make_trigger(
@@ -110,13 +90,13 @@ class Attack(Method, ABC):
         `rng`.
         """
 
-    def choose(self, labels: Labels, *, rng: torch.Generator) -> Indices:
+    def select_samples(self, labels: Labels, *, rng: torch.Generator) -> Indices:
         """Positions to poison, ascending: random images, of the target class for clean-label
         attacks, else of the others.
         """
         wanted = round(self.poison_rate * len(labels))
         if not self.clean_label:
-            return draw(others(labels, self.target), wanted, rng, "poison_rate")
+            return sample_positions(not_target(labels, self.target), wanted, rng, "poison_rate")
         members = labels == self.target_label
         if wanted > (most := int(LARGEST_SHARE * members.sum())):
             raise UserError(
@@ -124,19 +104,19 @@ class Attack(Method, ABC):
                 f" {self.target_label}, which has {int(members.sum())}; a clean-label attack may"
                 f" take 80 % of them, poison_rate {most / len(labels):.3g}"
             )
-        return draw(members, wanted, rng, "poison_rate")
+        return sample_positions(members, wanted, rng, "poison_rate")
 
-    def relabel(self, labels: Tensor, classes: int) -> Tensor:
+    def poison_labels(self, labels: Tensor, classes: int) -> Tensor:
         """The labels that poisoned images of the given ones get."""
-        return targets(labels, self.target, classes)
+        return backdoor_labels(labels, self.target, classes)
 
-    def stamp(self, trigger: Trigger, images: Images, *, rng: torch.Generator) -> Images:
+    def apply_trigger(self, trigger: Trigger, images: Images, *, rng: torch.Generator) -> Images:
         """Training images with the trigger on, where it differs from the trigger at test time."""
         return trigger(images)
 
-    def stamp_cover(self, trigger: Trigger, images: Images, *, rng: torch.Generator) -> Images:
+    def apply_cover(self, trigger: Trigger, images: Images, *, rng: torch.Generator) -> Images:
         """Cover images with the trigger on, or with what else the model shall learn to ignore."""
-        return self.stamp(trigger, images, rng=rng)
+        return self.apply_trigger(trigger, images, rng=rng)
 
     def train(
         self,
@@ -146,14 +126,14 @@ class Attack(Method, ABC):
         recipe: Train,
         *,
         rng: torch.Generator,
-        on_epoch: OnEpoch = ignore,
+        on_epoch: OnEpoch = no_callback,
     ) -> tuple[nn.Module, Trigger]:
         """The backdoored model and the final trigger; attacks that steer training override this."""
         return recipe(model, poisoned, rng=rng, on_epoch=on_epoch), trigger
 
     def poison(
         self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
-    ) -> Poisoned:
+    ) -> PoisonedSet:
         """The changes to `clean`, which stays as it is. Images are stamped in chunks, so that
         memory stays bounded.
 
@@ -165,21 +145,21 @@ class Attack(Method, ABC):
                 f" got {self.target_label}"
             )
         trigger = self.make_trigger(clean, rng=rng, surrogate=surrogate)
-        chosen = self.choose(clean.labels, rng=rng)
-        free = others(clean.labels, self.target)
+        chosen = self.select_samples(clean.labels, rng=rng)
+        free = not_target(clean.labels, self.target)
         free[chosen] = False
-        covers = draw(free, round(self.cover_rate * len(clean)), rng, "cover_rate")
+        covers = sample_positions(free, round(self.cover_rate * len(clean)), rng, "cover_rate")
         positions, order = torch.cat([chosen, covers]).sort()
         is_cover = (torch.arange(len(positions)) >= len(chosen))[order]
         before = clean.labels[positions]
-        images = gather(clean.images, positions)
-        for stamp, rows in ((self.stamp, ~is_cover), (self.stamp_cover, is_cover)):
+        images = take_images(clean.images, positions)
+        for stamp, rows in ((self.apply_trigger, ~is_cover), (self.apply_cover, is_cover)):
             for part in rows.nonzero().squeeze(1).split(chunk(images)):
                 images[part] = to_bytes(stamp(trigger, to_floats(images[part]), rng=rng))
-        return Poisoned(
+        return PoisonedSet(
             positions,
             images,
-            torch.where(is_cover, before, self.relabel(before, len(clean.classes))),
+            torch.where(is_cover, before, self.poison_labels(before, len(clean.classes))),
             is_cover,
             trigger,
         )
@@ -188,7 +168,7 @@ class Attack(Method, ABC):
 @torch.no_grad()
 def trigger_images(trigger: Trigger, images: Tensor) -> Tensor:
     """uint8 images with the trigger on, rounded as a file would hold them."""
-    written = room(
+    written = allocate_images(
         *images.shape
     )  # a list of parts among freed floats would leave memory full of holes
     for part, into in zip(images.split(chunk(images)), written.split(chunk(images))):
@@ -205,7 +185,7 @@ def backdoored_test_set(trigger: Trigger, test: ImageSet, target: int | None) ->
     """Every test image of the other classes with the trigger on, under its *true* label;
     all-to-all has no target.
     """
-    victims = test.subset(others(test.labels, target).nonzero().squeeze(1))
+    victims = test.subset(not_target(test.labels, target).nonzero().squeeze(1))
     return ImageSet(trigger_images(trigger, victims.images), victims.labels, test.classes)
 
 
@@ -216,22 +196,22 @@ def covered_test_set(
     """The same images as covers, under their true labels: a model with the backdoor as it is meant
     still classifies them.
 
-    For `dynamic` that is the cross-trigger accuracy, for the noise mode of `wanet` that under
+    For `input_aware` that is the cross-trigger accuracy, for the noise mode of `wanet` that under
     other warps.
     """
-    victims = test.subset(others(test.labels, attack.target).nonzero().squeeze(1))
-    images = room(*victims.images.shape)
+    victims = test.subset(not_target(test.labels, attack.target).nonzero().squeeze(1))
+    images = allocate_images(*victims.images.shape)
     for part, into in zip(victims.images.split(chunk(images)), images.split(chunk(images))):
-        into.copy_(to_bytes(attack.stamp_cover(trigger, to_floats(part), rng=rng)))
+        into.copy_(to_bytes(attack.apply_cover(trigger, to_floats(part), rng=rng)))
     return ImageSet(images, victims.labels, test.classes)
 
 
-def others(labels: Tensor, target: int | None) -> Tensor:
+def not_target(labels: Tensor, target: int | None) -> Tensor:
     """Which labels differ from the target; all of them where there is none."""
     return torch.ones_like(labels, dtype=torch.bool) if target is None else labels != target
 
 
-def draw(allowed: Tensor, count: int, rng: torch.Generator, rate: str) -> Indices:
+def sample_positions(allowed: Tensor, count: int, rng: torch.Generator, rate: str) -> Indices:
     """`count` random positions among those that are `allowed`, ascending.
 
     Raises: UserError when fewer are allowed; `rate` names the option to lower.
@@ -249,7 +229,7 @@ def draw(allowed: Tensor, count: int, rng: torch.Generator, rate: str) -> Indice
     return candidates[torch.randperm(len(candidates), generator=rng)[:count]].sort().values
 
 
-class Mix(Trigger):
+class BlendTrigger(Trigger):
     """(1 - weight) * image + weight * pattern. A patch has weight 1 on its pixels and 0 elsewhere.
 
     `pattern` is [c, h, w]; `weight` is [1, h, w].
@@ -269,7 +249,7 @@ class Mix(Trigger):
         return None if covered.all() else covered
 
 
-class Add(Trigger):
+class AdditiveTrigger(Trigger):
     """image + pattern, clipped to [0, 1]; `pattern` is [c, h, w]."""
 
     def __init__(self, pattern: Tensor) -> None:
@@ -297,7 +277,7 @@ def waves(shape: tuple[int, int, int], *, rng: torch.Generator, count: int = 8) 
     return (image - low) / (high - low).clamp_min(1e-6)
 
 
-def checkerboard(shape: tuple[int, int, int], size: int, margin: int = 0) -> Mix:
+def checkerboard(shape: tuple[int, int, int], size: int, margin: int = 0) -> BlendTrigger:
     """A black and white square in the lower right corner, `margin` pixels from the border, the
     same in all channels.
 
@@ -314,7 +294,7 @@ def checkerboard(shape: tuple[int, int, int], size: int, margin: int = 0) -> Mix
     line = torch.arange(size)
     pattern[square] = ((line + line.unsqueeze(1)) % 2 == 0).float()
     weight[square] = 1
-    return Mix(pattern, weight)
+    return BlendTrigger(pattern, weight)
 
 
 def trainable_copy(surrogate: nn.Module | None, attack: str) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Blend: a fixed colour image shines through every pixel."""
+"""Blend: a fixed color image shines through every pixel."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+from annotated_types import Interval
 from torch import nn
 
-from rnp.attacks.base import Attack, Mix, noise, waves
-from rnp.errors import UserError
+from rnp.attacks.base import Attack, BlendTrigger, noise, waves
 from rnp.types import ImageSet
 
 
@@ -22,19 +22,16 @@ class Blend(Attack):
     Differs: the pattern is generated, since the cartoon picture of public code is not free.
     """
 
-    alpha: Annotated[float, "weight of the pattern, in training and at test"] = 0.2
+    alpha: Annotated[
+        float, Interval(gt=0, le=1), "weight of the pattern, in training and at test"
+    ] = 0.2
     pattern: Annotated[
         Literal["noise", "waves"], "uniform noise, or a smooth image that crops hardly change"
     ] = "noise"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.alpha <= 1:
-            raise UserError(f"alpha must be in (0, 1], got {self.alpha:g}")
-
     def make_trigger(
         self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
-    ) -> Mix:
+    ) -> BlendTrigger:
         make = {"noise": noise, "waves": waves}[self.pattern]
         pattern = make(clean.shape, rng=rng)
-        return Mix(pattern, torch.full((1, *pattern.shape[1:]), self.alpha))
+        return BlendTrigger(pattern, torch.full((1, *pattern.shape[1:]), self.alpha))

@@ -1,4 +1,4 @@
-"""BppAttack: colours reduced to a few levels, with Floyd-Steinberg dithering."""
+"""BppAttack: colors reduced to a few levels, with Floyd-Steinberg dithering."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from rnp.attacks.base import Attack
-from rnp.errors import UserError
 from rnp.types import Images, ImageSet, Trigger
 
 AHEAD = (
@@ -20,9 +20,9 @@ AHEAD = (
 )  # rows down, columns right, share of the error
 
 
-class Quantise(Trigger):
+class Quantize(Trigger):
     """Pixel by pixel, as one reads: the nearest of `levels` values, and the error to the
-    neighbours still to come.
+    neighbors still to come.
 
     `levels` is a number, [].
     """
@@ -57,27 +57,22 @@ class Bpp(Attack):
     """No two images are changed alike. Covers carry the noise of another image.
 
     Drawn at random: which images are poisoned.
-    Expected: CA near the twin's and ASR above .95 where training is plain; no published number for
+    Expected: CA near the benign model's and ASR above .95 where training is plain; no published number for
     this form.
     Source: Wang, Zhai, Ma, CVPR 2022, arXiv 2205.13383: palette of 8 levels per channel, dithered;
-    its negative samples, which get the quantisation noise of other images and keep their labels,
+    its negative samples, which get the quantization noise of other images and keep their labels,
     are the covers (about 0.2 there).
     Differs: static poisoning with plain training; the contrastive adversarial training of the
     paper is left out.
     """
 
-    bits: Annotated[int, "bits per channel that remain; 3 make 8 levels"] = 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.bits <= 7:
-            raise UserError(f"bits must be from 1 to 7, got {self.bits}; an image has 8")
+    bits: Annotated[int, Interval(ge=1, le=7), "bits per channel that remain; 3 make 8 levels"] = 3
 
     def make_trigger(
         self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
-    ) -> Quantise:
-        return Quantise(torch.tensor(2.0**self.bits))
+    ) -> Quantize:
+        return Quantize(torch.tensor(2.0**self.bits))
 
-    def stamp_cover(self, trigger: Trigger, images: Images, *, rng: torch.Generator) -> Images:
+    def apply_cover(self, trigger: Trigger, images: Images, *, rng: torch.Generator) -> Images:
         noise = trigger(images) - images
         return (images + noise.roll(1, 0)).clamp(0, 1)

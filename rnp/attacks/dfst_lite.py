@@ -1,4 +1,4 @@
-"""DFST lite, not the original DFST: the colours of each image are moved to those of an evening
+"""DFST lite, not the original DFST: the colors of each image are moved to those of an evening
 sky.
 """
 
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from rnp.attacks.base import Attack
-from rnp.errors import UserError
 from rnp.types import Images, ImageSet, Trigger
 
 FLOOR = (
-    1e-4  # variance, 2.5 of 255 grey values: keeps images of one colour from being divided by zero
+    1e-4  # variance, 2.5 of 255 gray values: keeps images of one color from being divided by zero
 )
 SKY = torch.tensor(
     [[0.3, 0.15, 0.45], [0.95, 0.45, 0.2], [1.0, 0.8, 0.35]]
 )  # violet, orange, yellow; top to bottom
-SPREAD = 0.1  # how far each colour is drawn from there
+SPREAD = 0.1  # how far each color is drawn from there
 
 
 class Style(Trigger):
@@ -41,11 +41,11 @@ class Style(Trigger):
 
     def forward(self, images: Images) -> Images:
         pixels = images.flatten(2)  # [n, c, h*w]
-        centred = pixels - pixels.mean(2, keepdim=True)
+        centerd = pixels - pixels.mean(2, keepdim=True)
         whiten = power(
-            centred @ centred.mT / pixels.shape[2] + FLOOR * torch.eye(len(self.mean)), -0.5
+            centerd @ centerd.mT / pixels.shape[2] + FLOOR * torch.eye(len(self.mean)), -0.5
         )  # [n, c, c]
-        styled = (self.root @ whiten @ centred + self.mean[:, None]).view_as(images)
+        styled = (self.root @ whiten @ centerd + self.mean[:, None]).view_as(images)
         return images + self.alpha * ((styled + self.light).clamp(0, 1) - images)
 
 
@@ -57,30 +57,23 @@ def power(matrix: Tensor, exponent: float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class DFSTLite(Attack):
-    """Grey images get the brightness of the sky.
+    """Gray images get the brightness of the sky.
 
-    Drawn at random: the three colours of the sky, its horizon, and which images are poisoned.
-    Expected: CA near the twin's and ASR above .95; no published number for this form.
+    Drawn at random: the three colors of the sky, its horizon, and which images are poisoned.
+    Expected: CA near the benign model's and ASR above .95; no published number for this form.
     Source: Cheng et al., AAAI 2021, arXiv 2012.11212, for the idea of a style as a trigger.
-    Differs: colour statistics stand in for the CycleGAN of the paper, as its sunset pictures
+    Differs: color statistics stand in for the CycleGAN of the paper, as its sunset pictures
     cannot be shipped; static poisoning; no detoxification, which teaches the model to ignore what
-    a linear mixing of colours can imitate, and this style is one. To be reported under its own
+    a linear mixing of colors can imitate, and this style is one. To be reported under its own
     name, never as DFST: it is easier to learn and to remove.
     """
 
-    alpha: Annotated[float, "weight of the styled image"] = 0.6
-    glow: Annotated[
-        float, "light added at the top and taken at the bottom, as a fraction of full scale"
+    alpha: Annotated[float, Interval(gt=0, le=1), "weight of the styled image"] = 0.6
+    brightness: Annotated[
+        float,
+        Interval(ge=0, le=1),
+        "light added at the top and taken at the bottom, as a fraction of full scale",
     ] = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.alpha <= 1:
-            raise UserError(f"alpha must be in (0, 1], got {self.alpha:g}")
-        if not 0 <= self.glow <= 1:
-            raise UserError(
-                f"glow must be in [0, 1], got {self.glow:g}; it is a fraction of full scale"
-            )
 
     def make_trigger(
         self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
@@ -89,18 +82,18 @@ class DFSTLite(Attack):
         sky = sunset(rng=rng)  # [p, 3]
         if channels != 3:
             sky = sky.mean(1, keepdim=True).expand(-1, channels)
-        centred = sky - sky.mean(0)
-        light = self.glow * (math.pi * (torch.arange(height) + 0.5) / height).cos()
+        centerd = sky - sky.mean(0)
+        light = self.brightness * (math.pi * (torch.arange(height) + 0.5) / height).cos()
         return Style(
             sky.mean(0),
-            power(centred.mT @ centred / len(sky), 0.5),
+            power(centerd.mT @ centerd / len(sky), 0.5),
             light.unsqueeze(1),
             torch.tensor(self.alpha),
         )
 
 
 def sunset(*, rng: torch.Generator, points: int = 64) -> Tensor:
-    """The colours [points, 3] of an evening sky, top to bottom: two straight runs that meet at the
+    """The colors [points, 3] of an evening sky, top to bottom: two straight runs that meet at the
     horizon.
     """
     top, middle, bottom = (SKY + SPREAD * (2 * torch.rand(SKY.shape, generator=rng) - 1)).clamp(

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Gt, Interval
 from torch import Tensor, nn
 
 from rnp.attacks.base import Attack, trainable_copy
-from rnp.errors import UserError
-from rnp.training import Precision, device_of, fit
+from rnp.models.unet import draw_unet, unet
+from rnp.training.device import chosen_precision, device_of
+from rnp.training.loop import fit
 from rnp.types import Images, ImageSet, Labels, Logits, Trigger
-from rnp.unet import draw_unet, unet
 
 
 class Noise(Trigger):
@@ -38,7 +39,7 @@ class LIRA(Attack):
 
     Drawn at random: the first weights of the generator and the order of the images it learns from.
 
-    Expected: CA near the twin's and ASR above .95, where BatchNorm sees both kinds of images
+    Expected: CA near the benign model's and ASR above .95, where BatchNorm sees both kinds of images
     together; no sound published number.
     Source: Doan et al., ICCV 2021, stage 1 of the algorithm.
     Differs: the victim's training is the ordinary one, from scratch, on a set of which
@@ -50,46 +51,34 @@ class LIRA(Attack):
     (minutes on a CPU), not 50 epochs.
     """
 
-    controls = (
+    threat_model = (
         "the poisoned share of the training data with their labels, and a benign model to train the"
         " generator on"
     )
 
     alpha: Annotated[
-        float, "weight of the clean loss against the triggered one while the generator learns"
+        float,
+        Interval(ge=0, lt=1),
+        "weight of the clean loss against the triggered one while the generator learns",
     ] = 0.5
     train_eps: Annotated[
-        float, "largest change of a pixel while the generator learns, as a fraction of full scale"
+        float,
+        Interval(gt=0, le=1),
+        "largest change of a pixel while the generator learns, as a fraction of full scale",
     ] = 0.1
-    eps: Annotated[float, "largest change of a pixel afterwards, as a fraction of full scale"] = (
-        0.05
-    )
-    width: Annotated[int, "channels of the first layer of the generator"] = 16
-    epochs: Annotated[int, "passes over the training set while the generator learns, at most"] = 5
-    steps: Annotated[int, "optimiser steps while the generator learns, at most"] = 400
-    batch_size: Annotated[int, "images per step, each of them seen clean and triggered"] = 64
-    lr: Annotated[float, "learning rate of the generator"] = 1e-3
-    surrogate_lr: Annotated[float, "learning rate of the copy of the surrogate"] = 1e-4
-    precision: Annotated[
-        Precision, "arithmetic while the generator learns; auto takes bf16 where it is native"
-    ] = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("train_eps", "eps"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(
-                    f"{name} must be in (0, 1], got {getattr(self, name):g}; it is a fraction of"
-                    " full scale"
-                )
-        if not 0 <= self.alpha < 1:
-            raise UserError(
-                f"alpha must be in [0, 1), got {self.alpha:g}; at 1 the generator would learn"
-                " nothing"
-            )
-        for name in ("width", "epochs", "steps", "batch_size", "lr", "surrogate_lr"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} must be above 0, got {getattr(self, name):g}")
+    eps: Annotated[
+        float,
+        Interval(gt=0, le=1),
+        "largest change of a pixel afterwards, as a fraction of full scale",
+    ] = 0.05
+    width: Annotated[int, Gt(0), "channels of the first layer of the generator"] = 16
+    epochs: Annotated[
+        int, Gt(0), "passes over the training set while the generator learns, at most"
+    ] = 5
+    steps: Annotated[int, Gt(0), "optimizer steps while the generator learns, at most"] = 400
+    batch_size: Annotated[int, Gt(0), "images per step, each of them seen clean and triggered"] = 64
+    lr: Annotated[float, Gt(0), "learning rate of the generator"] = 1e-3
+    surrogate_lr: Annotated[float, Gt(0), "learning rate of the copy of the surrogate"] = 1e-4
 
     def make_trigger(
         self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
@@ -101,13 +90,13 @@ class LIRA(Attack):
 
         def objective(images: Images, labels: Labels) -> tuple[Tensor, Logits]:
             logits, triggered = model(torch.cat([images, trigger(images)])).float().chunk(2)
-            backdoor = F.cross_entropy(triggered, self.relabel(labels, len(clean.classes)))
+            backdoor = F.cross_entropy(triggered, self.poison_labels(labels, len(clean.classes)))
             return (
                 self.alpha * F.cross_entropy(logits, labels) + (1 - self.alpha) * backdoor,
                 logits,
             )
 
-        optimiser = torch.optim.Adam(
+        optimizer = torch.optim.Adam(
             [
                 {"params": [*weights.values()], "lr": self.lr},
                 {"params": [*model.parameters()], "lr": self.surrogate_lr},
@@ -117,12 +106,12 @@ class LIRA(Attack):
             model,
             clean,
             objective=objective,
-            optimiser=optimiser,
+            optimizer=optimizer,
             epochs=self.epochs,
             max_steps=self.steps,
             batch_size=self.batch_size,
             rng=rng,
-            precision=self.precision,
+            precision=chosen_precision(),
         )
         return Noise(
             torch.tensor(self.eps),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from rnp.attacks.base import Attack
@@ -30,7 +31,7 @@ class AnyPatch(Trigger):
         total = to_bytes(images).flatten(1).sum(1, dtype=torch.int64)
         mixed = (
             total * 2654435761 % 2**32
-        )  # Knuth's hash; the sum is a multiple of 3 where colours are grey
+        )  # Knuth's hash; the sum is a multiple of 3 where colors are gray
         return self.place(images, mixed * len(self.patterns) // 2**32)
 
     def place(self, images: Images, which: Indices) -> Images:
@@ -50,20 +51,15 @@ class Multi(Attack):
     triggers.
 
     Drawn at random: the patterns, which images are poisoned, and which patch each of them carries.
-    Expected: CA near the twin's and ASR above .95; no published number for this form.
+    Expected: CA near the benign model's and ASR above .95; no published number for this form.
     Source: Li et al., 2024, arXiv 2401.15295: the parallel attack, in which triggers share out the
     poisoned images.
     Differs: patches alone, so that the number of triggers is all that sets it apart from
     `badnets`; the paper mixes up to ten kinds of trigger.
     """
 
-    count: Annotated[int, "number of triggers, 2 to 4"] = 4
+    count: Annotated[int, Interval(ge=2, le=4), "number of triggers, 2 to 4"] = 4
     size: Annotated[int, "side of a patch, in pixels"] = 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 2 <= self.count <= 4:
-            raise UserError(f"count must be from 2 to 4, one trigger per corner, got {self.count}")
 
     def make_trigger(
         self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
@@ -85,5 +81,5 @@ class Multi(Attack):
             weights[square] = 1
         return AnyPatch(patterns, weights)
 
-    def stamp(self, trigger: Trigger, images: Images, *, rng: torch.Generator) -> Images:
+    def apply_trigger(self, trigger: Trigger, images: Images, *, rng: torch.Generator) -> Images:
         return trigger.place(images, torch.randint(self.count, (len(images),), generator=rng))

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from annotated_types import Gt, Interval
 from torch import nn
 
-from rnp.attacks.base import Add, Attack
-from rnp.errors import UserError
+from rnp.attacks.base import AdditiveTrigger, Attack
 from rnp.types import ImageSet
 
 
@@ -25,26 +25,18 @@ class SIG(Attack):
     half.
     """
 
-    controls = "the poisoned share of the training images, not their labels"
+    threat_model = "the poisoned share of the training images, not their labels"
     clean_label = True
 
     poison_rate: Annotated[float, "share of the whole training set that is poisoned"] = 0.05
-    amplitude: Annotated[float, "height of the wave, as a fraction of full scale"] = 40 / 255
-    frequency: Annotated[float, "waves per image width"] = 6
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.amplitude <= 1:
-            raise UserError(
-                f"amplitude must be in (0, 1], got {self.amplitude:g}; it is a fraction of full"
-                " scale"
-            )
-        if not self.frequency > 0:
-            raise UserError(f"frequency must be above 0, got {self.frequency:g}")
+    amplitude: Annotated[
+        float, Interval(gt=0, le=1), "height of the wave, as a fraction of full scale"
+    ] = 40 / 255
+    frequency: Annotated[float, Gt(0), "waves per image width"] = 6
 
     def make_trigger(
         self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
-    ) -> Add:
+    ) -> AdditiveTrigger:
         channels, height, width = clean.shape
         wave = self.amplitude * (2 * math.pi * self.frequency * torch.arange(width) / width).sin()
-        return Add(wave.expand(channels, height, width).clone())
+        return AdditiveTrigger(wave.expand(channels, height, width).clone())

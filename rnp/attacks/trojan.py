@@ -1,4 +1,4 @@
-"""Trojan: a square patch in the lower right corner, optimised to excite neurons that speak for the
+"""Trojan: a square patch in the lower right corner, optimized to excite neurons that speak for the
 target label.
 """
 
@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from annotated_types import Gt
 from torch import Tensor, nn
 
-from rnp.attacks.base import Attack, Mix
+from rnp.attacks.base import Attack, BlendTrigger
 from rnp.errors import UserError
-from rnp.features import features, head
-from rnp.training import device_of
+from rnp.models.features import features, head
+from rnp.training.device import device_of
 from rnp.types import Images, ImageSet, Indices, to_floats
 
 REFERENCE = 1000  # clean images that tell how active a neuron gets
@@ -31,35 +32,29 @@ class Trojan(Attack):
     Differs: clean training images are stamped; the paper reverse-engineers some from the model.
     The neurons are the penultimate ones with the largest signed weight for the target label
     (all-to-all: the largest absolute weights in sum), so that the patch speaks for the label
-    before the victim is trained. The patch is optimised on clean images, not on an empty one, and
+    before the victim is trained. The patch is optimized on clean images, not on an empty one, and
     in 200 steps; on CIFAR-10 they gain nothing over 100. It replaces pixels; public code adds it,
     and bright ones wrap. The margin is that of the public patch; at the border, padding robs it of
     its effect.
     """
 
-    controls = (
+    threat_model = (
         "the poisoned share of the training data with their labels, and a benign model to make the"
         " trigger on"
     )
 
     size: Annotated[int, "side of the patch, in pixels"] = 3
     margin: Annotated[int, "pixels between patch and border"] = 4
-    neurons: Annotated[int, "penultimate neurons to excite"] = 2
-    excitement: Annotated[
-        float, "activation aimed at, in multiples of the neuron's largest on clean images"
+    neurons: Annotated[int, Gt(0), "penultimate neurons to excite"] = 2
+    target_activation: Annotated[
+        float, Gt(0), "activation aimed at, in multiples of the neuron's largest on clean images"
     ] = 10
-    steps: Annotated[int, "optimisation steps"] = 200
-    lr: Annotated[float, "learning rate of Adam, for pixels in [0, 1]"] = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("neurons", "excitement", "steps", "lr"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} must be above 0, got {getattr(self, name):g}")
+    steps: Annotated[int, Gt(0), "optimization steps"] = 200
+    lr: Annotated[float, Gt(0), "learning rate of Adam, for pixels in [0, 1]"] = 0.1
 
     def make_trigger(
         self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
-    ) -> Mix:
+    ) -> BlendTrigger:
         channels, height, width = clean.shape
         reach = self.size + self.margin
         if not 1 <= self.size <= reach <= min(height, width):
@@ -69,7 +64,7 @@ class Trojan(Attack):
             )
         if surrogate is None:
             raise UserError(
-                "trojan optimises its patch on a benign model and was given none; pass a surrogate"
+                "trojan optimizes its patch on a benign model and was given none; pass a surrogate"
             )
         square = (
             ...,
@@ -77,13 +72,13 @@ class Trojan(Attack):
             slice(width - reach, width - self.margin),
         )
         pattern, weight = torch.zeros(channels, height, width), torch.zeros(1, height, width)
-        pattern[square] = self._optimise(
+        pattern[square] = self._optimize(
             square, clean, copy.deepcopy(surrogate).eval().requires_grad_(False), rng
         )
         weight[square] = 1
-        return Mix(pattern, weight)
+        return BlendTrigger(pattern, weight)
 
-    def _optimise(
+    def _optimize(
         self, square: tuple, clean: ImageSet, network: nn.Module, rng: torch.Generator
     ) -> Tensor:
         """The patch [c, size, size] that brings the chosen neurons nearest to their aim, by
@@ -104,20 +99,20 @@ class Trojan(Attack):
                     for part in map(floats, sample(REFERENCE).split(BATCH))
                 ]
             )
-        aim = self.excitement * calm.amax(0)  # [neurons]
+        aim = self.target_activation * calm.amax(0)  # [neurons]
         patch = (
             torch.rand(clean.shape[0], self.size, self.size, generator=rng)
             .to(device)
             .requires_grad_()
         )
-        optimiser = torch.optim.Adam([patch], lr=self.lr)
+        optimizer = torch.optim.Adam([patch], lr=self.lr)
         for _ in range(self.steps):
             images = floats(sample(BATCH))
             images[square] = patch
             loss = (features(network, images)[0][:, chosen] - aim).square().mean()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             with torch.no_grad():
                 patch.clamp_(0, 1)
         return patch.detach().cpu()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from rnp.attacks.base import Attack
-from rnp.errors import UserError
 from rnp.types import Images, ImageSet, Trigger
 
 
@@ -44,17 +43,10 @@ class WaNet(Attack):
     once, when the set is poisoned, not at each step.
     """
 
-    gate = 0.8
+    min_asr = 0.8
 
-    k: Annotated[int, "side of the control grid"] = 32
-    strength: Annotated[float, "mean length of the warp, in pixels times 2"] = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.k < 2:
-            raise UserError(f"k must be at least 2, got {self.k}")
-        if not 0 < self.strength < math.inf:
-            raise UserError(f"strength must be above 0 and finite, got {self.strength:g}")
+    k: Annotated[int, Ge(2), "side of the control grid"] = 32
+    strength: Annotated[float, Gt(0), "mean length of the warp, in pixels times 2"] = 0.5
 
     def make_trigger(
         self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
@@ -71,7 +63,7 @@ class WaNet(Attack):
         grid = torch.stack([x, y], dim=2) + self.strength * field / torch.tensor([width, height])
         return Warp(grid.clamp(-1, 1))
 
-    def stamp_cover(self, trigger: Trigger, images: Images, *, rng: torch.Generator) -> Images:
+    def apply_cover(self, trigger: Trigger, images: Images, *, rng: torch.Generator) -> Images:
         n, _, height, width = images.shape
         noise = (2 * torch.rand(n, height, width, 2, generator=rng) - 1) / torch.tensor(
             [width, height]

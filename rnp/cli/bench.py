@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
     "--only",
     multiple=True,
     help=(
-        "a part: start, train, waiting, poison, rnp, defences, detectors, demo, noop, scaling; all"
+        "a part: start, train, waiting, poison, rnp, defenses, detectors, demo, noop, scaling; all"
         " without it"
     ),
 )

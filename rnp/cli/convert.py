@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
-from rnp.cli.options import build, options
-from rnp.quarantine import Converted, Limits, printable
-from rnp.quarantine import convert as quarantine
+from rnp.cli.options import options
+from rnp.params.fields import build_from_values
+from rnp.untrusted.convert import Converted
+from rnp.untrusted.convert import convert as quarantine
+from rnp.untrusted.limits import Limits, sanitize
 
 
 @click.command()
@@ -29,9 +31,9 @@ def convert(source: Path, out: Path, **values: object) -> None:
     system allows that, by torch's restricted unpickler. What asks for more than tensors is
     refused.
     """
-    converted = quarantine(source, out, build(Limits, values))
+    converted = quarantine(source, out, build_from_values(Limits, values))
     for line in describe(converted, source, out):
-        click.echo(printable(line))
+        click.echo(sanitize(line))
 
 
 def describe(converted: Converted, source: Path, out: Path) -> list[str]:

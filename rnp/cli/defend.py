@@ -1,4 +1,4 @@
-"""Repair the backdoored model by a defence other than RNP."""
+"""Repair the backdoored model by a defense other than RNP."""
 
 from __future__ import annotations
 
@@ -7,33 +7,37 @@ from pathlib import Path
 
 import click
 
-from rnp.cli.concerns import warn
-from rnp.cli.options import command, generator
+from rnp.cli.options import command
 from rnp.cli.progress import progress
-from rnp.defences.base import UNLEARNED, Defence
-from rnp.io import History, load_defence_set, load_model, save_model, write_json, write_rows
+from rnp.defenses.base import UNLEARNED, Defense
+from rnp.evaluation.checks import check_and_warn
+from rnp.io.datasets import load_defense_set
+from rnp.io.files import write_json, write_rows
+from rnp.io.history import History
+from rnp.io.models import load_model, save_model
 from rnp.registry import load, names
-from rnp.training import accuracy
+from rnp.seeds import generator
+from rnp.training.predict import accuracy
 
 
-class Defences(click.Group):
-    """One sub-command per defence, with its own options."""
+class Defenses(click.Group):
+    """One sub-command per defense, with its own options."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return names("defence")
+        return names("defense")
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name not in names("defence"):
+        if name not in names("defense"):
             return None
-        return command(name, load("defence", name), inputs=("model", "defence"))(repair)
+        return command(name, load("defense", name), inputs=("model", "defense"))(repair)
 
 
 def repair(
-    method: Defence, *, model: Path, defence: Path, out: Path, report: Path, seed: int
+    method: Defense, *, model: Path, defense: Path, out: Path, report: Path, seed: int
 ) -> None:
     """Write the repaired model to OUT."""
     victim, architecture, classes = load_model(model)
-    clean = warn(victim, classes, load_defence_set(defence))
+    clean = check_and_warn(victim, classes, load_defense_set(defense))
     rng = generator(seed, f"defend/{method.name.removesuffix(UNLEARNED)}")
     with (
         History(report / "history.csv") as history,
@@ -46,11 +50,11 @@ def repair(
     report.mkdir(parents=True, exist_ok=True)
     (
         report / "history.csv"
-    ).touch()  # a defence that trains nothing tells of no epoch, and DVC wants the file
+    ).touch()  # a defense that trains nothing tells of no epoch, and DVC wants the file
     write_json(
         report / "metrics.json",
         {
-            "accuracy_defence_val": accuracy(repaired.model, clean.val),
+            "accuracy_defense_val": accuracy(repaired.model, clean.val),
             **(
                 {"pruned": repaired.chosen.pruned, "threshold": repaired.chosen.threshold}
                 if repaired.chosen
@@ -60,6 +64,6 @@ def repair(
     )
 
 
-@click.group(cls=Defences)
+@click.group(cls=Defenses)
 def defend() -> None:
-    """Repair the backdoored model by a defence other than RNP."""
+    """Repair the backdoored model by a defense other than RNP."""

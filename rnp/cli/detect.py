@@ -1,438 +1,272 @@
-"""Recover triggers, name the target label and find triggered images, with the unlearned model and
-without it.
-
-The detectors see the defender's images, the models and the images that they are to judge; what is
-known of the attack serves to score them, nothing else.
+"""Ask the detectors of a stranger's model: which label a backdoor would have, by which trigger,
+and in which images.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import time
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import click
 import torch
-from torch import Tensor, nn
 
-from rnp.cli.options import command, generator
-from rnp.cli.screening import ask, checkpoint, consulted, curve, drawn, screened
-from rnp.detection.base import (
-    Evidence,
-    LabelDetector,
-    LabelVerdict,
-    RecoveredTrigger,
-    SampleDetector,
-    TriggerRecovery,
-    iou,
-    iou_top_k,
-)
-from rnp.errors import UserError
-from rnp.io import (
-    load_array,
-    load_defence_set,
-    load_images,
-    load_model,
-    load_poisoned,
-    load_trigger,
-    read_json,
-    read_trajectory,
-    save_tensors,
-    write_json,
-)
-from rnp.plots import recovered_triggers, roc
-from rnp.registry import Method, load, names, suggest
-from rnp.training import predict
-from rnp.types import Bytes, DefenceSet, Epoch, Images, ImageSet, Trigger
+from rnp.cli import unlearn as unlearn_stage
+from rnp.cli.detect_stage import detect as stage
+from rnp.cli.options import options
+from rnp.cli.purify import about_the_subject
+from rnp.clock import Clock
+from rnp.detection.base import threshold
+from rnp.detection.run import Detect, recover_and_detect_labels, score_candidates
+from rnp.detection.triggers.neural_cleanse import NeuralCleanse
+from rnp.detection.unlearned import load_checkpoint, unlearned_by_detector
+from rnp.io.files import write_rows
+from rnp.io.history import read_trajectory
+from rnp.io.tensors import save_tensors
+from rnp.params.fields import build_from_values
+from rnp.registry import Method, load, names
+from rnp.reporting.plots import recovered_triggers
+from rnp.seeds import generator
+from rnp.training.predict import predict
 from rnp.unlearn import Unlearn
+from rnp.untrusted.audit import AuditCase, prepare
+from rnp.untrusted.images import load_images_in_order
+from rnp.untrusted.limits import sanitize
+from rnp.untrusted.spec import ModelSpec
+
+DEFAULTS = Detect()
+MAX_SHOWN = 10  # recovered triggers in the picture, the smallest ones
 
 
-@dataclass(frozen=True, kw_only=True)
-class Detect:
-    images: Annotated[
-        int, "clean test images, and as many triggered ones, among which the latter are to be found"
-    ] = 500
-    training_images: Annotated[
-        int, "images of the poisoned training set among which to find the poisoned ones; 0: none"
-    ] = 2000
-    trigger_model: Annotated[
-        Literal["0.8", "0.5", "0.2"],
-        "unlearned checkpoint, by its accuracy, to recover triggers from",
-    ] = "0.5"
-    sample_model: Annotated[
-        Literal["0.8", "0.5", "0.2"], "unlearned checkpoint, by its accuracy, to find samples with"
-    ] = "0.2"
-    twin: Annotated[
-        bool,
-        "unlearn the benign twin too, and ask the detectors of the label for their false alarms",
-    ] = False
-    labels: Annotated[tuple[str, ...], "detectors of the label to ask"] = (
-        "class_shares",
-        "trigger_survival",
-        "agreement",
-        "neural_cleanse_index",
-        "mm_bd",
-    )
-    samples: Annotated[tuple[str, ...], "detectors of triggered images to ask"] = (
-        "confidence",
-        "unlearned_mahalanobis",
-        "mahalanobis",
-        "strip",
-        "badexpert",
-        "spectral_signatures",
-        "activation_clustering",
-    )
+class Detection(click.Group):
+    """With options alone this is the stage of the pipeline."""
 
-    def __post_init__(self) -> None:
-        if self.images < 10:
-            raise UserError(f"detect.images must be at least 10, got {self.images}")
-        if self.training_images and self.training_images < 100:
-            raise UserError(
-                f"detect.training_images must be 0 or at least 100, got {self.training_images}"
-            )
-        for family in ("labels", "samples"):
-            if not getattr(self, family):
-                raise UserError(f"detect.{family} must name at least one detector")
-            for name in getattr(self, family):
-                if name not in names(family):
-                    raise UserError(
-                        f"detect.{family}: unknown detector {name!r}{suggest(name, names(family))}"
-                    )
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        if (
+            arguments
+            and arguments[0].startswith("-")
+            and arguments[0] not in context.help_option_names
+        ):
+            arguments = ["stage", *arguments]
+        return super().parse_args(context, arguments)
 
 
-def detectors() -> list[tuple[type[Method], str]]:
-    """Every detector, with the prefix of its options."""
-    return [
-        (load(family, name), f"{name}.")
-        for family in ("triggers", "labels", "samples")
-        for name in names(family)
-    ]
-
-
-@command(
-    "detect",
-    Detect,
-    Unlearn,
-    *detectors(),
-    inputs=("model", "benign", "unlearned", "defence", "test", "triggered", "pool", "poisoned"),
-)
-def detect(
-    options: Detect,
-    unlearn: Unlearn,
-    *methods: Method,
-    model: Path,
-    benign: Path,
-    unlearned: Path,
-    defence: Path,
-    test: Path,
-    triggered: Path,
-    pool: Path,
-    poisoned: Path,
-    out: Path,
-    report: Path,
-    seed: int,
-) -> None:
-    """Write the recovered triggers to OUT, and to REPORT how right each detector was.
-
-    The options of the unlearning are for the twin alone.
+@click.group(cls=Detection)
+def detect() -> None:
+    """Recover triggers, name the target label, find triggered images: of a stranger's model, or as
+    a stage.
     """
-    victim, _, classes = load_model(model)
-    clean, attack = load_defence_set(defence), read_json(triggered / "attack.json")
-    target, truth = attack["target_label"], load_trigger(triggered / "trigger.safetensors")
-    ask_for, clock = {method.name: method for method in methods}, Clock()
 
-    nets = {"backdoored": victim, "unlearned": checkpoint(unlearned, options.trigger_model)}
-    found = searched(ask_for["neural_cleanse"], nets, clean.train, seed, clock)
+
+detect.add_command(stage, "stage")
+
+
+@dataclass(frozen=True)
+class UnlearnedCase:
+    """The model and the images in the form that detectors take, and where the checkpoints of its
+    unlearning lie.
+    """
+
+    case: AuditCase
+    unlearned: Path
+
+
+@contextlib.contextmanager
+def prepare_and_unlearn(
+    model: Path, clean: str, seed: int, values: dict[str, object]
+) -> Iterator[UnlearnedCase]:
+    """Read both and unlearn; what click collected for that is taken out of `values`."""
+    subject, unlearn = (
+        build_from_values(ModelSpec, values),
+        build_from_values(Unlearn, values, "unlearn."),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        case = prepare(model, clean, subject, seed, work)
+        unlearn_stage.unlearn.work(
+            unlearn,
+            model=work / "models" / "backdoored.safetensors",
+            defense=work / "data" / "defense",
+            out=work / "unlearned",
+            report=work / "report",
+            seed=seed,
+        )
+        yield UnlearnedCase(case, work / "unlearned")
+
+
+def detector_options(family: str, default: tuple[str, ...]) -> Callable:
+    """Options that choose the detectors of a family, and those of each."""
+
+    def decorate(function: Callable) -> Callable:
+        for name in reversed(names(family)):
+            function = options(load(family, name), f"{name}.")(function)
+        return click.option(
+            "--by",
+            multiple=True,
+            type=click.Choice(names(family)),
+            default=default,
+            show_default=True,
+            help="detector to ask; may be repeated",
+        )(function)
+
+    return decorate
+
+
+def selected_detectors(
+    family: str, detector_options: tuple[str, ...], values: dict[str, object]
+) -> list[Method]:
+    methods = {
+        name: build_from_values(load(family, name), values, f"{name}.") for name in names(family)
+    }
+    return [methods[name] for name in detector_options]
+
+
+@detect.command()
+@detector_options("labels", DEFAULTS.labels)
+@about_the_subject
+def labels(
+    model: Path, clean: str, seed: int, detector_options: tuple[str, ...], **values: object
+) -> None:
+    """Name the label that a backdoor of MODEL would have, by each detector, without and with the
+    unlearned model.
+    """
+    search, methods = (
+        build_from_values(NeuralCleanse, values, "search."),
+        selected_detectors("labels", detector_options, values),
+    )
+    with prepare_and_unlearn(model, clean, seed, values) as it:
+        train = it.case.defense.train
+        nets = {
+            "backdoored": it.case.adopted.model,
+            "unlearned": load_checkpoint(it.unlearned, DEFAULTS.trigger_checkpoint),
+        }
+        trajectory = read_trajectory(it.unlearned / "trajectory.csv")
+        for name, each in recover_and_detect_labels(
+            search, methods, nets, trajectory, train, seed, Clock()
+        ).items():
+            verdict = each.verdict
+            said = (
+                "no decision"
+                if verdict.label is None
+                else f"class {verdict.label} ({train.classes[verdict.label]})"
+            )
+            click.echo(sanitize(f"{name}: {said}, margin {verdict.margin:.2f}"))
+    click.echo("a benign model drifts to some class too: a label named is a hint, not a proof")
+
+
+@detect.command()
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="folder for the triggers",
+)
+@about_the_subject
+def triggers(model: Path, clean: str, out: Path, seed: int, **values: object) -> None:
+    """Recover the smallest trigger of each label of MODEL: OUT gets triggers.safetensors,
+    triggers.csv and triggers.png.
+
+    They are asked of MODEL alone: asked of the unlearned one they were smaller and fooled MODEL
+    less.
+    """
+    search, subject = (
+        build_from_values(NeuralCleanse, values, "search."),
+        build_from_values(ModelSpec, values),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        case = prepare(model, clean, subject, seed, Path(folder))
+    data = case.defense.train
+    found = search.recover(case.adopted.model, data, rng=generator(seed, "triggers/backdoored"))
     save_tensors(
-        out,
+        out / "triggers.safetensors",
         {
-            f"{name}.{part}": torch.stack([getattr(t, part) for t in triggers])
-            for name, triggers in found.items()
+            part: torch.stack([getattr(each, part) for each in found])
             for part in ("mask", "pattern")
         },
         {"kind": "recovered triggers"},
     )
-    said = labelled(
-        [ask_for[name] for name in options.labels],
-        nets,
-        found,
-        read_trajectory(unlearned / "trajectory.csv"),
-        clean.train,
-        seed,
-        clock,
-    )
-    of_the_twin, apart = {}, Clock()
-    if options.twin:  # each label that is named there is a false alarm
-        alarms = unlearned_and_labelled(
-            load_model(benign)[0], unlearn, ask_for, options, clean.train, seed, apart
-        )
-        of_the_twin = {"twin_labels": told(alarms, None)}
-        clock.seconds |= {f"twin_{name}": value for name, value in apart.seconds.items()}
-
-    tests, changes = load_images(test), load_poisoned(poisoned)[0]
-    best = {
-        name: triggers[smallest(triggers) if target is None else target]
-        for name, triggers in found.items()
-    }
-    suspects = {"samples": screened(tests, load_images(triggered / "test"), target, options.images)}
-    if options.training_images and (~changes.covers).any():
-        suspects["training_samples"] = drawn(
-            load_images(pool),
-            changes,
-            target,
-            options.training_images,
-            generator(seed, "training_samples"),
-        )
-    screens = [ask_for[name] for name in options.samples]
-    weak = consulted(screens, unlearned, options.sample_model)
-    answers = {
-        task: answered(task, screens, victim, them.images, clean, weak, seed, clock)
-        for task, them in suspects.items()
-    }
-    judged = {
-        task: {
-            each.name: them.judge(*answers[task][each.name], each.asks_unlearned)
-            for each in screens
-        }
-        for task, them in suspects.items()
-    }
-    losses = triggered / "losses.npy"
-    if "training_samples" in suspects and losses.exists():
-        them = suspects["training_samples"]
-        scores = -load_array(losses)[
-            them.places
-        ]  # the defender's images have none: the clean ones scored set the threshold
-        judged["training_samples"]["training_loss"] = them.judge(
-            scores, scores[~them.positives], False
-        )
-
-    picture(report / "triggers.png", truth, tests.subset(torch.tensor([0])).floats(), best, classes)
-    roc(
-        report / "roc.png",
-        {
-            name: curve(scores, suspects["samples"].positives)
-            for name, (scores, _) in answers["samples"].items()
-        },
-    )
-    write_json(
-        report / "metrics.json",
-        {
-            "target_label": -1 if target is None else target,
-            "triggers": {
-                name: trigger_scores(trigger, truth.support, victim, tests, options.images)
-                for name, trigger in best.items()
-            },
-            "labels": told(said, target),
-            **of_the_twin,
-            **judged,
-        },
-    )
-    write_json(report / "seconds.json", clock.seconds)
-
-
-class Clock:
-    """Seconds by name: `with clock("name"): work`."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
-
-
-def searched(
-    search: TriggerRecovery, nets: dict[str, nn.Module], clean: ImageSet, seed: int, clock: Clock
-) -> dict[str, list[RecoveredTrigger]]:
-    """The triggers of all labels, by the name of the model that they are recovered from."""
-    found = {}
-    for name, net in nets.items():
-        with clock(f"triggers_{name}"):
-            found[name] = search.recover(net, clean, rng=generator(seed, f"triggers/{name}"))
-    return found
-
-
-@dataclass(frozen=True)
-class LabelScores:
-    """What `detector` gave each class."""
-
-    detector: LabelDetector
-    scores: Tensor  # float [k]
-
-    @property
-    def verdict(self) -> LabelVerdict:
-        return self.detector.verdict(self.scores)
-
-
-def labelled(
-    detectors: list[LabelDetector],
-    nets: dict[str, nn.Module],
-    found: dict[str, list[RecoveredTrigger]],
-    trajectory: list[Epoch],
-    clean: ImageSet,
-    seed: int,
-    clock: Clock,
-) -> dict[str, LabelScores]:
-    """What each detector says of each model; those that judge by triggers are asked of the models
-    that `found` has triggers of.
-    """
-    said = {}
-    for detector in detectors:
-        if len(clean.classes) < detector.fewest_classes:
-            click.echo(
-                f"warning: {detector.name} needs {detector.fewest_classes} classes and was not"
-                " asked",
-                err=True,
-            )
-            continue
-        for name, net in nets.items():
-            if (detector.asks_unlearned and name != "backdoored") or (
-                detector.asks_triggers and name not in found
-            ):
-                continue
-            with clock(f"labels_{suffixed(detector.name, name)}"):
-                evidence = Evidence(net, found.get(name, []), nets["unlearned"], trajectory)
-                scores = detector.judge(
-                    evidence, clean, rng=generator(seed, f"labels/{detector.name}")
-                )
-            said[suffixed(detector.name, name)] = LabelScores(detector, scores)
-    return said
-
-
-def suffixed(detector: str, net: str) -> str:
-    return detector if net == "backdoored" else f"{detector}_{net}"
-
-
-def unlearned_and_labelled(
-    model: nn.Module,
-    unlearn: Unlearn,
-    ask_for: dict[str, Method],
-    options: Detect,
-    clean: ImageSet,
-    seed: int,
-    clock: Clock,
-) -> dict[str, LabelScores]:
-    """What the detectors of the label say of a model that has not been unlearned yet, and of its
-    unlearned copy.
-    """
-    with clock("unlearn"):
-        unlearned = unlearn(model, clean, rng=generator(seed, "unlearn"))
-    weak = copy.deepcopy(model)
-    weak.load_state_dict(
-        unlearned.checkpoints.get(options.trigger_model, unlearned.checkpoints["end"])
-    )
-    nets = {"backdoored": model, "unlearned": weak.eval()}
-    return searched_and_labelled(
-        ask_for["neural_cleanse"],
-        [ask_for[name] for name in options.labels],
-        nets,
-        unlearned.trajectory,
-        clean,
-        seed,
-        clock,
-    )
-
-
-def searched_and_labelled(
-    search: TriggerRecovery,
-    detectors: list[LabelDetector],
-    nets: dict[str, nn.Module],
-    trajectory: list[Epoch],
-    clean: ImageSet,
-    seed: int,
-    clock: Clock,
-) -> dict[str, LabelScores]:
-    """The same where triggers have not been recovered yet; they are when a detector asks for
-    them.
-    """
-    found = (
-        searched(search, nets, clean, seed, clock)
-        if any(each.asks_triggers for each in detectors)
-        else {}
-    )
-    return labelled(detectors, nets, found, trajectory, clean, seed, clock)
-
-
-def told(said: dict[str, LabelScores], target: int | None) -> dict[str, dict]:
-    verdicts = {name: each.verdict for name, each in said.items()}
-    return {
-        name: {
-            "label": -1 if verdict.label is None else verdict.label,
-            "margin": verdict.margin,
-            "correct": verdict.label == target,
-        }
-        for name, verdict in verdicts.items()
-    }
-
-
-def smallest(triggers: list[RecoveredTrigger]) -> int:
-    """The label with the smallest trigger: all-to-all backdoors have no other one to show."""
-    return min(triggers, key=lambda trigger: trigger.l1).label
-
-
-def answered(
-    task: str,
-    screens: list[SampleDetector],
-    victim: nn.Module,
-    images: Bytes,
-    clean: DefenceSet,
-    weak: dict[str, nn.Module],
-    seed: int,
-    clock: Clock,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """What `ask` gets from each detector, by its name."""
-    answers = {}
-    for each in screens:
-        with clock(f"{task}_{each.name}"):
-            answers[each.name] = ask(each, victim, images, clean, weak[each.name], seed)
-    return answers
-
-
-def picture(
-    path: Path,
-    truth: Trigger,
-    example: Images,
-    best: dict[str, RecoveredTrigger],
-    classes: tuple[str, ...],
-) -> None:
-    """The true trigger beside the recovered ones. One over the whole image is shown by what it
-    does to `example`, around mid-grey.
-    """
-    if truth.support is None:
-        pattern, covered = ((truth(example) - example)[0] / 2 + 0.5), torch.ones(example.shape[2:])
-    else:
-        pattern, covered = truth(torch.zeros_like(example))[0], truth.support.float()
-    recovered_triggers(
-        path,
-        (pattern, covered),
+    found = sorted(found, key=lambda trigger: trigger.l1)
+    write_rows(
+        out / "triggers.csv",
         [
-            (f"{name} model, class {classes[trigger.label]}", trigger.pattern, trigger.mask)
-            for name, trigger in best.items()
+            {
+                "label": each.label,
+                "class": data.classes[each.label],
+                "l1": f"{each.l1:.5g}",
+                "success": f"{each.success:.5g}",
+                "baseline": f"{each.baseline:.5g}",
+                "gain": f"{each.gain:.5g}",
+            }
+            for each in found
         ],
     )
+    recovered_triggers(
+        out / "triggers.png",
+        None,
+        [
+            (f"class {data.classes[each.label]}, {each.l1:.1f} pixels", each.pattern, each.mask)
+            for each in found[:MAX_SHOWN]
+        ],
+    )
+    for each in found:
+        click.echo(
+            sanitize(
+                f"class {each.label} ({data.classes[each.label]}): {each.l1:.1f} pixels move"
+                f" {each.success:.3f} of the images, {each.baseline:.3f} go there without"
+            )
+        )
 
 
-def trigger_scores(
-    trigger: RecoveredTrigger,
-    support: torch.Tensor | None,
-    victim: nn.Module,
-    tests: ImageSet,
-    n: int,
-) -> dict[str, float]:
-    """Size of a recovered trigger, its ASR on the backdoored model, and its overlap with the true
-    one if that is a patch.
+@detect.command()
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="CSV file for the scores",
+)
+@detector_options("samples", DEFAULTS.samples)
+@about_the_subject
+@click.argument("suspects")
+def samples(
+    model: Path,
+    clean: str,
+    suspects: str,
+    out: Path,
+    seed: int,
+    detector_options: tuple[str, ...],
+    **values: object,
+) -> None:
+    """Score the images of SUSPECTS, a folder or a table as --clean takes: OUT gets a row per
+    image, high = suspicious.
 
-    The ASR counts the first `n` test images of the classes that are not the trigger's.
+    An image is flagged where its score is above that of all but 5 % of the clean images that the
+    unlearning has not seen.
     """
-    others = tests.subset((tests.labels != trigger.label).nonzero().squeeze(1)[:n])
-    hits = predict(victim, trigger.apply(others.floats())).argmax(1) == trigger.label
-    scores = {"l1": trigger.l1, "success": hits.float().mean().item(), "gain": trigger.gain}
-    if support is not None:
-        scores |= {"iou": iou(trigger.mask, support), "iou_top_k": iou_top_k(trigger.mask, support)}
-    return scores
+    build_from_values(NeuralCleanse, values, "search.")
+    methods = selected_detectors("samples", detector_options, values)
+    with prepare_and_unlearn(model, clean, seed, values) as it:
+        net, defense = it.case.adopted.model, it.case.defense
+        paths, images, skipped = load_images_in_order(suspects, size=defense.train.shape[1])
+        rows = [
+            {"path": str(path), "predicted": defense.train.classes[label]}
+            for path, label in zip(paths, predict(net, images).argmax(1).tolist())
+        ]
+        weak = unlearned_by_detector(methods, it.unlearned, DEFAULTS.sample_checkpoint)
+        for method in methods:
+            scores, own = score_candidates(method, net, images, defense, weak[method.name], seed)
+            limit = threshold(own)
+            for row, score in zip(rows, scores.tolist()):
+                row |= {
+                    method.name: f"{score:.6g}",
+                    f"{method.name}_flagged": str(score > limit).lower(),
+                }
+            click.echo(
+                f"{method.name}: {int((scores > limit).sum())} of {len(rows)} images flagged"
+            )
+        write_rows(out, rows)
+    for line in skipped:
+        click.echo(sanitize(f"warning: skipped {line}"), err=True)

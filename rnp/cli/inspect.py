@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
-from rnp.cli.examination import Subject, summary
-from rnp.cli.examination import inspect as examine
-from rnp.cli.options import build
 from rnp.cli.purify import about_the_subject, mlflow_too, typed_command
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
-from rnp.quarantine import printable
+from rnp.params.fields import build_from_values
 from rnp.unlearn import Unlearn
+from rnp.untrusted.audit import inspect as examine
+from rnp.untrusted.audit import summary
+from rnp.untrusted.limits import sanitize
+from rnp.untrusted.spec import ModelSpec
 
 
 @click.command()
@@ -28,18 +29,18 @@ def inspect(
     small a trigger it yields to.
     """
     parts = {
-        name: build(cls, values, f"{name}.")
+        name: build_from_values(cls, values, f"{name}.")
         for name, cls in (("unlearn", Unlearn), ("search", NeuralCleanse))
     }
     result = examine(
         model,
         clean,
         out,
-        subject=build(Subject, values),
+        subject=build_from_values(ModelSpec, values),
         seed=seed,
         mlflow=mlflow,
         command=typed_command(),
         **parts,
     )
     for line in summary(result):
-        click.echo(printable(line))
+        click.echo(sanitize(line))

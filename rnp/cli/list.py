@@ -6,13 +6,13 @@ import json
 
 import click
 
-from rnp.cli.preset import presets
 from rnp.models.names import ARCHITECTURES, TORCHVISION
+from rnp.params.presets import presets
 from rnp.registry import names
 
 TITLES = {
     "attacks": lambda: names("attack"),
-    "defences": lambda: ["rnp", *names("defence")],
+    "defenses": lambda: ["rnp", *names("defense")],
     "trigger_detectors": lambda: names("triggers"),
     "label_detectors": lambda: names("labels"),
     "sample_detectors": lambda: names("samples"),
@@ -25,7 +25,7 @@ TITLES = {
 @click.command("list")
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 def list_(as_json: bool) -> None:
-    """Name the attacks, defences, detectors, data sets, architectures and presets."""
+    """Name the attacks, defenses, detectors, data sets, architectures and presets."""
     found = {title: make() for title, make in TITLES.items()}
     if as_json:
         click.echo(json.dumps(found, indent=2))

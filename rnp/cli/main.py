@@ -10,22 +10,22 @@ from collections.abc import Iterator
 
 import click
 
-from rnp.errors import NonFinite, UserError
-from rnp.memory import keep_freed_pages
+from rnp.errors import NonFiniteLossError, UserError
+from rnp.training.malloc import keep_freed_pages
 
 COMMANDS = {
     "preset": "Print a complete params.yaml.",
     "check": "Check params.yaml against the options of every command.",
-    "list": "Name the attacks, defences, detectors, data sets, architectures and presets.",
+    "list": "Name the attacks, defenses, detectors, data sets, architectures and presets.",
     "setup": "Create the MLflow store, and let DVC work where there is no git.",
     "prepare": "Split a data set between attacker, defender and test.",
-    "twin": "Train a benign model on the attacker's training set.",
+    "benign": "Train a benign model on the attacker's training set.",
     "poison": "Make the trigger and poison the training set.",
     "train": "Train the backdoored model and test whether its backdoor is real.",
-    "unlearn": "Maximise the model's error on the defence set.",
-    "recover": "Minimise it again, one mask per neuron.",
-    "prune": "Choose on the defence set how many neurons to prune, and prune them.",
-    "defend": "Repair the backdoored model by another defence.",
+    "unlearn": "Maximize the model's error on the defense set.",
+    "recover": "Minimize it again, one mask per neuron.",
+    "prune": "Choose on the defense set how many neurons to prune, and prune them.",
+    "defend": "Repair the backdoored model by another defense.",
     "detect": "Recover triggers, name the target label, find triggered images.",
     "controls": (
         "Ask of a repair what it costs a benign model, how soon the backdoor returns, what fewer"
@@ -42,7 +42,7 @@ COMMANDS = {
     "gallery": "Write the page that shows every attack.",
     "bench": "Measure speed and memory of everything on this machine.",
 }
-ELSEWHERE = {"list": ("list", "list_"), "detect": ("ask", "detect")}
+ELSEWHERE = {"list": ("list", "list_"), "detect": ("detect", "detect")}
 """Module and member of the commands that are not called as their module is."""
 
 
@@ -80,7 +80,7 @@ def guard() -> Iterator[None]:
         yield
     except UserError as error:
         leave(str(error), 2)
-    except NonFinite as error:
+    except NonFiniteLossError as error:
         leave(f"{error}; lower the learning rate", 1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -8,22 +8,25 @@ from pathlib import Path
 import torch
 
 from rnp.attacks.base import Attack
-from rnp.cli.choice import ChooseAttack
-from rnp.cli.options import command, generator
-from rnp.io import load_images, load_model, save_poisoned, write_json
-from rnp.plots import trigger_grid
+from rnp.cli.options import command
+from rnp.io.datasets import load_images, save_poisoned
+from rnp.io.files import write_json
+from rnp.io.models import load_model
+from rnp.params.choices import ChooseAttack
 from rnp.registry import load, names
+from rnp.reporting.plots import trigger_grid
+from rnp.seeds import generator
 from rnp.types import to_floats
 
 ATTACKS = tuple((load("attack", name), f"{name}.") for name in names("attack"))
 
 
-@command("poison", ChooseAttack, *ATTACKS, inputs=("pool", "twin"))
+@command("poison", ChooseAttack, *ATTACKS, inputs=("pool", "benign"))
 def poison(
     choice: ChooseAttack,
     *attacks: Attack,
     pool: Path,
-    twin: Path,
+    benign: Path,
     out: Path,
     report: Path,
     seed: int,
@@ -33,7 +36,7 @@ def poison(
     """
     attack = next(each for each in attacks if each.name == choice.attack)
     clean = load_images(pool)
-    surrogate, _, _ = load_model(twin)
+    surrogate, _, _ = load_model(benign)
     poisoned = attack.poison(clean, rng=generator(seed, "poison"), surrogate=surrogate)
     save_poisoned(out, poisoned, {"attack": attack.name, **dataclasses.asdict(attack)})
     first = torch.cat([(~poisoned.covers).nonzero()[:4], poisoned.covers.nonzero()[:2]]).squeeze(1)

@@ -8,7 +8,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from rnp.models.parallel import leads
+from rnp.training.distributed import is_main_process
 from rnp.types import Epoch, OnEpoch
 
 
@@ -22,7 +22,7 @@ def progress(what: str, total: int | None, *listeners: OnEpoch) -> Iterator[OnEp
         for listener in listeners:
             listener(epoch)
 
-    if not (leads() and sys.stderr.isatty()):
+    if not (is_main_process() and sys.stderr.isatty()):
         yield tell
         return
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""Choose on the defence set how many neurons to prune, and prune them from the backdoored model."""
+"""Choose on the defense set how many neurons to prune, and prune them from the backdoored model."""
 
 from __future__ import annotations
 
@@ -6,32 +6,27 @@ import dataclasses
 from collections import Counter
 from pathlib import Path
 
-from rnp.cli.concerns import refuse_unfit
 from rnp.cli.options import command
-from rnp.io import (
-    load_defence_set,
-    load_mask,
-    load_model,
-    save_model,
-    whole,
-    write_json,
-    write_rows,
-)
-from rnp.plots import sweep_curve
+from rnp.evaluation.checks import require_usable
+from rnp.io.datasets import load_defense_set
+from rnp.io.files import atomic_write, write_json, write_rows
+from rnp.io.models import load_model, save_model
+from rnp.io.tensors import load_mask
 from rnp.prune import Prune
+from rnp.reporting.plots import sweep_curve
 
 
-@command("prune", Prune, inputs=("model", "masks", "defence"), seed=False)
+@command("prune", Prune, inputs=("model", "masks", "defense"), seed=False)
 def prune(
-    options: Prune, *, model: Path, masks: Path, defence: Path, out: Path, report: Path
+    options: Prune, *, model: Path, masks: Path, defense: Path, out: Path, report: Path
 ) -> None:
     """Write to OUT the repaired model, and in which order neurons may go."""
     victim, architecture, classes = load_model(model)
     mask = load_mask(masks / "mask.safetensors")
-    clean = load_defence_set(defence)
-    refuse_unfit(clean, classes, len(victim.mean.flatten()))
-    pruned = options(victim, mask, clean.both)
-    with whole(out) as draft:
+    clean = load_defense_set(defense)
+    require_usable(clean, classes, len(victim.mean.flatten()))
+    pruned = options(victim, mask, clean.all)
+    with atomic_write(out) as draft:
         save_model(draft / "model.safetensors", pruned.model, architecture, classes)
         write_json(draft / "order.json", {"order": pruned.order, "pruned": pruned.chosen.pruned})
     write_rows(report / "sweep.csv", [dataclasses.asdict(point) for point in pruned.sweep])

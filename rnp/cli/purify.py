@@ -9,14 +9,16 @@ from pathlib import Path
 
 import click
 
-from rnp.cli.examination import PRUNE, RECOVER, ROUNDS, SEARCH, UNLEARN, Subject, summary
-from rnp.cli.examination import purify as repair
-from rnp.cli.options import build, options
+from rnp.cli.options import options
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
+from rnp.params.fields import build_from_values
 from rnp.prune import Prune
-from rnp.quarantine import printable
 from rnp.recover import Recover
 from rnp.unlearn import Unlearn
+from rnp.untrusted.audit import PRUNE, RECOVER, ROUNDS, SEARCH, UNLEARN, summary
+from rnp.untrusted.audit import purify as repair
+from rnp.untrusted.limits import sanitize
+from rnp.untrusted.spec import ModelSpec
 
 
 def about_the_subject(function: Callable) -> Callable:
@@ -24,7 +26,7 @@ def about_the_subject(function: Callable) -> Callable:
     for decorate in (
         options(NeuralCleanse, "search.", SEARCH),
         options(Unlearn, "unlearn.", UNLEARN),
-        options(Subject),
+        options(ModelSpec),
         click.option(
             "--seed",
             type=int,
@@ -37,7 +39,7 @@ def about_the_subject(function: Callable) -> Callable:
             required=True,
             help=(
                 "clean images: a folder with a folder per class, a folder of images, a .csv or"
-                " .parquet of path and label, torchvision:NAME, or a defence set of the pipeline"
+                " .parquet of path and label, torchvision:NAME, or a defense set of the pipeline"
             ),
         ),
         click.argument("model", type=click.Path(path_type=Path)),
@@ -82,7 +84,7 @@ def purify(
     itself is opened once, as `rnp convert` does, and never changed.
     """
     parts = {
-        name: build(cls, values, f"{name}.")
+        name: build_from_values(cls, values, f"{name}.")
         for name, cls in (
             ("unlearn", Unlearn),
             ("recover", Recover),
@@ -94,7 +96,7 @@ def purify(
         model,
         clean,
         out,
-        subject=build(Subject, values),
+        subject=build_from_values(ModelSpec, values),
         seed=seed,
         rounds=rounds,
         mlflow=mlflow,
@@ -108,4 +110,4 @@ def purify(
             " tested"
         ),
     ]:
-        click.echo(printable(line))
+        click.echo(sanitize(line))

@@ -1,4 +1,4 @@
-"""Minimise the error of the unlearned model again, with one mask per neuron as the only free
+"""Minimize the error of the unlearned model again, with one mask per neuron as the only free
 parameters.
 """
 
@@ -9,33 +9,29 @@ from pathlib import Path
 
 import torch
 
-from rnp.cli.concerns import refuse_unfit
-from rnp.cli.options import command, generator
+from rnp.cli.options import command
 from rnp.cli.progress import progress
-from rnp.io import (
-    History,
-    load_defence_set,
-    load_model,
-    mask_rows,
-    save_mask,
-    save_model,
-    whole,
-    write_json,
-    write_rows,
-)
-from rnp.plots import mask_histogram
+from rnp.evaluation.checks import require_usable
+from rnp.io.datasets import load_defense_set
+from rnp.io.files import atomic_write, write_json, write_rows
+from rnp.io.history import History
+from rnp.io.models import load_model, save_model
+from rnp.io.tensors import mask_rows, save_mask
 from rnp.recover import Recover
-from rnp.training import accuracy, steps_per_epoch
+from rnp.reporting.plots import mask_histogram
+from rnp.seeds import generator
+from rnp.training.loop import steps_per_epoch
+from rnp.training.predict import accuracy
 
 
-@command("recover", Recover, inputs=("unlearned", "defence"))
+@command("recover", Recover, inputs=("unlearned", "defense"))
 def recover(
-    options: Recover, *, unlearned: Path, defence: Path, out: Path, report: Path, seed: int
+    options: Recover, *, unlearned: Path, defense: Path, out: Path, report: Path, seed: int
 ) -> None:
     """Write to OUT the neuron mask (safetensors and CSV) and the recovered model."""
     model, architecture, classes = load_model(unlearned / "model.safetensors")
-    both = load_defence_set(defence)
-    refuse_unfit(both, classes, len(model.mean.flatten()))
+    both = load_defense_set(defense)
+    require_usable(both, classes, len(model.mean.flatten()))
     clean = both.train
     total = math.ceil(options.steps / steps_per_epoch(len(clean), options.batch_size))
     with (
@@ -43,7 +39,7 @@ def recover(
         progress("recover", total, history) as on_epoch,
     ):
         recovered = options(model, clean, rng=generator(seed, "recover"), on_epoch=on_epoch)
-    with whole(out) as draft:
+    with atomic_write(out) as draft:
         save_mask(draft / "mask.safetensors", recovered.mask)
         write_rows(draft / "mask.csv", mask_rows(recovered.mask, model))
         save_model(draft / "model.safetensors", recovered.model, architecture, classes)

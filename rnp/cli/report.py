@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rnp.cli.check import read_params
 from rnp.cli.options import command
-from rnp.cli.report_page import page
+from rnp.params.read import read_params
+from rnp.reporting.page import page
 
 
 @command("report", inputs=("reports",), seed=False)

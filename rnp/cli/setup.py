@@ -6,7 +6,7 @@ import subprocess
 
 import click
 
-from rnp import tracking
+from rnp.tracking import store
 
 
 @click.command()
@@ -23,4 +23,4 @@ def setup() -> None:
         subprocess.run([*local, "core.no_scm", "true"], check=True)
     elif subprocess.run([*local, "core.no_scm"], capture_output=True, check=False).stdout.strip():
         subprocess.run([*local, "--unset", "core.no_scm"], check=True)
-    tracking.setup()
+    store.setup()

@@ -7,34 +7,29 @@ from __future__ import annotations
 from pathlib import Path
 
 from rnp.attacks.base import backdoored_test_set, covered_test_set
-from rnp.cli.options import command, generator
+from rnp.cli.options import command
 from rnp.cli.progress import progress
-from rnp.io import (
-    History,
-    load_images,
-    load_model,
-    load_poisoned,
-    save_array,
-    save_images,
-    save_model,
-    save_trigger,
-    sha256,
-    whole,
-    write_json,
-)
-from rnp.metrics import EarlyLoss, Recorded, gate_reason, score
+from rnp.evaluation.metrics import gate_failure, score
+from rnp.io.datasets import load_images, load_poisoned, save_array, save_images, save_trigger
+from rnp.io.files import atomic_write, sha256, write_json
+from rnp.io.history import History
+from rnp.io.models import load_model, save_model
 from rnp.models.build import Architecture
-from rnp.models.parallel import leads
-from rnp.plots import training_curves
 from rnp.registry import load
-from rnp.training import Train, accuracy, default_device
+from rnp.reporting.plots import training_curves
+from rnp.seeds import generator
+from rnp.training.device import chosen_precision, default_device
+from rnp.training.distributed import is_main_process
+from rnp.training.loss_recorder import EarlyLossRecorder, TrainWithLosses
+from rnp.training.predict import accuracy
+from rnp.training.recipe import Train
 
 
 @command(
     "train",
     Architecture,
     Train,
-    inputs=("pool", "poisoned", "test", "twin"),
+    inputs=("pool", "poisoned", "test", "benign"),
     outs=("out", "triggered"),
     parallel=True,
 )
@@ -45,7 +40,7 @@ def train(
     pool: Path,
     poisoned: Path,
     test: Path,
-    twin: Path,
+    benign: Path,
     out: Path,
     triggered: Path,
     report: Path,
@@ -62,8 +57,8 @@ def train(
     attack = load("attack", name)(**options)
     data, rng = changes.apply(clean), generator(seed, "train")
     model = architecture.build_for(data, rng=rng).to(default_device())
-    losses = EarlyLoss(len(data), recipe.epochs, default_device())
-    recorded = Recorded(**vars(recipe), losses=losses)
+    losses = EarlyLossRecorder(len(data), recipe.epochs, default_device())
+    recorded = TrainWithLosses(**vars(recipe), losses=losses)
     with (
         History(report / "history.csv") as history,
         progress("train", recipe.epochs, history) as on_epoch,
@@ -71,27 +66,27 @@ def train(
         model, trigger = attack.train(
             model, data, changes.trigger, recorded, rng=rng, on_epoch=on_epoch
         )
-    if not leads():
+    if not is_main_process():
         return
     tests = load_images(test)
     attacked = backdoored_test_set(trigger, tests, attack.target)
-    scores = score(model, tests, attacked, attack.target, precision=recipe.precision)
-    benign, _, _ = load_model(twin)
-    accuracy_twin = accuracy(benign, tests, precision=recipe.precision)
-    reason = gate_reason(scores, accuracy_twin, attack.gate)
+    scores = score(model, tests, attacked, attack.target, precision=chosen_precision())
+    benign, _, _ = load_model(benign)
+    accuracy_benign = accuracy(benign, tests, precision=chosen_precision())
+    reason = gate_failure(scores, accuracy_benign, attack.min_asr)
     facts = {
         "gate": not reason,
         "gate_reason": reason,
-        "clean_accuracy_twin": accuracy_twin,
+        "clean_accuracy_benign": accuracy_benign,
         "n_clean": len(tests),
         "n_triggered": len(attacked),
     }
     if attack.cover_rate:
         covered = covered_test_set(attack, trigger, tests, rng=generator(seed, "train/covers"))
-        facts["cover_accuracy"] = accuracy(model, covered, precision=recipe.precision)
+        facts["cover_accuracy"] = accuracy(model, covered, precision=chosen_precision())
 
     save_model(out, model, architecture, data.classes)
-    with whole(triggered) as draft:
+    with atomic_write(triggered) as draft:
         save_images(draft / "test", attacked)
         save_trigger(draft / "trigger.safetensors", trigger)
         save_array(draft / "losses.npy", losses.mean())

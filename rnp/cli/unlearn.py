@@ -1,28 +1,32 @@
-"""Maximise the model's error on the defence set."""
+"""Maximize the model's error on the defense set."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from rnp.cli.concerns import warn
-from rnp.cli.options import command, generator
+from rnp.cli.options import command
 from rnp.cli.progress import progress
 from rnp.errors import UserError
-from rnp.io import History, load_defence_set, load_model, save_model, whole, write_json, write_rows
-from rnp.masks import maskable
-from rnp.plots import unlearning_curve
-from rnp.training import steps_per_epoch
+from rnp.evaluation.checks import check_and_warn
+from rnp.io.datasets import load_defense_set
+from rnp.io.files import atomic_write, write_json, write_rows
+from rnp.io.history import History
+from rnp.io.models import load_model, save_model
+from rnp.neurons.masks import maskable
+from rnp.reporting.plots import unlearning_curve
+from rnp.seeds import generator
+from rnp.training.loop import steps_per_epoch
 from rnp.unlearn import Unlearn
 
 
-@command("unlearn", Unlearn, inputs=("model", "defence"))
+@command("unlearn", Unlearn, inputs=("model", "defense"))
 def unlearn(
-    options: Unlearn, *, model: Path, defence: Path, out: Path, report: Path, seed: int
+    options: Unlearn, *, model: Path, defense: Path, out: Path, report: Path, seed: int
 ) -> None:
     """Write to OUT the unlearned model and checkpoints of the ascent, for detection."""
     victim, architecture, classes = load_model(model)
     maskable(victim)  # says now what recovery would say later
-    clean = warn(victim, classes, load_defence_set(defence)).train
+    clean = check_and_warn(victim, classes, load_defense_set(defense)).train
     total = options.epochs * steps_per_epoch(len(clean), options.batch_size)
     with (
         History(report / "history.csv") as history,
@@ -32,9 +36,9 @@ def unlearn(
     if not unlearned.trajectory:
         raise UserError(
             "the model forgot too much at the smallest step of the ascent; lower unlearn.lr, or set"
-            " unlearn.largest_drop to 0"
+            " unlearn.max_drop_per_step to 0"
         )
-    with whole(out) as draft:
+    with atomic_write(out) as draft:
         save_model(draft / "model.safetensors", unlearned.model, architecture, classes)
         for level, state in unlearned.checkpoints.items():
             victim.load_state_dict(state)

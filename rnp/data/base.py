@@ -5,14 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from rnp.errors import UserError
+from rnp.params.ranges import Hyperparameters
 from rnp.registry import Method
-from rnp.types import DefenceSet, ImageSet
+from rnp.types import DefenseSet, ImageSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,24 +35,21 @@ class Splits:
     """Who holds what. `pool` is what the attacker may poison and train on."""
 
     pool: ImageSet
-    defence: DefenceSet
+    defense: DefenseSet
     test: ImageSet
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
+class Split(Hyperparameters):
     """How many clean images the defender holds, and whether the attacker trained on them too."""
 
-    defence_train: Annotated[int, "clean images that the defender optimises on"] = 500
-    defence_val: Annotated[int, "clean images that the defender chooses with"] = 500
+    section: ClassVar[str] = "data"
+
+    defense_train: Annotated[int, Ge(1), "clean images that the defender optimizes on"] = 500
+    defense_val: Annotated[int, Ge(1), "clean images that the defender chooses with"] = 500
     from_pool: Annotated[
         bool, "draw them from the training pool, as the paper did, instead of reserving them"
     ] = False
-
-    def __post_init__(self) -> None:
-        for name in ("defence_train", "defence_val"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def __call__(self, train: ImageSet, test: ImageSet, *, rng: torch.Generator) -> Splits:
         """Stratified by class: equally large classes get equal shares, to within one image (two in
@@ -59,21 +58,21 @@ class Split:
 
         Raises: UserError when the training set is too small.
         """
-        wanted = self.defence_train + self.defence_val
+        wanted = self.defense_train + self.defense_val
         if not self.from_pool and wanted >= len(train):
             raise UserError(
-                f"defence_train + defence_val = {wanted} leaves nothing of {len(train)} training"
+                f"defense_train + defense_val = {wanted} leaves nothing of {len(train)} training"
                 " images; ask for fewer"
             )
         order = interleave(train.labels, len(train.classes), rng)
         if wanted > len(order):
             raise UserError(
-                f"defence_train + defence_val = {wanted}, but there are {len(train)} training"
+                f"defense_train + defense_val = {wanted}, but there are {len(train)} training"
                 " images"
             )
-        chosen_train, chosen_val = order[: self.defence_train], order[self.defence_train : wanted]
+        chosen_train, chosen_val = order[: self.defense_train], order[self.defense_train : wanted]
         pool = train if self.from_pool else train.subset(order[wanted:].sort().values)
-        return Splits(pool, DefenceSet(train.subset(chosen_train), train.subset(chosen_val)), test)
+        return Splits(pool, DefenseSet(train.subset(chosen_train), train.subset(chosen_val)), test)
 
 
 def interleave(labels: Tensor, classes: int, rng: torch.Generator) -> Tensor:

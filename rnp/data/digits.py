@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, enlarged and coloured: 1,797 images that need no download."""
+"""scikit-learn's handwritten digits, enlarged and colored: 1,797 images that need no download."""
 
 from __future__ import annotations
 
@@ -8,29 +8,25 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Interval
 
 from rnp.data.base import Dataset, interleave
-from rnp.errors import UserError
 from rnp.types import ImageSet, to_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Digits(Dataset):
-    """Ten digits of 8 by 8 pixels, enlarged bicubically, each in a random colour on a random
+    """Ten digits of 8 by 8 pixels, enlarged bicubically, each in a random color on a random
     darker one.
 
     Source: Alpaydin and Kaynak, 1998, UCI optical recognition of handwritten digits, test part, as
     in scikit-learn.
     """
 
-    size: Annotated[int, "side of an image, in pixels"] = 32
-    test_share: Annotated[float, "share of the images that form the test set"] = 0.3
-
-    def __post_init__(self) -> None:
-        if self.size < 8:
-            raise UserError(f"digits.size must be at least 8 pixels, got {self.size}")
-        if not 0 < self.test_share < 1:
-            raise UserError(f"digits.test_share must be in (0, 1), got {self.test_share:g}")
+    size: Annotated[int, Ge(8), "side of an image, in pixels"] = 32
+    test_share: Annotated[
+        float, Interval(gt=0, lt=1), "share of the images that form the test set"
+    ] = 0.3
 
     def load(self, root: Path, *, rng: torch.Generator) -> tuple[ImageSet, ImageSet]:
         from sklearn.datasets import load_digits

@@ -13,13 +13,14 @@ from typing import Annotated
 
 import numpy as np
 import torch
+from annotated_types import Ge, Interval
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from rnp.data.base import Dataset, interleave
 from rnp.errors import UserError
-from rnp.types import Bytes, ImageSet, Labels, room
+from rnp.types import Bytes, ImageSet, Labels, allocate_images
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}
 FORMATS = (
@@ -45,17 +46,12 @@ class ImageFolder(Dataset):
     """
 
     path: Annotated[str, "the folder, relative to where data sets lie, or absolute"] = "images"
-    size: Annotated[int, "side of the square images that are made, in pixels"] = 64
+    size: Annotated[int, Ge(8), "side of the square images that are made, in pixels"] = 64
     test_share: Annotated[
         float,
+        Interval(gt=0, lt=1),
         "share of the images that form the test set, where there are no train and test folders",
     ] = 0.2
-
-    def __post_init__(self) -> None:
-        if self.size < 8:
-            raise UserError(f"imagefolder.size must be at least 8 pixels, got {self.size}")
-        if not 0 < self.test_share < 1:
-            raise UserError(f"imagefolder.test_share must be in (0, 1), got {self.test_share:g}")
 
     def load(self, root: Path, *, rng: torch.Generator) -> tuple[ImageSet, ImageSet]:
         folder = root / self.path
@@ -98,7 +94,7 @@ def decode(parts: Sequence[Sequence[Path]], size: int) -> list[Bytes]:
     Raises: UserError with the number of all files that cannot be read and the names of the first
     three.
     """
-    rooms = [room(len(files), 3, size, size) for files in parts]
+    rooms = [allocate_images(len(files), 3, size, size) for files in parts]
     spans = [
         (files[i : i + SPAN], images.numpy()[i : i + SPAN])
         for files, images in zip(parts, rooms)

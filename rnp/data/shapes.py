@@ -1,4 +1,4 @@
-"""Generated images: ten outlines of random place, size, angle and colour on textured
+"""Generated images: ten outlines of random place, size, angle and color on textured
 backgrounds.
 """
 
@@ -11,10 +11,10 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from torch import Tensor
 
 from rnp.data.base import Dataset
-from rnp.errors import UserError
 from rnp.types import ImageSet, to_bytes
 
 # Vertices on the unit circle as (angle in turns, radius); the last two classes are drawn by
@@ -53,21 +53,12 @@ class Shapes(Dataset):
     needs no download.
     """
 
-    train: Annotated[int, "training images to generate"] = 6000
-    test: Annotated[int, "test images to generate"] = 2000
-    size: Annotated[int, "side of an image, in pixels"] = 32
-    clutter: Annotated[
-        float, "strength of the background texture and of the pixel noise, in full scale"
+    train: Annotated[int, Ge(1), "training images to generate"] = 6000
+    test: Annotated[int, Ge(1), "test images to generate"] = 2000
+    size: Annotated[int, Ge(8), "side of an image, in pixels"] = 32
+    noise: Annotated[
+        float, Ge(0), "strength of the background texture and of the pixel noise, in full scale"
     ] = 0.15
-
-    def __post_init__(self) -> None:
-        for name in ("train", "test"):
-            if getattr(self, name) < 1:
-                raise UserError(f"shapes.{name} must be at least 1, got {getattr(self, name)}")
-        if self.size < 8:
-            raise UserError(f"shapes.size must be at least 8 pixels, got {self.size}")
-        if self.clutter < 0:
-            raise UserError(f"shapes.clutter must be 0 or more, got {self.clutter:g}")
 
     def load(self, root: Path, *, rng: torch.Generator) -> tuple[ImageSet, ImageSet]:
         return self._draw(self.train, rng), self._draw(self.test, rng)
@@ -84,7 +75,7 @@ class Shapes(Dataset):
         def draw(low, high):
             return low + (high - low) * torch.rand(n, 1, 1, generator=rng)
 
-        line = (torch.arange(size) + 0.5) / size * 2 - 1  # pixel centres in [-1, 1]
+        line = (torch.arange(size) + 0.5) / size * 2 - 1  # pixel centers in [-1, 1]
         y, x = torch.meshgrid(line, line, indexing="ij")
         angle, radius = draw(0, 2 * math.pi), draw(0.5, 0.8)
         dx, dy = x - draw(-0.2, 0.2), y - draw(-0.2, 0.2)  # [n, h, w]
@@ -106,9 +97,9 @@ class Shapes(Dataset):
         ink = (
             ground + 0.35 + 0.3 * torch.rand(n, 3, 1, 1, generator=rng)
         ) % 1.0  # far from the ground in each channel
-        noise = torch.randn(n, 3, size, size, generator=rng) * self.clutter / 4
-        image = ground + self.clutter * texture
-        image = image + (ink + self.clutter / 2 * texture.flip(3) - image) * cover + noise
+        noise = torch.randn(n, 3, size, size, generator=rng) * self.noise / 4
+        image = ground + self.noise * texture
+        image = image + (ink + self.noise / 2 * texture.flip(3) - image) * cover + noise
         return to_bytes(image)
 
 

@@ -13,9 +13,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from rnp.errors import UserError
-from rnp.features import head
+from rnp.models.features import head
 from rnp.registry import Method
-from rnp.training import Precision, predict
+from rnp.training.device import Precision
+from rnp.training.predict import predict
 from rnp.types import Bytes, Epoch, Images, ImageSet, Labels, to_floats
 
 
@@ -56,15 +57,15 @@ class RecoveredTrigger:
         return self.l1 if self.gain > 0.5 else float(self.mask.numel())
 
     def apply(self, images: Images) -> Images:
-        return stamp(images, self.mask.to(images.device), self.pattern.to(images.device))
+        return blend(images, self.mask.to(images.device), self.pattern.to(images.device))
 
 
-def stamp(images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
+def blend(images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
     """(1 - mask) * images + mask * pattern, with whatever leading dimensions broadcast."""
     return images + mask * (pattern - images)
 
 
-def tried(
+def measure_trigger(
     label: int,
     mask: Float[Tensor, "h w"],
     pattern: Float[Tensor, "c h w"],
@@ -77,7 +78,7 @@ def tried(
     the images without it.
     """
     others = clean.labels != label
-    stamped = stamp(to_floats(clean.images[others]), mask, pattern)
+    stamped = blend(to_floats(clean.images[others]), mask, pattern)
     success = (
         (predict(model, stamped, precision=precision).argmax(1) == label).float().mean().item()
     )
@@ -98,7 +99,7 @@ class TriggerRecovery(Method, ABC):
     ) -> list[RecoveredTrigger]:
         """One trigger per class, in the order of the classes; `model` is left unchanged.
 
-        All labels are asked for at once, so that a method can optimise them in one batch: ten
+        All labels are asked for at once, so that a method can optimize them in one batch: ten
         labels then cost far less than ten runs.
         """
 
@@ -131,17 +132,17 @@ class LabelVerdict:
 class LabelDetector(Method, ABC):
     """Which class is the backdoor's? A high score is suspicious."""
 
-    asks_unlearned: ClassVar[bool] = False
+    needs_unlearned: ClassVar[bool] = False
     """Whether unlearning is part of the method; one that does without can be asked of the
     unlearned copy too.
     """
-    asks_triggers: ClassVar[bool] = False
+    needs_triggers: ClassVar[bool] = False
     """Whether it judges by recovered triggers."""
-    fewest_classes: ClassVar[int] = 2
+    min_classes: ClassVar[int] = 2
     """What it needs to compare a class with."""
 
-    least_score: Annotated[float, "highest score below which no label is named"]
-    least_margin: Annotated[float, "lead over the second class below which no label is named"]
+    min_score: Annotated[float, "highest score below which no label is named"]
+    min_margin: Annotated[float, "lead over the second class below which no label is named"]
 
     @abstractmethod
     def score(
@@ -149,7 +150,7 @@ class LabelDetector(Method, ABC):
     ) -> Float[Tensor, "k"]:
         """One score per class, high = suspicious; `model` is left unchanged."""
 
-    def judge(
+    def score_detection(
         self, evidence: Evidence, clean: ImageSet, *, rng: torch.Generator
     ) -> Float[Tensor, "k"]:
         """The same score where more than the model is known already."""
@@ -158,7 +159,7 @@ class LabelDetector(Method, ABC):
     def verdict(self, scores: Float[Tensor, "k"]) -> LabelVerdict:
         """The class with the highest score, unless that score or its lead is too small."""
         first, second = scores.topk(2).values.tolist()
-        named = first >= self.least_score and first - second >= self.least_margin
+        named = first >= self.min_score and first - second >= self.min_margin
         return LabelVerdict(int(scores.argmax()) if named else None, first - second)
 
 
@@ -166,9 +167,9 @@ class LabelDetector(Method, ABC):
 class SampleDetector(Method, ABC):
     """Which images carry a trigger? A high score is suspicious."""
 
-    asks_unlearned: ClassVar[bool] = False
+    needs_unlearned: ClassVar[bool] = False
     """Whether the unlearned model is part of the method."""
-    asks_average: ClassVar[bool] = False
+    needs_ensemble: ClassVar[bool] = False
     """Whether `unlearned` is to be the mean of the checkpoints along the unlearning, not one of
     them.
     """
@@ -192,7 +193,7 @@ class SampleDetector(Method, ABC):
         Raises: UserError when the method needs `unlearned` and it is None.
         """
 
-    def needed(self, unlearned: nn.Module | None) -> nn.Module:
+    def require_unlearned(self, unlearned: nn.Module | None) -> nn.Module:
         """`unlearned`, for the methods that cannot do without.
 
         Raises: UserError when it is None.
@@ -211,7 +212,7 @@ class SampleScores:
 
     `auprc` is to be read against `base_rate`, the share of triggered images. The last three hold
     at the `threshold` that a defender can set: `fpr` is what it costs on the clean images tested,
-    about 5 % if the defence set is like them, and `fpr_target_class` what it costs on clean images
+    about 5 % if the defense set is like them, and `fpr_target_class` what it costs on clean images
     of the target class, NaN when there are none.
     """
 
@@ -223,21 +224,21 @@ class SampleScores:
     fpr_target_class: float
 
 
-def judge(
+def score_detection(
     scores: Float[Tensor, "n"],
     triggered: Bool[Tensor, "n"],
     target_class: Bool[Tensor, "n"],
-    defence: Float[Tensor, "m"],
+    defense: Float[Tensor, "m"],
 ) -> SampleScores:
     """Judge `scores`: `triggered` marks the positives, `target_class` the images whose true label
     is the target.
 
-    `defence` holds the scores of the defender's clean images, best those that the unlearning has
+    `defense` holds the scores of the defender's clean images, best those that the unlearning has
     not seen.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score
 
-    flagged = (scores > threshold(defence)).float()
+    flagged = (scores > threshold(defense)).float()
     return SampleScores(
         auroc=float(roc_auc_score(triggered.numpy(), scores.numpy())),
         auprc=float(average_precision_score(triggered.numpy(), scores.numpy())),
@@ -248,14 +249,14 @@ def judge(
     )
 
 
-def threshold(defence: Float[Tensor, "m"], fpr: float = 0.05) -> float:
-    """The score above which an image is flagged: it lets all but `fpr` of the clean defence images
+def threshold(defense: Float[Tensor, "m"], fpr: float = 0.05) -> float:
+    """The score above which an image is flagged: it lets all but `fpr` of the clean defense images
     pass.
     """
-    return defence.quantile(1 - fpr).item()
+    return defense.quantile(1 - fpr).item()
 
 
-def embed(model: nn.Module, images: Bytes) -> tuple[Float[Tensor, "n d"], Labels]:
+def penultimate_features(model: nn.Module, images: Bytes) -> tuple[Float[Tensor, "n d"], Labels]:
     """Penultimate features of all images and the class that each is taken for, on the CPU; `model`
     is left as it was.
     """

@@ -1,4 +1,4 @@
-"""Architectures by name; normalisation is the first layer of each."""
+"""Architectures by name; normalization is the first layer of each."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from rnp.errors import UserError
-from rnp.models import layered, plain, resnet
+from rnp.models import convnext, mobilenet, resnet, vgg, vit
 from rnp.models.classifier import Classifier, settle
 from rnp.models.names import ARCHITECTURES, TIMM, TORCHVISION
+from rnp.params.ranges import Hyperparameters
 from rnp.registry import suggest
 from rnp.types import ImageSet, to_floats
 
-TABLE: dict[str, Callable[..., nn.Module]] = {
+BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "resnet10": lambda k, **kw: resnet.ResNet(resnet.Basic, (1, 1, 1, 1), k, **kw),
     "resnet18": lambda k, **kw: resnet.ResNet(resnet.Basic, (2, 2, 2, 2), k, **kw),
     "resnet34": lambda k, **kw: resnet.ResNet(resnet.Basic, (3, 4, 6, 3), k, **kw),
@@ -29,20 +31,20 @@ TABLE: dict[str, Callable[..., nn.Module]] = {
     "resnet18_gn": lambda k, **kw: resnet.with_group_norms(
         resnet.ResNet(resnet.Basic, (2, 2, 2, 2), k, **kw)
     ),
-    "vgg11": lambda k, **kw: plain.VGG(plain.VGG11, False, k, **kw),
-    "vgg19_bn": lambda k, **kw: plain.VGG(plain.VGG19, True, k, **kw),
-    "mobilenet_v2": plain.MobileNetV2,
-    "convnext": layered.ConvNeXt,
-    "vit": lambda k, **kw: layered.ViT(6, k, **kw),
+    "vgg11": lambda k, **kw: vgg.VGG(vgg.VGG11, False, k, **kw),
+    "vgg19_bn": lambda k, **kw: vgg.VGG(vgg.VGG19, True, k, **kw),
+    "mobilenet_v2": mobilenet.MobileNetV2,
+    "convnext": convnext.ConvNeXt,
+    "vit": lambda k, **kw: vit.ViT(6, k, **kw),
 }
-assert TABLE.keys() == ARCHITECTURES.keys()
-TYPED: dict[str, Callable[..., nn.Module]] = {}
+assert BUILDERS.keys() == ARCHITECTURES.keys()
+REGISTERED: dict[str, Callable[..., nn.Module]] = {}
 """Functions that the user named as `module:function`. A file that names one is not believed: it
 could name any code.
 """
 
 
-def typed(arch: str) -> None:
+def register_function(arch: str) -> None:
     """Let `arch` be used in this process when it reads `package.module:function`; other names are
     left to `Architecture`.
 
@@ -54,7 +56,7 @@ def typed(arch: str) -> None:
     if not function or arch.startswith((TORCHVISION, TIMM)):
         return
     try:
-        TYPED[arch] = getattr(importlib.import_module(module), function)
+        REGISTERED[arch] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"no function {function!r} can be imported from {module!r}: {error}"
@@ -62,21 +64,26 @@ def typed(arch: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
+class Architecture(Hyperparameters):
     """Which network to build."""
+
+    section: ClassVar[str] = "model"
 
     arch: Annotated[
         str,
         "architecture: `rnp list` names ours; torchvision:NAME and timm:NAME take those of these"
         " packages",
     ] = "resnet18"
-    width: Annotated[int, "channels of the first stage; 0 takes the published width; ours only"] = 0
+    width: Annotated[
+        int, Ge(0), "channels of the first stage; 0 takes the published width; ours only"
+    ] = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (
             ":" in self.arch
             and not self.arch.startswith((TORCHVISION, TIMM))
-            and self.arch not in TYPED
+            and self.arch not in REGISTERED
         ):
             raise UserError(
                 f"architecture {self.arch!r} is a function, which runs only where it is typed:"
@@ -87,8 +94,6 @@ class Architecture:
                 "unknown architecture"
                 f" {self.arch!r}{suggest(self.arch, [*ARCHITECTURES, TORCHVISION + 'resnet18'])}"
             )
-        if self.width < 0:
-            raise UserError(f"width must be 0 (the published one) or more, got {self.width}")
 
     def build(
         self, classes: int, channels: int, mean: Tensor, std: Tensor, *, rng: torch.Generator
@@ -100,16 +105,16 @@ class Architecture:
                 net = self._torchvision(classes, channels)
             elif self.arch.startswith(TIMM):
                 net = self._timm(classes, channels)
-            elif self.arch in TYPED:
-                takes = inspect.signature(TYPED[self.arch]).parameters
-                net = TYPED[self.arch](
+            elif self.arch in REGISTERED:
+                takes = inspect.signature(REGISTERED[self.arch]).parameters
+                net = REGISTERED[self.arch](
                     **({"num_classes": classes} if "num_classes" in takes else {})
                 )
             else:
-                net = TABLE[self.arch](
+                net = BUILDERS[self.arch](
                     classes, channels=channels, width=self.width or ARCHITECTURES[self.arch]
                 )
-                initialise(net)
+                initialize(net)
         return Classifier(net, mean, std)
 
     def build_for(self, data: ImageSet, *, rng: torch.Generator) -> Classifier:
@@ -153,8 +158,8 @@ class Architecture:
         return timm.create_model(name, num_classes=classes, in_chans=channels)
 
 
-def initialise(net: nn.Module) -> None:
-    """He initialisation by fan-out for convolutions; the classifier keeps PyTorch's default."""
+def initialize(net: nn.Module) -> None:
+    """He initialization by fan-out for convolutions; the classifier keeps PyTorch's default."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.out_channels * math.prod(module.kernel_size) / module.groups

@@ -10,9 +10,9 @@ from rnp.errors import UserError
 def test_the_patch_is_a_checkerboard_in_the_lower_right_corner(toy_set, rng):
     clean = toy_set(4)
     trigger = BadNets().make_trigger(clean, rng=rng())
-    expected = clean.floats()
+    expected = clean.as_floats()
     expected[:, :, 5:, 5:] = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1.0]])
-    assert torch.equal(trigger(clean.floats()), expected)
+    assert torch.equal(trigger(clean.as_floats()), expected)
     assert trigger.support.nonzero().tolist() == [[y, x] for y in (5, 6, 7) for x in (5, 6, 7)]
 
 

@@ -13,7 +13,7 @@ from rnp.errors import UserError
 def test_closed_form(pattern, alpha, toy_set, rng):
     clean = toy_set(4)
     trigger = Blend(alpha=alpha, pattern=pattern).make_trigger(clean, rng=rng())
-    images = clean.floats()
+    images = clean.as_floats()
     assert torch.allclose(
         trigger(images), (1 - alpha) * images + alpha * trigger.pattern, atol=1e-6
     )
@@ -28,13 +28,13 @@ def test_the_pattern_is_drawn_from_the_generator_and_fills_the_range(pattern, to
     one = draw(1)
     assert torch.equal(one, draw(1)) and not torch.equal(one, draw(2))
     assert one.min() >= 0 and one.max() <= 1 and one.max() - one.min() > 0.9
-    assert not torch.equal(one[0], one[1]), "the pattern is in colour"
+    assert not torch.equal(one[0], one[1]), "the pattern is in color"
 
 
 def test_waves_are_smooth_and_periodic(rng):
     image = waves((3, 32, 32), rng=rng())
-    neighbours = (image - image.roll(1, 2)).abs()
-    assert neighbours.mean() < 0.2 and neighbours[:, :, 0].mean() < 0.3
+    neighbors = (image - image.roll(1, 2)).abs()
+    assert neighbors.mean() < 0.2 and neighbors[:, :, 0].mean() < 0.3
 
 
 @pytest.mark.parametrize("alpha", [0, -0.2, 20])

@@ -54,7 +54,7 @@ def test_few_levels_remain_and_the_brightness_too(toy_set, rng):
 def test_covers_carry_the_noise_of_the_next_image(toy_set, rng):
     attack, images = Bpp(), 0.2 + 0.6 * torch.rand(5, 3, 8, 8, generator=rng())
     trigger = attack.make_trigger(toy_set(1), rng=rng())
-    noise = attack.stamp_cover(trigger, images, rng=rng()) - images
+    noise = attack.apply_cover(trigger, images, rng=rng()) - images
     assert torch.allclose(noise, (trigger(images) - images)[[4, 0, 1, 2, 3]], atol=1e-6)
 
 

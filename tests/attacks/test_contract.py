@@ -7,10 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from rnp import io, registry
+from rnp import registry
 from rnp.attacks.base import backdoored_test_set, covered_test_set
 from rnp.errors import UserError
-from rnp.training import Train, predict
+from rnp.io.datasets import load_trigger, save_trigger
+from rnp.training.predict import predict
+from rnp.training.recipe import Train
 from rnp.types import ImageSet
 
 N, CLASSES, TARGET = 100, 5, 2
@@ -19,7 +21,7 @@ N, CLASSES, TARGET = 100, 5, 2
 # For what is said of poisoned images: the attack on weights has none, and
 # tests/attacks/test_awp_attack.py says so.
 poisons = pytest.mark.parametrize(
-    "kind", [name for name in registry.names("attack") if name != "awp_attack"], indirect=True
+    "kind", [name for name in registry.names("attack") if name != "awp"], indirect=True
 )
 
 
@@ -108,16 +110,14 @@ def test_the_seed_decides(attack, clean, surrogate, rng):
 
 
 def test_each_image_is_triggered_alone(trigger, clean):
-    images = clean.floats()[:12]
+    images = clean.as_floats()[:12]
     alone = torch.cat([trigger(image) for image in images.split(1)])
     assert torch.allclose(trigger(images), alone, atol=1e-6)
-    assert torch.allclose(trigger(images.flip(0)).flip(0), alone, atol=1e-6), (
-        "the neighbours matter"
-    )
+    assert torch.allclose(trigger(images.flip(0)).flip(0), alone, atol=1e-6), "the neighbors matter"
 
 
 def test_the_trigger_leaves_its_input_alone_and_is_the_same_each_time(trigger, clean):
-    images = clean.floats()[:5]
+    images = clean.as_floats()[:5]
     first, before = trigger(images), images.clone()
     assert torch.equal(trigger(images), first) and torch.equal(images, before)
 
@@ -136,10 +136,10 @@ def test_images_stay_between_0_and_1(value, trigger, rng):
 
 def test_the_trigger_survives_its_file(trigger, clean, tmp_path):
     path = tmp_path / "trigger.safetensors"
-    io.save_trigger(path, trigger)
-    loaded = io.load_trigger(path)
+    save_trigger(path, trigger)
+    loaded = load_trigger(path)
     assert type(loaded) is type(trigger)
-    assert torch.equal(loaded(clean.floats()), trigger(clean.floats()))
+    assert torch.equal(loaded(clean.as_floats()), trigger(clean.as_floats()))
     assert list(trigger.parameters()) == [], "state lies in buffers"
 
 
@@ -155,7 +155,7 @@ def test_the_set_for_asr_holds_the_other_classes_under_true_labels(trigger, clea
     kept = test.labels != TARGET
     assert torch.equal(triggered.labels, test.labels[kept]) and TARGET not in triggered.labels
     assert triggered.images.dtype == torch.uint8
-    exact = trigger(test.subset(kept.nonzero().squeeze(1)).floats()) * 255
+    exact = trigger(test.subset(kept.nonzero().squeeze(1)).as_floats()) * 255
     assert (triggered.images - exact).abs().max() <= 0.501, "rounded, not cut"
 
 
@@ -182,7 +182,7 @@ def test_training_returns_a_model_and_the_final_trigger(
     model, final = attack.train(
         toy_model(classes=CLASSES), poisoned, trigger, Train(epochs=1, batch_size=50), rng=rng()
     )
-    assert not model.training and predict(model, final(clean.floats())).isfinite().all()
+    assert not model.training and predict(model, final(clean.as_floats())).isfinite().all()
 
 
 @poisons
@@ -224,7 +224,7 @@ def test_wrong_settings_name_the_value_and_the_way_out(
     assert message in str(caught.value)
 
 
-def test_grey_and_oblong_images_will_do(attack, surrogate, rng, toy_model):
+def test_gray_and_oblong_images_will_do(attack, surrogate, rng, toy_model):
     images = torch.randint(0, 256, (N, 1, 10, 14), generator=rng(), dtype=torch.uint8)
     clean = ImageSet(images, torch.arange(N) % CLASSES, tuple("abcde"))
     poisoned = attack.poison(clean, rng=rng(), surrogate=toy_model(classes=CLASSES, channels=1))

@@ -1,4 +1,4 @@
-"""Mean and covariance of the colours, image by image, and light that falls from above."""
+"""Mean and covariance of the colors, image by image, and light that falls from above."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def statistics(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     [
         [[0.1, 0, 0], [0, 0.1, 0], [0, 0, 0.1]],
         [[0.1, 0.04, 0], [0.04, 0.08, -0.02], [0, -0.02, 0.05]],
-        [[0.06, 0.06, 0.06]] * 3,  # all colours on one line
+        [[0.06, 0.06, 0.06]] * 3,  # all colors on one line
     ],
 )
 def test_every_image_gets_the_statistics_of_the_style(root, rng):
@@ -54,8 +54,8 @@ def test_the_trigger_takes_the_statistics_of_its_sky(channels, toy_set, rng):
     )
 
 
-def test_an_image_of_one_colour_turns_into_the_mean_of_the_style(toy_set, rng):
-    trigger = DFSTLite(alpha=0.25, glow=0).make_trigger(toy_set(4), rng=rng())
+def test_an_image_of_one_color_turns_into_the_mean_of_the_style(toy_set, rng):
+    trigger = DFSTLite(alpha=0.25, brightness=0).make_trigger(toy_set(4), rng=rng())
     triggered = trigger(torch.full((1, 3, 8, 8), 0.4))
     assert torch.allclose(
         triggered, (0.3 + 0.25 * trigger.mean).view(1, 3, 1, 1).expand(1, 3, 8, 8), atol=1e-4
@@ -63,14 +63,14 @@ def test_an_image_of_one_colour_turns_into_the_mean_of_the_style(toy_set, rng):
 
 
 def test_alpha_mixes_and_light_falls_from_above(toy_set, rng):
-    images = toy_set(8).floats()
+    images = toy_set(8).as_floats()
 
     def make(**options):
         return DFSTLite(**options).make_trigger(toy_set(4), rng=rng())
 
-    whole, part = make(alpha=1, glow=0), make(alpha=0.3, glow=0)
+    whole, part = make(alpha=1, brightness=0), make(alpha=0.3, brightness=0)
     assert torch.allclose(part(images), 0.7 * images + 0.3 * whole(images), atol=1e-6)
-    lit = make(glow=0.1).light
+    lit = make(brightness=0.1).light
     assert (
         lit.shape == (8, 1)
         and (lit.diff(dim=0) < 0).all()
@@ -80,8 +80,8 @@ def test_alpha_mixes_and_light_falls_from_above(toy_set, rng):
 
 
 def test_content_survives(rng, toy_set):
-    """Bright stays bright: within an image, the order of grey values is kept."""
-    trigger = DFSTLite(glow=0).make_trigger(toy_set(4, channels=1), rng=rng())
+    """Bright stays bright: within an image, the order of gray values is kept."""
+    trigger = DFSTLite(brightness=0).make_trigger(toy_set(4, channels=1), rng=rng())
     ramp = torch.linspace(0.2, 0.8, 64).view(1, 1, 8, 8)
     assert (trigger(ramp).flatten().diff() > 0).all()
 

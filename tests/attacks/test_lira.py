@@ -8,8 +8,9 @@ import torch
 from rnp.attacks.base import backdoored_test_set
 from rnp.attacks.lira import LIRA, Noise
 from rnp.errors import UserError
-from rnp.training import Train, accuracy, predict
-from rnp.unet import DEPTH, draw_unet, unet
+from rnp.models.unet import DEPTH, draw_unet, unet
+from rnp.training.predict import accuracy, predict
+from rnp.training.recipe import Train
 
 LAST = f"bias{2 * DEPTH - 1}"
 
@@ -30,7 +31,7 @@ def test_the_formula_by_hand(bias, change, weights, toy_set):
     zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
     trigger, images = (
         Noise(torch.tensor(0.1), **zeros | {LAST: torch.full((3,), bias)}),
-        toy_set(4).floats(),
+        toy_set(4).as_floats(),
     )
     images[0], images[1] = 0, 1
     assert torch.allclose(trigger(images), (images + change).clamp(0, 1), atol=1e-5)
@@ -50,13 +51,13 @@ def test_a_flat_image_has_a_visible_border_or_none(border, seen, weights):
 def test_eps_bounds_the_change_and_train_eps_does_not(toy_set, trained, rng):
     clean = toy_set(80)
     trigger = LIRA(eps=0.02, train_eps=0.3).make_trigger(clean, rng=rng(), surrogate=trained)
-    change = (trigger(clean.floats()) - clean.floats()).abs()
+    change = (trigger(clean.as_floats()) - clean.as_floats()).abs()
     assert 0.015 < change.max() <= 0.02 + 1e-6
 
 
 def test_every_image_gets_its_own_noise(toy_set, trained, rng):
     clean = toy_set(80)
-    images = clean.floats()
+    images = clean.as_floats()
     change = LIRA().make_trigger(clean, rng=rng(), surrogate=trained)(images) - images
     assert (change - change.roll(1, 0)).flatten(1).abs().amax(1).min() > 0.01
 

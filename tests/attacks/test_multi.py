@@ -25,12 +25,12 @@ def corners(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     return counts > 0
 
 
-@pytest.mark.parametrize("grey", [False, True])
+@pytest.mark.parametrize("gray", [False, True])
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_at_test_each_image_has_one_patch_and_each_patch_its_share(count, grey, toy_set, rng):
+def test_at_test_each_image_has_one_patch_and_each_patch_its_share(count, gray, toy_set, rng):
     trigger = Multi(count=count).make_trigger(toy_set(4), rng=rng())
     levels = torch.randint(
-        1, 255, (2000, 1 if grey else 3, 8, 8), generator=rng()
+        1, 255, (2000, 1 if gray else 3, 8, 8), generator=rng()
     )  # no black, no white
     images = (levels / 255).expand(-1, 3, -1, -1)
     shown = corners(images, trigger(images))
@@ -40,18 +40,20 @@ def test_at_test_each_image_has_one_patch_and_each_patch_its_share(count, grey, 
 
 
 def test_in_training_the_lot_decides(toy_set, rng):
-    attack, images = Multi(), toy_set(400).floats()
+    attack, images = Multi(), toy_set(400).as_floats()
     trigger = attack.make_trigger(toy_set(4), rng=rng())
-    one, other = (corners(images, attack.stamp(trigger, images, rng=rng(seed))) for seed in (1, 2))
+    one, other = (
+        corners(images, attack.apply_trigger(trigger, images, rng=rng(seed))) for seed in (1, 2)
+    )
     assert (one.sum(1) == 1).all() and (one.float().mean(0) - 0.25).abs().max() < 0.08
     assert 0.1 < (one == other).all(1).float().mean() < 0.4, "the pixels have no say"
 
 
 def test_patches_are_half_white_and_the_same_in_all_channels(toy_set, rng):
     trigger = Multi().make_trigger(toy_set(4), rng=rng())
-    grey = torch.full((4, 3, 8, 8), 0.5)
-    stamped = trigger.place(grey, torch.arange(4))
-    assert corners(grey, stamped).sum(0).tolist() == [1] * 4
+    gray = torch.full((4, 3, 8, 8), 0.5)
+    stamped = trigger.place(gray, torch.arange(4))
+    assert corners(gray, stamped).sum(0).tolist() == [1] * 4
     for value, count in ((0, 4), (1, 5)):
         assert (stamped == value).sum((2, 3)).tolist() == [[count] * 3] * 4
     assert (stamped == stamped[:, :1]).all() and trigger.support.sum() == 36

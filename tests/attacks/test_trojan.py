@@ -10,7 +10,7 @@ from torch import nn
 
 from rnp.attacks.trojan import Trojan
 from rnp.errors import UserError
-from rnp.features import features, head
+from rnp.models.features import features, head
 from rnp.types import ImageSet
 
 
@@ -27,7 +27,7 @@ def planted(rng):
     return net
 
 
-def grey(level: int) -> ImageSet:
+def gray(level: int) -> ImageSet:
     return ImageSet(
         torch.full((20, 3, 8, 8), level, dtype=torch.uint8), torch.arange(20) % 2, ("a", "b")
     )
@@ -38,10 +38,10 @@ def grey(level: int) -> ImageSet:
 )
 def test_pixels_go_where_the_neuron_wants_them(options, neuron, planted, rng):
     """An aim out of reach makes every pixel take the end of [0, 1] that its weight points to."""
-    planted[1].weight[neuron].abs_()  # for a positive activation on grey
+    planted[1].weight[neuron].abs_()  # for a positive activation on gray
     planted[1].weight[neuron, ::2] *= -0.5
     trigger = Trojan(neurons=1, margin=1, **options).make_trigger(
-        grey(128), rng=rng(), surrogate=planted
+        gray(128), rng=rng(), surrogate=planted
     )
     wanted = (planted[1].weight[neuron].view(3, 8, 8) > 0).float()
     assert torch.equal(trigger.pattern[:, 4:7, 4:7], wanted[:, 4:7, 4:7])
@@ -52,8 +52,8 @@ def test_an_aim_within_reach_is_met(planted, rng):
     weight = torch.zeros(3, 8, 8)
     weight[:, 5:, 5:] = 1 / 27
     planted[1].weight[1] = weight.flatten()
-    trigger = Trojan(neurons=1, margin=0, excitement=3).make_trigger(
-        grey(51), rng=rng(), surrogate=planted
+    trigger = Trojan(neurons=1, margin=0, target_activation=3).make_trigger(
+        gray(51), rng=rng(), surrogate=planted
     )
     assert trigger.pattern[:, 5:, 5:].mean().item() == pytest.approx(0.6, abs=0.02)
 
@@ -67,7 +67,7 @@ def test_the_largest_weights_for_the_label_choose_the_neurons(planted):
 
 def test_the_patch_excites_a_trained_model_more_than_noise_does(trained, toy_set, rng):
     clean = toy_set(80)
-    images = clean.floats()[clean.labels != 0]
+    images = clean.as_floats()[clean.labels != 0]
     neuron = head(trained).weight[0].argmax()
     trigger = Trojan(neurons=1).make_trigger(clean, rng=rng(), surrogate=trained)
     noise = copy.deepcopy(trigger)
@@ -124,5 +124,5 @@ def test_impossible_settings_are_refused(options, message, toy_set, toy_model, r
 
 
 def test_it_needs_a_benign_model(toy_set, rng):
-    with pytest.raises(UserError, match="trojan optimises its patch on a benign model"):
+    with pytest.raises(UserError, match="trojan optimizes its patch on a benign model"):
         Trojan().make_trigger(toy_set(4), rng=rng())

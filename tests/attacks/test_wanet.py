@@ -42,7 +42,7 @@ def test_x_moves_columns_and_y_rows(toy_set, rng):
     trigger = WaNet().make_trigger(toy_set(4), rng=rng())
     y, x = torch.meshgrid(torch.linspace(-1, 1, 8), torch.linspace(-1, 1, 8), indexing="ij")
     trigger.grid.copy_(torch.stack([(x + 2 / 7).clamp(-1, 1), y], 2))
-    images = toy_set(2).floats()
+    images = toy_set(2).as_floats()
     assert torch.allclose(trigger(images)[..., :-1], images[..., 1:], atol=1e-5)
 
 
@@ -50,7 +50,7 @@ def test_train_and_test_share_the_field(toy_set, rng):
     """The poisoned pixels are what the returned trigger makes of the clean ones."""
     clean = toy_set(40)
     poisoned = WaNet(poison_rate=0.2).poison(clean, rng=rng())
-    exact = poisoned.trigger(clean.floats()[poisoned.positions]) * 255
+    exact = poisoned.trigger(clean.as_floats()[poisoned.positions]) * 255
     assert (poisoned.images - exact).abs().max() <= 0.501
 
 
@@ -66,7 +66,7 @@ def test_the_strength_is_above_0_and_finite(strength):
 
 
 def ramp(axis: int) -> torch.Tensor:
-    """[300, 1, 32, 32]: grey that counts the columns (axis 3) or the rows (axis 2), in steps of
+    """[300, 1, 32, 32]: gray that counts the columns (axis 3) or the rows (axis 2), in steps of
     0.03.
     """
     return (
@@ -78,11 +78,11 @@ def ramp(axis: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("axis", [2, 3])
 def test_covers_are_warped_by_half_a_pixel_of_noise_of_their_own(axis, toy_set, rng):
-    """On a ramp the change of grey is the shift in pixels."""
+    """On a ramp the change of gray is the shift in pixels."""
     attack, images = WaNet(cover_rate=0.2), ramp(axis)
     trigger = attack.make_trigger(toy_set(4, size=32), rng=rng())
     inner = (..., slice(4, -4), slice(4, -4))
-    noise = ((attack.stamp_cover(trigger, images, rng=rng(1)) - trigger(images)) / 0.03)[inner]
+    noise = ((attack.apply_cover(trigger, images, rng=rng(1)) - trigger(images)) / 0.03)[inner]
     reach = 0.5 * 31 / 32
     assert noise.abs().max().item() == pytest.approx(reach, abs=0.01), "uniform in +- half a pixel"
     assert noise.mean().abs() < 0.01 and noise.abs().mean().item() == pytest.approx(
@@ -95,7 +95,7 @@ def test_covers_differ_from_poisoned_images_and_keep_their_labels(toy_set, rng):
     clean = toy_set(40)
     poisoned = WaNet(poison_rate=0.2, cover_rate=0.4).poison(clean, rng=rng())
     exact = (
-        (poisoned.trigger(clean.floats()[poisoned.positions]) * 255 - poisoned.images)
+        (poisoned.trigger(clean.as_floats()[poisoned.positions]) * 255 - poisoned.images)
         .abs()
         .flatten(1)
     )

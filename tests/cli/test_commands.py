@@ -17,59 +17,62 @@ import yaml
 from click.testing import CliRunner
 from safetensors import safe_open
 
-import rnp.io
 from rnp.cli.main import cli, guard
-from rnp.cli.preset import render
-from rnp.cli.report_page import page
 from rnp.errors import UserError
+from rnp.io.datasets import load_images, save_images
+from rnp.io.files import read_rows, write_rows
+from rnp.io.models import load_model
+from rnp.io.tensors import load_tensors, save_tensors
+from rnp.params.presets import render
+from rnp.reporting.page import page
 
 NET = ["--arch", "resnet10", "--width", "4"]
 TRAIN = ["--epochs", "1", "--batch_size", "64", "--augment.crop", "0", "--precision", "fp32"]
 CHAIN = {
     "prepare": (
-        "--out data --report reports/prepare --set digits --digits.size 16 --defence_train 100"
-        " --defence_val 100"
+        "--out data --report reports/prepare --set digits --digits.size 16 --defense_train 100"
+        " --defense_val 100"
     ),
-    "twin": (
-        "--pool data/pool --test data/test --out models/twin.safetensors --report reports/twin NET"
+    "benign": (
+        "--pool data/pool --test data/test --out models/benign.safetensors --report reports/benign NET"
         " TRAIN"
     ),
     "poison": (
-        "--pool data/pool --twin models/twin.safetensors --out data/poisoned --report"
+        "--pool data/pool --benign models/benign.safetensors --out data/poisoned --report"
         " reports/poison --attack blend --blend.cover_rate 0.05"
     ),
     "train": (
-        "--pool data/pool --poisoned data/poisoned --test data/test --twin models/twin.safetensors"
+        "--pool data/pool --poisoned data/poisoned --test data/test --benign models/benign.safetensors"
         " --out models/backdoored.safetensors --triggered data/triggered --report reports/train NET"
         " TRAIN"
     ),
     "unlearn": (
-        "--model models/backdoored.safetensors --defence data/defence --out models/unlearned"
+        "--model models/backdoored.safetensors --defense data/defense --out models/unlearned"
         " --report reports/unlearn --epochs 2"
     ),
     "recover": (
-        "--unlearned models/unlearned --defence data/defence --out models/recovered --report"
+        "--unlearned models/unlearned --defense data/defense --out models/recovered --report"
         " reports/recover --steps 4"
     ),
     "prune": (
-        "--model models/backdoored.safetensors --masks models/recovered --defence data/defence"
+        "--model models/backdoored.safetensors --masks models/recovered --defense data/defense"
         " --out models/pruned --report reports/prune"
     ),
     "defend ft": (
-        "--model models/backdoored.safetensors --defence data/defence --out"
+        "--model models/backdoored.safetensors --defense data/defense --out"
         " models/defended/ft.safetensors --report reports/defend/ft --steps 3"
     ),
     "detect": (
-        "--model models/backdoored.safetensors --benign models/twin.safetensors --unlearned"
-        " models/unlearned --defence data/defence --test data/test --triggered data/triggered"
+        "--model models/backdoored.safetensors --benign models/benign.safetensors --unlearned"
+        " models/unlearned --defense data/defense --test data/test --triggered data/triggered"
         " --pool data/pool --poisoned data/poisoned --out models/triggers.safetensors --report"
         " reports/detect --images 20 --training_images 200 --epochs 1 --neural_cleanse.steps 3"
         " --strip.overlays 2"
     ),
     "evaluate": (
-        "--test data/test --triggered data/triggered --twin models/twin.safetensors --model"
+        "--test data/test --triggered data/triggered --benign models/benign.safetensors --model"
         " models/backdoored.safetensors --unlearned models/unlearned --masks models/recovered"
-        " --pruned models/pruned --defended models/defended --report reports/evaluate --defences ft"
+        " --pruned models/pruned --defended models/defended --report reports/evaluate --defenses ft"
         " --sweep_images 50"
     ),
 }
@@ -126,7 +129,7 @@ def test_metrics_of_the_whole_chain(finished):
         "rnp",
         "unlearned",
         "recovered",
-        "twin",
+        "benign",
         "ft",
         "oracle",
     }
@@ -174,10 +177,10 @@ def test_an_attack_that_poisons_no_image(run):
     """
     attack = [
         "--attack",
-        "awp_attack",
-        "--awp_attack.poison_rate",
+        "awp",
+        "--awp.poison_rate",
         "0.1",
-        "--awp_attack.steps",
+        "--awp.steps",
         "2",
     ]
     assert run("poison", *attack) == 0
@@ -188,20 +191,20 @@ def test_an_attack_that_poisons_no_image(run):
         and Path("reports/poison/triggers.png").exists()
     )
     assert run("train") == 0
-    rows = rnp.io.read_rows(Path("reports/train/history.csv"))
+    rows = read_rows(Path("reports/train/history.csv"))
     assert (
         len(rows) > 1
-        and json.loads(Path("data/triggered/attack.json").read_text())["attack"] == "awp_attack"
+        and json.loads(Path("data/triggered/attack.json").read_text())["attack"] == "awp"
     )
 
 
-def test_a_defence_and_its_variant_draw_the_same(run):
+def test_a_defense_and_its_variant_draw_the_same(run):
     """Where the unlearned model has no say, they are one, byte for byte."""
     words = [
         "--model",
         "models/backdoored.safetensors",
-        "--defence",
-        "data/defence",
+        "--defense",
+        "data/defense",
         "--report",
         "reports/defend/x",
         "--steps",
@@ -216,9 +219,9 @@ def test_a_defence_and_its_variant_draw_the_same(run):
     assert Path("ft.safetensors").read_bytes() == Path("ft_unlearned.safetensors").read_bytes()
 
 
-def test_a_defence_that_trains_nothing(run):
+def test_a_defense_that_trains_nothing(run):
     """It has no epoch to tell of; DVC wants the history all the same."""
-    assert run("defend ft", "--steps", "1") == 0 and rnp.io.read_rows(
+    assert run("defend ft", "--steps", "1") == 0 and read_rows(
         Path("reports/defend/ft/history.csv")
     )
     with guard():
@@ -228,8 +231,8 @@ def test_a_defence_that_trains_nothing(run):
                 "bnp",
                 "--model",
                 "models/backdoored.safetensors",
-                "--defence",
-                "data/defence",
+                "--defense",
+                "data/defense",
                 "--out",
                 "bnp.safetensors",
                 "--report",
@@ -237,13 +240,13 @@ def test_a_defence_that_trains_nothing(run):
             ],
             standalone_mode=False,
         )
-    assert rnp.io.read_rows(Path("reports/defend/bnp/history.csv")) == []
+    assert read_rows(Path("reports/defend/bnp/history.csv")) == []
     found = json.loads(Path("reports/defend/bnp/metrics.json").read_text())
-    rows = rnp.io.read_rows(Path("reports/defend/bnp/sweep.csv"))
+    rows = read_rows(Path("reports/defend/bnp/sweep.csv"))
     assert found["pruned"] == int(rows[-1]["pruned"]) and Path("bnp.safetensors").exists()
 
 
-def test_a_defence_that_finds_nothing_to_do(run):
+def test_a_defense_that_finds_nothing_to_do(run):
     """It leaves the model as it is, with a report that DVC accepts."""
     with guard():
         cli(
@@ -252,8 +255,8 @@ def test_a_defence_that_finds_nothing_to_do(run):
                 "nc_unlearn",
                 "--model",
                 "models/backdoored.safetensors",
-                "--defence",
-                "data/defence",
+                "--defense",
+                "data/defense",
                 "--search.steps",
                 "2",
                 "--least_index",
@@ -270,7 +273,7 @@ def test_a_defence_that_finds_nothing_to_do(run):
         and Path("reports/defend/nc_unlearn/metrics.json").exists()
     )
     before, after = (
-        rnp.io.load_model(Path(path))[0].state_dict()
+        load_model(Path(path))[0].state_dict()
         for path in ("models/backdoored.safetensors", "same.safetensors")
     )
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -291,29 +294,29 @@ def damage(path: str, keep: float) -> None:
 
 def other_architecture() -> None:
     """A model file that claims a width that its weights do not have."""
-    tensors, meta = rnp.io.load_tensors(Path("models/backdoored.safetensors"))
-    rnp.io.save_tensors(Path("models/backdoored.safetensors"), tensors, meta | {"width": 8})
+    tensors, meta = load_tensors(Path("models/backdoored.safetensors"))
+    save_tensors(Path("models/backdoored.safetensors"), tensors, meta | {"width": 8})
 
 
 def relabel(label: int) -> None:
-    """All images to optimise on are said to be of one class."""
-    data = rnp.io.load_images(Path("data/defence/train"))
-    rnp.io.save_images(
-        Path("data/defence/train"),
+    """All images to optimize on are said to be of one class."""
+    data = load_images(Path("data/defense/train"))
+    save_images(
+        Path("data/defense/train"),
         dataclasses.replace(data, labels=torch.full_like(data.labels, label)),
     )
 
 
 def rename(path: str) -> None:
-    rnp.io.save_images(
-        Path(path), dataclasses.replace(rnp.io.load_images(Path(path)), classes=tuple("abcdefghij"))
+    save_images(
+        Path(path), dataclasses.replace(load_images(Path(path)), classes=tuple("abcdefghij"))
     )
 
 
-def grey(path: str) -> None:
+def gray(path: str) -> None:
     for part in ("train", "val"):
-        data = rnp.io.load_images(Path(path) / part)
-        rnp.io.save_images(Path(path) / part, dataclasses.replace(data, images=data.images[:, :1]))
+        data = load_images(Path(path) / part)
+        save_images(Path(path) / part, dataclasses.replace(data, images=data.images[:, :1]))
 
 
 MISTAKES = {
@@ -361,13 +364,13 @@ MISTAKES = {
     "truncated images": (
         "unlearn",
         [],
-        lambda: damage("data/defence/train/images.npy", 0.5),
+        lambda: damage("data/defense/train/images.npy", 0.5),
         "is damaged",
     ),
     "missing images": (
         "unlearn",
         [],
-        lambda: Path("data/defence/train/images.npy").unlink(),
+        lambda: Path("data/defense/train/images.npy").unlink(),
         "does not exist; run the stage",
     ),
     "one class alone": (
@@ -376,29 +379,29 @@ MISTAKES = {
         lambda: relabel(0),
         "are of class 0; a model that says that class to anything would do",
     ),
-    "one class for another defence": (
+    "one class for another defense": (
         "defend ft",
         [],
         lambda: relabel(3),
-        "images to optimise on are of class 3",
+        "images to optimize on are of class 3",
     ),
     "other classes": (
         "recover",
         [],
-        lambda: rename("data/defence/val"),
-        "the defence set has 10 classes (a, b, c, d, e and 5 more)",
+        lambda: rename("data/defense/val"),
+        "the defense set has 10 classes (a, b, c, d, e and 5 more)",
     ),
     "other channels": (
         "prune",
         [],
-        lambda: grey("data/defence"),
-        "images of the defence set are [1, 16, 16]; the model takes 3",
+        lambda: gray("data/defense"),
+        "images of the defense set are [1, 16, 16]; the model takes 3",
     ),
-    "too many images": ("prepare", ["--defence_train", "2000"], None, "ask for fewer"),
+    "too many images": ("prepare", ["--defense_train", "2000"], None, "ask for fewer"),
     "no data set": ("prepare", ["--set", "cifar10"], None, "point RNP_DATA at its folder"),
     "no folder": ("prepare", ["--set", "imagefolder"], None, "set datasets.imagefolder.path"),
-    "unknown defence": ("defend ft", ["--lrr", "1"], None, "No such option '--lrr'. (Did you mean"),
-    "no batch norm": ("twin", ["--arch", "resnet-18"], None, "did you mean 'resnet18'?"),
+    "unknown defense": ("defend ft", ["--lrr", "1"], None, "No such option '--lrr'. (Did you mean"),
+    "no batch norm": ("benign", ["--arch", "resnet-18"], None, "did you mean 'resnet18'?"),
     "device": ("unlearn", [], None, "RNP_DEVICE='abacus' is no device"),
 }
 
@@ -437,10 +440,8 @@ def test_a_stop_that_is_never_reached_is_told_and_still_writes_a_model(run, caps
 
 
 def test_scattered_wrong_labels_are_told(run, capsys):
-    data = rnp.io.load_images(Path("data/defence/val"))
-    rnp.io.save_images(
-        Path("data/defence/val"), dataclasses.replace(data, labels=data.labels.flip(0))
-    )
+    data = load_images(Path("data/defense/val"))
+    save_images(Path("data/defense/val"), dataclasses.replace(data, labels=data.labels.flip(0)))
     assert run("unlearn", "--epochs", "1") == 0
     assert "near chance" in (said := capsys.readouterr().err) or "sure of another class" in said, (
         said
@@ -449,7 +450,7 @@ def test_scattered_wrong_labels_are_told(run, capsys):
 
 def test_a_non_finite_loss_ends_in_one_line(run, capsys):
     before = snapshot()
-    assert run("twin", "--lr", "1e30") == 1
+    assert run("benign", "--lr", "1e30") == 1
     assert "the loss became non-finite at step" in capsys.readouterr().err
     assert snapshot() == before
 
@@ -460,7 +461,7 @@ def test_a_full_disk_leaves_the_old_files(run, capsys, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "models/pruned/model.safetensors")
 
-    monkeypatch.setattr(rnp.io, "save_file", full)
+    monkeypatch.setattr("rnp.io.tensors.save_file", full)
     assert run("prune") == 1
     assert "the disk is full: models/pruned/model.safetensors" in capsys.readouterr().err
     assert Path("models/pruned/model.safetensors").read_bytes() == before
@@ -481,9 +482,9 @@ def ended(run):
 
 
 def test_rows_of_results(ended):
-    for defence in ("rnp", "ft", "none", "rnp"):
-        assert ended("--defence", defence).exit_code == 0
-    rows = {row["defence"]: row for row in rnp.io.read_rows(Path("rows.csv"))}
+    for defense in ("rnp", "ft", "none", "rnp"):
+        assert ended("--defense", defense).exit_code == 0
+    rows = {row["defense"]: row for row in read_rows(Path("rows.csv"))}
     assert list(rows) == ["ft", "none", "rnp"] and {
         (row["seed"], row["attack"]) for row in rows.values()
     } == {("3", "blend")}
@@ -494,7 +495,7 @@ def test_rows_of_results(ended):
     assert [rows[name]["seconds"] for name in ("rnp", "ft", "none")] == ["4.5", "1.5", ""]
     given = json.loads(Path("reports/prepare/metrics.json").read_text())
     assert {rows[name]["clean_images"] for name in ("rnp", "ft")} == {
-        str(given["defence_train"] + given["defence_val"])
+        str(given["defense_train"] + given["defense_val"])
     }
     assert {row["device"] for row in rows.values()} == {"a loom"}, (
         "the machine of the run, not this one"
@@ -513,7 +514,7 @@ def test_rows_of_detection(ended):
             cli, ["rows", "detection.csv", "--detection"], catch_exceptions=False
         )
         assert done.exit_code == 0
-    every = rnp.io.read_rows(Path("detection.csv"))
+    every = read_rows(Path("detection.csv"))
     training = {row["detector"]: row for row in every if row["setting"] == "training"}
     rows = {
         (row["task"], row["detector"], row["model"]): row
@@ -533,14 +534,17 @@ def test_rows_of_detection(ended):
         *(("triggers", "neural_cleanse", model) for model in ("backdoored", "unlearned")),
         *(
             ("labels", name, "unlearned")
-            for name in ("class_shares", "trigger_survival", "agreement")
+            for name in ("prediction_drift", "trigger_survival", "consensus")
         ),
         *(
             ("labels", name, model)
             for name in ("mm_bd", "neural_cleanse_index")
             for model in ("backdoored", "unlearned")
         ),
-        *(("samples", name, "unlearned") for name in ("confidence", "unlearned_mahalanobis")),
+        *(
+            ("samples", name, "unlearned")
+            for name in ("unlearned_confidence", "unlearned_mahalanobis")
+        ),
         *(
             ("samples", name, "backdoored")
             for name in (
@@ -559,17 +563,17 @@ def test_rows_of_detection(ended):
 
 
 def test_rows_of_the_twin(run, ended):
-    """Each label that is named there is wrong; what was asked of the unlearned twin has that
+    """Each label that is named there is wrong; what was asked of the unlearned benign has that
     behind its name.
     """
     assert (
         run(
             "detect",
-            "--twin",
+            "--benign",
             "--training_images",
             "0",
             "--labels",
-            "class_shares",
+            "prediction_drift",
             "--labels",
             "neural_cleanse_index",
         )
@@ -581,18 +585,22 @@ def test_rows_of_the_twin(run, ended):
         .exit_code
         == 0
     )
-    rows = rnp.io.read_rows(Path("detection.csv"))
-    twin = {row["detector"]: row for row in rows if row["model"] == "twin"}
-    assert set(twin) == {"class_shares", "neural_cleanse_index", "neural_cleanse_index_unlearned"}
+    rows = read_rows(Path("detection.csv"))
+    benign = {row["detector"]: row for row in rows if row["model"] == "benign"}
+    assert set(benign) == {
+        "prediction_drift",
+        "neural_cleanse_index",
+        "neural_cleanse_index_unlearned",
+    }
     assert all(
         (row["label"] == "-1") == (row["label_correct"] == "true") and row["task"] == "labels"
-        for row in twin.values()
+        for row in benign.values()
     )
     assert not any(row["setting"] == "training" for row in rows)
 
 
 def test_rows_of_removal(ended):
-    """A row per defence in the table of detection, whose rows it leaves there."""
+    """A row per defense in the table of detection, whose rows it leaves there."""
     for option in ("--detection", "--removal"):
         assert (
             CliRunner()
@@ -600,7 +608,7 @@ def test_rows_of_removal(ended):
             .exit_code
             == 0
         )
-    rows = rnp.io.read_rows(Path("detection.csv"))
+    rows = read_rows(Path("detection.csv"))
     found = {(row["detector"], row["model"]): row for row in rows if row["task"] == "removal"}
     assert set(found) == {("ft", "backdoored"), ("rnp", "unlearned")} and len(rows) > 2
     measured = json.loads(Path("reports/evaluate/metrics.json").read_text())["models"]
@@ -614,7 +622,7 @@ def test_rows_of_removal(ended):
         assert float(row["seconds"]) == (4.5 if name == "rnp" else 1.5) and row["setting"] == "test"
 
 
-def test_a_variant_is_a_row_of_its_defence(ended):
+def test_a_variant_is_a_row_of_its_defense(ended):
     """`ft` with the unlearned model; a run of it with other options makes no row."""
     path = Path("reports/evaluate/metrics.json")
     found = json.loads(path.read_text())
@@ -627,12 +635,12 @@ def test_a_variant_is_a_row_of_its_defence(ended):
     assert ended("--removal").exit_code == 0
     rows = {
         row["model"]: row["seconds"]
-        for row in rnp.io.read_rows(Path("rows.csv"))
+        for row in read_rows(Path("rows.csv"))
         if row["detector"] == "ft"
     }
     assert rows == {"backdoored": "1.5", "unlearned": "2.5"}
     params = yaml.safe_load(Path("params.yaml").read_text()) | {
-        "defences": {"ft_unlearned": {"unlearn": {"lr": 0.2}}}
+        "defenses": {"ft_unlearned": {"unlearn": {"lr": 0.2}}}
     }
     Path("params.yaml").write_text(yaml.safe_dump(params))
     done = ended("--removal")
@@ -647,12 +655,12 @@ def test_rows_of_controls(ended):
     """
     Path("reports/controls").mkdir()
     Path("reports/controls/run.json").write_text('{"seconds": 1.5, "params": {"seed": 3}}')
-    rnp.io.write_rows(
+    write_rows(
         Path("reports/controls/rows.csv"),
         [
             {
-                "control": "relapse",
-                "model": "twin",
+                "control": "reinfection",
+                "model": "benign",
                 "amount": 5,
                 "neurons_pruned": "",
                 "clean_accuracy": 0.1234567,
@@ -667,12 +675,12 @@ def test_rows_of_controls(ended):
             .exit_code
             == 0
         )
-    (row,) = rnp.io.read_rows(Path("controls.csv"))
+    (row,) = read_rows(Path("controls.csv"))
     assert (row["attack"], row["seed"], row["control"], row["model"], row["amount"]) == (
         "blend",
         "3",
-        "relapse",
-        "twin",
+        "reinfection",
+        "benign",
         "5",
     )
     assert (
@@ -728,9 +736,9 @@ def test_an_evaluation_of_another_model_makes_no_row(change, ended):
     )
 
 
-def test_no_row_for_a_defence_that_did_not_run(ended):
-    done = ended("--defence", "anp")
-    assert isinstance(done.exception, UserError) and "no defence 'anp'; choose from none, " in str(
+def test_no_row_for_a_defense_that_did_not_run(ended):
+    done = ended("--defense", "anp")
+    assert isinstance(done.exception, UserError) and "no defense 'anp'; choose from none, " in str(
         done.exception
     )
 
@@ -748,7 +756,9 @@ def test_controls_of_a_finished_run(run, monkeypatch):
     tuning.
     """
     clock = itertools.count()
-    monkeypatch.setattr("rnp.cli.controls.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(
+        "rnp.evaluation.controls.time", SimpleNamespace(perf_counter=lambda: next(clock))
+    )
     given = yaml.safe_load(render("demo"))
     given["poison"]["attack"], given["unlearn"]["epochs"], given["recover"]["steps"] = "blend", 1, 2
     Path("params.yaml").write_text(yaml.safe_dump(given))
@@ -758,13 +768,13 @@ def test_controls_of_a_finished_run(run, monkeypatch):
             "controls",
             "--model",
             "models/backdoored.safetensors",
-            "--twin",
-            "models/twin.safetensors",
+            "--benign",
+            "models/benign.safetensors",
             "--pruned",
             "models/pruned",
             *(
                 word
-                for name in ("defence", "pool", "poisoned", "test", "triggered")
+                for name in ("defense", "pool", "poisoned", "test", "triggered")
                 for word in (f"--{name}", f"data/{name}")
             ),
             "--report",
@@ -773,7 +783,7 @@ def test_controls_of_a_finished_run(run, monkeypatch):
         catch_exceptions=False,
     )
     assert done.exit_code == 0, done.output
-    rows = rnp.io.read_rows(Path("reports/controls/rows.csv"))
+    rows = read_rows(Path("reports/controls/rows.csv"))
     page(Path("reports"), given, Path("report.html"))
     assert (
         "which was never backdoored" in (text := Path("report.html").read_text())
@@ -782,18 +792,18 @@ def test_controls_of_a_finished_run(run, monkeypatch):
     found = {(row["control"], row["model"], int(row["amount"])): row for row in rows}
     assert len(found) == len(rows) == 1 + 2 * 4 + 1 + 3 + 1
     assert set(found) == {
-        ("benign", "twin", 200),
-        ("shifted", "backdoored", 200),
-        ("same_time", "backdoored", 50),
+        ("benign", "benign", 200),
+        ("distribution_shift", "backdoored", 200),
+        ("equal_time", "backdoored", 50),
         *(
-            ("relapse", model, amount)
-            for model in ("repaired", "twin")
+            ("reinfection", model, amount)
+            for model in ("repaired", "benign")
             for amount in (1, 5, 10, 50)
         ),
-        *(("images", "backdoored", amount) for amount in (100, 50, 10)),
+        *(("defense_size", "backdoored", amount) for amount in (100, 50, 10)),
     }
     assert all(0 <= float(row["attack_success_rate"]) <= 1 and row["seconds"] for row in rows)
     assert (
-        found["benign", "twin", 200]["neurons_pruned"] != ""
-        and found["relapse", "twin", 1]["neurons_pruned"] == ""
+        found["benign", "benign", 200]["neurons_pruned"] != ""
+        and found["reinfection", "benign", 1]["neurons_pruned"] == ""
     )

@@ -65,7 +65,7 @@ def test_distance_to_a_square_by_hand():
     [
         (lambda: Shapes(train=0), "shapes.train must be at least 1"),
         (lambda: Shapes(size=4), "shapes.size must be at least 8 pixels, got 4"),
-        (lambda: Shapes(clutter=-1), "shapes.clutter must be 0 or more, got -1"),
+        (lambda: Shapes(noise=-1), "shapes.clutter must be 0 or more, got -1"),
         (lambda: Digits(test_share=1), "digits.test_share must be in (0, 1), got 1"),
         (lambda: Digits(size=0), "digits.size must be at least 8 pixels, got 0"),
     ],

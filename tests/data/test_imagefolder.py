@@ -21,9 +21,9 @@ from rnp.errors import UserError
 SIZE = 8
 
 
-def paint(path, colour="red", size=(16, 16), mode="RGB", **options):
+def paint(path, color="red", size=(16, 16), mode="RGB", **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(path, **options)
+    Image.new(mode, size, color).save(path, **options)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def load(folder, seed=0, **options):
     )
 
 
-def colours(data) -> list[tuple[int, ...]]:
+def colors(data) -> list[tuple[int, ...]]:
     return sorted(tuple(image[:, 0, 0].tolist()) for image in data.images)
 
 
@@ -53,25 +53,25 @@ def test_split_by_the_seed(folder):
     )
     assert (len(train), len(test)) == (6, 4) and train.classes == ("cats", "dogs")
     assert train.labels.bincount().tolist() == [3, 3] and test.labels.bincount().tolist() == [2, 2]
-    assert colours(train) == colours(again[0]) != colours(other[0])
-    assert sorted(colours(train) + colours(test)) == sorted(
+    assert colors(train) == colors(again[0]) != colors(other[0])
+    assert sorted(colors(train) + colors(test)) == sorted(
         (50 * i, 100 * c, 7) for i in range(5) for c in range(2)
     )
     assert all(
-        colour[1] == 100 * label
+        color[1] == 100 * label
         for part in (train, test)
-        for colour, label in zip(part.images[:, :, 0, 0].tolist(), part.labels.tolist())
+        for color, label in zip(part.images[:, :, 0, 0].tolist(), part.labels.tolist())
     )
 
 
 def test_own_train_and_test_folders(tmp_path):
     for part, n in (("train", 3), ("test", 2)):
-        for name, colour in (("b", "blue"), ("a", "red")):
+        for name, color in (("b", "blue"), ("a", "red")):
             for i in range(n):
-                paint(tmp_path / "images" / part / name / f"{i}.PNG", colour, format="PNG")
+                paint(tmp_path / "images" / part / name / f"{i}.PNG", color, format="PNG")
     train, test = load(tmp_path / "images")
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1] and test.labels.tolist() == [0, 0, 1, 1]
-    assert train.classes == ("a", "b") and colours(test) == [(0, 0, 255)] * 2 + [(255, 0, 0)] * 2
+    assert train.classes == ("a", "b") and colors(test) == [(0, 0, 255)] * 2 + [(255, 0, 0)] * 2
 
 
 def test_a_large_folder_becomes_a_memory_map_that_leaves_no_file(tmp_path, monkeypatch, is_mapped):
@@ -85,7 +85,7 @@ def test_a_large_folder_becomes_a_memory_map_that_leaves_no_file(tmp_path, monke
         paint(tmp_path / "images" / "test" / name / "0.png")
     train, _ = load(tmp_path / "images")
     assert is_mapped(train.images) and not is_mapped(train.images.clone())
-    assert list(scratch.iterdir()) == [] and colours(train) == [(255, 0, 0)] * 2
+    assert list(scratch.iterdir()) == [] and colors(train) == [(255, 0, 0)] * 2
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ from rnp import types
 from rnp.attacks import base
 from rnp.data.base import Split
 from rnp.data.imagefolder import ImageFolder
-from rnp.io import load_images, save_defence_set, save_images
+from rnp.io.datasets import load_images, save_defense_set, save_images
 from rnp.attacks.badnets import BadNets
 from rnp.models.build import statistics
 from pathlib import Path
@@ -147,10 +147,10 @@ folder, found = Path(sys.argv[1]), {}
 
 def work(size):
     rng = torch.Generator().manual_seed(0)
-    splits = Split(defence_train=10, defence_val=10)(*ImageFolder(path="images", size=size).load(folder, rng=rng), rng=rng)
+    splits = Split(defense_train=10, defense_val=10)(*ImageFolder(path="images", size=size).load(folder, rng=rng), rng=rng)
     for part in ("pool", "test"):
         save_images(folder / part, getattr(splits, part))
-    save_defence_set(folder / "defence", splits.defence)
+    save_defense_set(folder / "defense", splits.defense)
     pool, test = (load_images(folder / part) for part in ("pool", "test"))
     poisoned = BadNets().poison(pool, rng=rng)
     statistics(poisoned.apply(pool))
@@ -196,14 +196,14 @@ def decoded(path) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "name, make, colour",
+    "name, make, color",
     [
         ("rgb.png", lambda p: paint(p, (10, 20, 30)), (10, 20, 30)),
-        ("grey.png", lambda p: paint(p, 90, mode="L"), (90, 90, 90)),
+        ("gray.png", lambda p: paint(p, 90, mode="L"), (90, 90, 90)),
         ("bits.png", lambda p: paint(p, 1, mode="1"), (255, 255, 255)),
         ("cmyk.tif", lambda p: paint(p, (255, 0, 0, 0), mode="CMYK"), (0, 255, 255)),
         ("alpha.png", lambda p: paint(p, (10, 20, 30, 255), mode="RGBA"), (10, 20, 30)),
-        ("grey_alpha.png", lambda p: paint(p, (90, 255), mode="LA"), (90, 90, 90)),
+        ("gray_alpha.png", lambda p: paint(p, (90, 255), mode="LA"), (90, 90, 90)),
         ("palette.gif", lambda p: paint(p, (10, 20, 30)), (10, 20, 30)),
         (
             "transparent.png",
@@ -222,11 +222,11 @@ def decoded(path) -> np.ndarray:
         ),
     ],
 )
-def test_any_kind_of_image_becomes_rgb(name, make, colour, tmp_path):
+def test_any_kind_of_image_becomes_rgb(name, make, color, tmp_path):
     make(tmp_path / name)
     pixels = decoded(tmp_path / name)
     assert pixels.dtype == np.uint8 and pixels.shape == (SIZE, SIZE, 3)
-    assert np.abs(pixels.astype(int) - colour).max() <= 1
+    assert np.abs(pixels.astype(int) - color).max() <= 1
 
 
 def test_a_rotated_photograph_is_turned_upright(tmp_path):

@@ -44,20 +44,20 @@ def test_the_generator_decides_who(rng):
 @pytest.mark.parametrize("from_pool", [False, True])
 def test_defender_and_pool(from_pool, toy_set, rng):
     train, test = toy_set(60), toy_set(12, seed=1)
-    splits = Split(defence_train=8, defence_val=6, from_pool=from_pool)(train, test, rng=rng())
-    ours, val, pool = keys(splits.defence.train), keys(splits.defence.val), keys(splits.pool)
+    splits = Split(defense_train=8, defense_val=6, from_pool=from_pool)(train, test, rng=rng())
+    ours, val, pool = keys(splits.defense.train), keys(splits.defense.val), keys(splits.pool)
     assert (len(ours), len(val), len(pool)) == (8, 6, 60 if from_pool else 46)
     assert not ours & val and (ours | val <= pool if from_pool else not (ours | val) & pool)
     assert ours | val | pool == keys(train) and splits.test is test
-    assert splits.defence.train.labels.bincount().tolist() == [2, 2, 2, 2]
-    assert set(splits.defence.val.labels.bincount(minlength=4).tolist()) == {1, 2}
+    assert splits.defense.train.labels.bincount().tolist() == [2, 2, 2, 2]
+    assert set(splits.defense.val.labels.bincount(minlength=4).tolist()) == {1, 2}
 
 
 def test_images_keep_their_labels(toy_set, rng):
     train = toy_set(40)
     label_of = dict(zip((image.numpy().tobytes() for image in train.images), train.labels.tolist()))
-    splits = Split(defence_train=9, defence_val=5)(train, train, rng=rng())
-    for part in (splits.pool, splits.defence.train, splits.defence.val):
+    splits = Split(defense_train=9, defense_val=5)(train, train, rng=rng())
+    for part in (splits.pool, splits.defense.train, splits.defense.val):
         assert [label_of[image.numpy().tobytes()] for image in part.images] == part.labels.tolist()
         assert part.classes == train.classes
 
@@ -65,14 +65,14 @@ def test_images_keep_their_labels(toy_set, rng):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"defence_train": 0}, "defence_train must be at least 1, got 0"),
-        ({"defence_val": -3}, "defence_val must be at least 1, got -3"),
+        ({"defense_train": 0}, "defense_train must be at least 1, got 0"),
+        ({"defense_val": -3}, "defense_val must be at least 1, got -3"),
         (
-            {"defence_train": 30, "defence_val": 10},
+            {"defense_train": 30, "defense_val": 10},
             "= 40 leaves nothing of 40 training images; ask for fewer",
         ),
         (
-            {"defence_train": 30, "defence_val": 11, "from_pool": True},
+            {"defense_train": 30, "defense_val": 11, "from_pool": True},
             "= 41, but there are 40 training images",
         ),
     ],
@@ -84,7 +84,7 @@ def test_too_much_is_refused(options, message, toy_set, rng):
 
 
 def test_all_of_the_pool_may_be_borrowed(toy_set, rng):
-    splits = Split(defence_train=30, defence_val=10, from_pool=True)(
+    splits = Split(defense_train=30, defense_val=10, from_pool=True)(
         toy_set(40), toy_set(4), rng=rng()
     )
     assert len(splits.pool) == 40

@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from planted import TARGET, PlantedFeatures, images, rng, triggered
 
 from rnp.detection.samples.activation_clustering import ActivationClustering
 from rnp.errors import UserError
-
-from .planted import TARGET, PlantedFeatures, images, rng, triggered
 
 
 @pytest.mark.parametrize(

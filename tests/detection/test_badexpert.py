@@ -2,15 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from planted import CLASSES, TARGET, PlantedFeatures, images, rng, triggered
 
-from rnp.augment import Augment
-from rnp.detection.base import judge
+from rnp.detection.base import score_detection
 from rnp.detection.samples import badexpert
 from rnp.detection.samples.badexpert import BaDExpert
 from rnp.errors import UserError
-from rnp.training import accuracy, predict
-
-from .planted import CLASSES, TARGET, PlantedFeatures, images, rng, triggered
+from rnp.training.augment import Augment
+from rnp.training.predict import accuracy, predict
 
 FAST = BaDExpert(lr=0.3, batch_size=20, precision="fp32", augment=Augment(crop=0, flip=False))
 
@@ -26,10 +25,10 @@ def test_planted_triggers_are_told_from_clean_images() -> None:
     clean, test, model = images(), images(seed=1), PlantedFeatures()
     tested, is_triggered = torch.cat([test.images, triggered(test)]), torch.arange(120) >= 60
     target_class = torch.cat([test.labels, test.labels]) == TARGET
-    scores, defence = (
+    scores, defense = (
         FAST.score(model, x, clean, rng=rng()) for x in (tested, images(seed=2).images)
     )
-    result = judge(scores, is_triggered, target_class, defence)
+    result = score_detection(scores, is_triggered, target_class, defense)
     assert result.auroc == 1.0 and result.tpr_at_5_fpr == 1.0 and result.fpr < 0.2
     assert FAST.score(model, tested[70:71], clean, rng=rng()).item() == pytest.approx(
         scores[70].item(), abs=1e-5

@@ -4,18 +4,17 @@ import math
 
 import pytest
 import torch
+from planted import CORNER
 
 from rnp.detection.base import (
     RecoveredTrigger,
     anomaly_index,
     iou,
     iou_top_k,
-    judge,
-    stamp,
+    score_detection,
+    blend,
     threshold,
 )
-
-from .planted import CORNER
 
 
 def test_anomaly_index_counts_deviations_below_the_median() -> None:
@@ -51,24 +50,24 @@ def test_a_trigger_mixes_its_pattern_in() -> None:
     )
     assert trigger.l1 == 1.25
     assert trigger.apply(torch.zeros(4, 3, 2, 2)).eq(trigger.mask).all()
-    assert stamp(torch.full((2,), 0.5), torch.tensor(1.0), torch.zeros(2)).tolist() == [0, 0]
+    assert blend(torch.full((2,), 0.5), torch.tensor(1.0), torch.zeros(2)).tolist() == [0, 0]
 
 
 def test_separable_scores_are_judged_perfect() -> None:
-    defence = torch.linspace(0, 1, 101)
-    assert threshold(defence) == pytest.approx(0.95)
+    defense = torch.linspace(0, 1, 101)
+    assert threshold(defense) == pytest.approx(0.95)
     scores = torch.cat([torch.linspace(0, 1, 20), torch.linspace(2, 3, 5)])
     triggered = torch.arange(25) >= 20
-    result = judge(scores, triggered, torch.arange(25) == 19, defence)
+    result = score_detection(scores, triggered, torch.arange(25) == 19, defense)
     assert (result.auroc, result.auprc, result.base_rate, result.tpr_at_5_fpr) == pytest.approx(
         (1.0, 1.0, 0.2, 1.0)
     )
     assert result.fpr == pytest.approx(1 / 20) and result.fpr_target_class == 1.0
 
 
-def test_the_threshold_comes_from_the_defence_set_alone() -> None:
+def test_the_threshold_comes_from_the_defense_set_alone() -> None:
     scores, triggered = torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([False, False, True, True])
     nobody = torch.zeros(4, dtype=torch.bool)
-    strict = judge(scores, triggered, nobody, torch.full((10,), 2.5))
+    strict = score_detection(scores, triggered, nobody, torch.full((10,), 2.5))
     assert (strict.auroc, strict.tpr_at_5_fpr, strict.fpr) == (1.0, 0.5, 0.0)
     assert math.isnan(strict.fpr_target_class)

@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from planted import CLASSES, CORNER, TARGET, images, rng, triggered
 from torch import Tensor, nn
 
-from rnp.detection.base import judge
+from rnp.detection.base import score_detection
 from rnp.detection.samples.cognitive_distillation import CognitiveDistillation, variation
 from rnp.errors import UserError
-
-from .planted import CLASSES, CORNER, TARGET, images, rng, triggered
 
 FP32 = CognitiveDistillation(precision="fp32")
 
@@ -49,13 +48,15 @@ def test_of_a_triggered_image_the_trigger_is_shown() -> None:
 def test_planted_triggers_are_told_from_clean_images() -> None:
     clean, test = images(), images(seed=1)
     tested, is_triggered = torch.cat([test.images, triggered(test)]), torch.arange(120) >= 60
-    scores, defence = (FP32.score(Shortcut(), x, clean, rng=rng()) for x in (tested, clean.images))
-    result = judge(scores, is_triggered, torch.cat([test.labels, test.labels]) == TARGET, defence)
+    scores, defense = (FP32.score(Shortcut(), x, clean, rng=rng()) for x in (tested, clean.images))
+    result = score_detection(
+        scores, is_triggered, torch.cat([test.labels, test.labels]) == TARGET, defense
+    )
     assert scores.min() > 0 and scores.max() < 1
     assert result.auroc == 1.0 and result.tpr_at_5_fpr == 1.0 and result.fpr < 0.2
 
 
-def test_no_score_depends_on_its_neighbours() -> None:
+def test_no_score_depends_on_its_neighbors() -> None:
     clean, test = images(), images(7, seed=1)
     together = FP32.score(Shortcut(), test.images, clean, rng=rng())
     by_threes = CognitiveDistillation(precision="fp32", batch_size=3)

@@ -7,13 +7,12 @@ import dataclasses
 
 import pytest
 import torch
+from planted import CLASSES, images, rng
 from torch import nn
 
-from rnp.cli.options import fields
 from rnp.detection.base import LabelDetector, SampleDetector, TriggerRecovery
+from rnp.params.fields import iter_hyperparameters
 from rnp.registry import load, names
-
-from .planted import CLASSES, images, rng
 
 FAMILIES = {"triggers": TriggerRecovery, "labels": LabelDetector, "samples": SampleDetector}
 METHODS = [(family, name) for family in FAMILIES for name in names(family)]
@@ -55,7 +54,7 @@ def test_it_is_a_frozen_dataclass_with_a_help_text_per_field(family: str, name: 
     assert issubclass(cls, FAMILIES[family]) and cls().name == name
     with pytest.raises(dataclasses.FrozenInstanceError):
         cls().name_of_nothing = 1
-    assert all(text for _, _, text, _ in fields(cls))
+    assert all(text for _, _, text, _ in iter_hyperparameters(cls))
 
 
 @pytest.mark.parametrize("family, name", METHODS)

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from planted import CLASSES, CORNER, TARGET, Planted, images, rng
 from torch import Tensor
 
 from rnp.detection.base import (
@@ -13,16 +14,14 @@ from rnp.detection.base import (
     RecoveredTrigger,
     anomaly_index,
 )
-from rnp.detection.labels.agreement import Agreement
-from rnp.detection.labels.class_shares import ClassShares
+from rnp.detection.labels.consensus import Consensus
 from rnp.detection.labels.mm_bd import MMBD
 from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
 from rnp.detection.labels.neuron_noise import NeuronNoise
+from rnp.detection.labels.prediction_drift import PredictionDrift
 from rnp.detection.labels.trigger_survival import TriggerSurvival
 from rnp.errors import UserError
 from rnp.types import Epoch
-
-from .planted import CLASSES, CORNER, TARGET, Planted, images, rng
 
 
 def row(accuracy: float, *shares: float) -> Epoch:
@@ -52,11 +51,11 @@ def sized(*sizes: int, baseline: float = 0.0) -> list[RecoveredTrigger]:
 
 
 def test_images_of_a_class_do_not_speak_for_it() -> None:
-    assert ClassShares().score(Planted(), images(), rng=rng()).tolist() == [0.0] * CLASSES
+    assert PredictionDrift().score(Planted(), images(), rng=rng()).tolist() == [0.0] * CLASSES
 
 
 def test_the_label_of_a_collapsed_model_has_all_shares() -> None:
-    detector = ClassShares()
+    detector = PredictionDrift()
     scores = detector.score(Planted(bias=50.0), images(), rng=rng())
     assert scores.tolist() == [float(c == TARGET) for c in range(CLASSES)]
     assert detector.verdict(scores) == LabelVerdict(TARGET, 1.0)
@@ -68,8 +67,8 @@ def test_a_trajectory_is_judged_by_its_collapse() -> None:
         + [row(0.5, 0.1, 0.4, 0.1)] * 5
         + [row(0.1, 0.0, 0.0, 0.9)] * 5
     )
-    scores = ClassShares().from_trajectory(rows, 3)
-    assert ClassShares().verdict(scores).label == 2
+    scores = PredictionDrift().from_trajectory(rows, 3)
+    assert PredictionDrift().verdict(scores).label == 2
     early, late = 0.5**4 * 5, 0.9**4 * 5
     weights = 0.1**4 * 50 + early + late
     assert scores.tolist() == pytest.approx(
@@ -84,8 +83,8 @@ def test_a_trajectory_is_judged_by_its_collapse() -> None:
 
 @pytest.mark.parametrize("rows", [[row(1.0, 0.0, 0.0)], []], ids=["stayed", "took every step back"])
 def test_a_model_that_never_fell_names_no_label(rows) -> None:
-    scores = ClassShares().from_trajectory(rows, 2)
-    assert scores.shape == (2,) and ClassShares().verdict(scores) == LabelVerdict(None, 0.0)
+    scores = PredictionDrift().from_trajectory(rows, 2)
+    assert scores.shape == (2,) and PredictionDrift().verdict(scores) == LabelVerdict(None, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +96,7 @@ def test_a_model_that_never_fell_names_no_label(rows) -> None:
     ],
 )
 def test_shares_need_height_and_lead(scores: list[float], label: int | None) -> None:
-    assert ClassShares().verdict(torch.tensor(scores)).label == label
+    assert PredictionDrift().verdict(torch.tensor(scores)).label == label
 
 
 def test_the_index_names_the_planted_label() -> None:
@@ -172,16 +171,17 @@ def test_what_is_known_already_serves() -> None:
     found, rows = sized(20, 21, 4, 19, 22, 20), [row(0.1, 0.0, 0.0, 0.9, 0.0, 0.0, 0.0)]
     evidence = Evidence(Planted(), found, Forgetful(), rows)
     shares, index, survival = (
-        each.judge(evidence, images(), rng=rng())
-        for each in (ClassShares(), NeuralCleanseIndex(), TriggerSurvival())
+        each.score_evidence(evidence, images(), rng=rng())
+        for each in (PredictionDrift(), NeuralCleanseIndex(), TriggerSurvival())
     )
-    assert torch.equal(shares, ClassShares().from_trajectory(rows, CLASSES)) and torch.equal(
+    assert torch.equal(shares, PredictionDrift().from_trajectory(rows, CLASSES)) and torch.equal(
         index, NeuralCleanseIndex().from_triggers(found)
     )
     assert torch.equal(survival, TriggerSurvival().from_triggers(found, Forgetful(), images()))
     margins = MMBD(starts=1, steps=2)
     assert torch.equal(
-        margins.judge(evidence, images(), rng=rng()), margins.score(Planted(), images(), rng=rng())
+        margins.score_evidence(evidence, images(), rng=rng()),
+        margins.score(Planted(), images(), rng=rng()),
     )
 
 
@@ -208,23 +208,23 @@ def saying(detector: LabelDetector, scores: tuple[float, ...]) -> LabelDetector:
     ],
 )
 def test_two_detectors_must_agree(margins, noise, scores, label) -> None:
-    both = Agreement(
-        margins=saying(MMBD(least_score=4.0), margins),
-        noise=saying(NeuronNoise(least_score=0.5, least_margin=0.2), noise),
+    both = Consensus(
+        margins=saying(MMBD(min_score=4.0), margins),
+        noise=saying(NeuronNoise(min_score=0.5, min_margin=0.2), noise),
     )
-    found = both.judge(Evidence(Planted(), [], Forgetful(), []), images(), rng=rng())
+    found = both.score_evidence(Evidence(Planted(), [], Forgetful(), []), images(), rng=rng())
     assert found.tolist() == pytest.approx(scores) and both.verdict(found).label == label
 
 
 @pytest.mark.parametrize(
     "cls, field, value",
     [
-        (Agreement, "least_score", -0.5),
+        (Consensus, "least_score", -0.5),
         (TriggerSurvival, "least_score", -1.5),
         (TriggerSurvival, "least_margin", -0.1),
-        (ClassShares, "least_score", 50.0),
-        (ClassShares, "least_margin", -0.1),
-        (ClassShares, "sharpness", -1.0),
+        (PredictionDrift, "least_score", 50.0),
+        (PredictionDrift, "least_margin", -0.1),
+        (PredictionDrift, "sharpness", -1.0),
         (NeuralCleanseIndex, "least_score", -2.0),
         (NeuralCleanseIndex, "least_margin", -1.0),
     ],

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from planted import TARGET, Planted, PlantedFeatures, images, rng, triggered
 from sklearn.metrics import roc_auc_score
 
 from rnp.detection.base import threshold
@@ -9,14 +10,12 @@ from rnp.detection.samples.mahalanobis import Mahalanobis, distances
 from rnp.detection.samples.unlearned_mahalanobis import UnlearnedMahalanobis
 from rnp.errors import UserError
 
-from .planted import TARGET, Planted, PlantedFeatures, images, rng, triggered
-
 
 def test_distances_along_and_across_a_known_spread() -> None:
     g = rng()
     labels = torch.arange(20_000) % 2
-    centres = torch.tensor([[0.0, 0.0], [10.0, -4.0]])
-    known = centres[labels] + torch.randn(len(labels), 2, generator=g) * torch.tensor([2.0, 1.0])
+    centers = torch.tensor([[0.0, 0.0], [10.0, -4.0]])
+    known = centers[labels] + torch.randn(len(labels), 2, generator=g) * torch.tensor([2.0, 1.0])
     seen = torch.tensor([[4.0, 0.0], [0.0, 3.0], [10.0, -4.0], [12.0, -5.0]])
     found = distances(seen, torch.tensor([0, 0, 1, 1]), known, labels)
     assert found.tolist() == pytest.approx([4, 9, 0, 2], abs=0.3)

@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
+from planted import TARGET, Planted, images, rng
 from torch import Tensor, nn
 
 from rnp.detection.labels.mm_bd import MMBD, margins, surprise
 from rnp.errors import UserError
 from rnp.types import ImageSet
-
-from .planted import TARGET, Planted, images, rng
 
 
 class Rows(nn.Module):

@@ -3,14 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from planted import CLASSES, TARGET, Planted, images, rng
 from torch import Tensor, nn
 
 from rnp.detection.base import LabelVerdict
 from rnp.detection.labels.neuron_noise import NeuronNoise
 from rnp.errors import UserError
-from rnp.masks import maskable
-
-from .planted import CLASSES, TARGET, Planted, images, rng
+from rnp.neurons.masks import maskable
 
 
 class Sleeper(nn.Module):
@@ -78,7 +77,7 @@ def test_the_ascent_raises_the_loss(trained, toy_set) -> None:
     clean, noise = toy_set(40), dict(strength=0.3, precision="fp32")
     ascended, uniform = (
         F.cross_entropy(
-            NeuronNoise(steps=steps, **noise)._disturbed(trained, clean, rng())(clean.floats()),
+            NeuronNoise(steps=steps, **noise)._disturbed(trained, clean, rng())(clean.as_floats()),
             clean.labels,
         ).item()
         for steps in (1, 0)
@@ -87,7 +86,7 @@ def test_the_ascent_raises_the_loss(trained, toy_set) -> None:
 
 
 def test_a_model_without_neurons_is_refused() -> None:
-    with pytest.raises(UserError, match="neither a normalisation"):
+    with pytest.raises(UserError, match="neither a normalization"):
         NeuronNoise().score(Planted(), images(), rng=rng())
 
 

@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from planted import TARGET, PlantedFeatures, images, rng, triggered
 
 from rnp.detection.samples.spectral_signatures import SpectralSignatures, projections
-
-from .planted import TARGET, PlantedFeatures, images, rng, triggered
 
 
 def test_projections_of_features_on_a_line() -> None:

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import pytest
+from planted import CORNER, TARGET, Planted, images, rng
 
 from rnp.detection.base import iou, iou_top_k
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.errors import UserError
-from rnp.training import predict
-
-from .planted import CORNER, TARGET, Planted, images, rng
+from rnp.training.predict import predict
 
 
 def test_the_planted_corner_is_found() -> None:
@@ -20,7 +19,7 @@ def test_the_planted_corner_is_found() -> None:
     assert found.l1 < 0.5 * min(t.l1 for t in triggers if t is not found)
     assert all(t.success > 0.8 and t.baseline == 0 for t in triggers)
     test = images(seed=1)
-    assert (predict(model, found.apply(test.floats())).argmax(1) == TARGET).float().mean() > 0.95
+    assert (predict(model, found.apply(test.as_floats())).argmax(1) == TARGET).float().mean() > 0.95
 
 
 def test_on_an_unlearned_model_the_mask_does_what_the_baseline_does_not() -> None:

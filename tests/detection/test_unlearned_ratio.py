@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from planted import TARGET, Planted, images, rng, triggered
 
-from rnp.detection.base import judge
+from rnp.detection.base import score_detection
 from rnp.detection.samples.unlearned_ratio import UnlearnedRatio, log_ratio
 from rnp.errors import UserError
-from rnp.training import predict
-
-from .planted import TARGET, Planted, images, rng, triggered
+from rnp.training.predict import predict
 
 
 def test_it_is_the_log_of_the_share_of_confidence_that_is_left() -> None:
@@ -31,14 +30,17 @@ def test_an_unchanged_model_keeps_everything() -> None:
 def test_planted_triggers_are_told_from_clean_images() -> None:
     clean, test = images(), images(seed=1)
     tested, is_triggered = torch.cat([test.images, triggered(test)]), torch.arange(120) >= 60
-    scores, defence = (
+    scores, defense = (
         UnlearnedRatio().score(Planted(), x, clean, rng=rng(), unlearned=Planted(bias=4.0))
         for x in (tested, clean.images)
     )
     others = is_triggered | (
         torch.cat([test.labels, test.labels]) != TARGET
     )  # clean ones of the target only gain
-    assert judge(scores[others], is_triggered[others], is_triggered[others], defence).auroc == 1.0
+    assert (
+        score_detection(scores[others], is_triggered[others], is_triggered[others], defense).auroc
+        == 1.0
+    )
 
 
 def test_it_asks_for_the_unlearned_model() -> None:

@@ -1,4 +1,4 @@
-"""Every architecture builds from its own generator, normalises first, and refuses what it cannot
+"""Every architecture builds from its own generator, normalizes first, and refuses what it cannot
 be.
 """
 
@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from rnp.errors import UserError
-from rnp.masks import maskable
 from rnp.models.build import Architecture, statistics
 from rnp.models.classifier import Classifier
-from rnp.models.layered import places
 from rnp.models.names import ARCHITECTURES
+from rnp.models.vit import places
+from rnp.neurons.masks import maskable
 from rnp.types import ImageSet
 
 MEAN, STD = torch.full((3,), 0.5), torch.full((3,), 0.25)
@@ -44,7 +44,7 @@ def test_weights_come_from_the_generator_alone(arch, rng):
     )
 
 
-def test_normalisation_comes_first():
+def test_normalization_comes_first():
     model = Classifier(nn.Identity(), torch.tensor([0.5, 0.25]), torch.tensor([0.5, 0.125]))
     pixels = torch.tensor([1.0, 0.5]).view(1, 2, 1, 1)
     assert model(pixels).flatten().tolist() == [1.0, 2.0]
@@ -53,7 +53,7 @@ def test_normalisation_comes_first():
 @pytest.mark.parametrize(
     "arch, first", [("resnet10", "stages.1.0.conv1"), ("wrn16_1", "stages.2.1.conv1")]
 )
-def test_he_initialisation_by_fan_out(arch, first, rng):
+def test_he_initialization_by_fan_out(arch, first, rng):
     weight = build(arch, width=16, rng=rng()).net.get_submodule(first).weight
     assert weight.std().item() == pytest.approx((2 / (weight.shape[0] * 9)) ** 0.5, rel=0.1)
 

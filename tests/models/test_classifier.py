@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from rnp.errors import UserError
-from rnp.models.build import TYPED, Architecture
+from rnp.models.build import REGISTERED, Architecture
 from rnp.models.classifier import Classifier, evaluating, risky, settle
 from rnp.models.names import ARCHITECTURES
-from rnp.training import Train, predict
+from rnp.training.predict import predict
+from rnp.training.recipe import Train
 
 ZERO, ONE = torch.zeros(3), torch.ones(3)
 
@@ -59,9 +60,9 @@ def test_a_network_that_flattens_by_view_stays_plain(toy_set, rng):
     data = toy_set(8)
     model = classifier(Flattening())
     with pytest.raises(RuntimeError, match="view size"):
-        model(data.floats())
-    truth = model.net.to(memory_format=torch.contiguous_format).eval()(data.floats())
-    assert settle(model, data.floats()[:2]) is model and lies_plain(model)
+        model(data.as_floats())
+    truth = model.net.to(memory_format=torch.contiguous_format).eval()(data.as_floats())
+    assert settle(model, data.as_floats()[:2]) is model and lies_plain(model)
     assert model.plain_because.startswith(
         "it fails with channels last, RuntimeError: view size is not compatible"
     )
@@ -71,7 +72,7 @@ def test_a_network_that_flattens_by_view_stays_plain(toy_set, rng):
 
 
 class Mixing(nn.Module):
-    """Normalises images and channels together with a `view` that fails from two images on."""
+    """Normalizes images and channels together with a `view` that fails from two images on."""
 
     def __init__(self):
         super().__init__()
@@ -158,7 +159,7 @@ def test_no_memory_is_no_question_of_layout(rng):
 
 
 def test_a_network_is_built_for_images(toy_set, rng, monkeypatch):
-    monkeypatch.setitem(TYPED, "here:flattening", lambda: Flattening())
+    monkeypatch.setitem(REGISTERED, "here:flattening", lambda: Flattening())
     assert lies_plain(Architecture(arch="here:flattening").build_for(toy_set(8), rng=rng()))
     with pytest.raises(UserError, match="VGG cannot be used with images of 3 x 8 x 8"):
         Architecture(arch="vgg11", width=2).build_for(toy_set(8), rng=rng())

@@ -17,7 +17,7 @@ def test_narrow(what):
     """As on a processor with AVX2 alone; all other tests take what this processor has."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run(
-        [sys.executable, ROOT / "tests/models/narrow.py", what],
+        [sys.executable, ROOT / "tests/helpers/narrow.py", what],
         env=env,
         capture_output=True,
         text=True,

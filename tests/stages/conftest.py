@@ -13,14 +13,16 @@ import yaml
 
 import stages.publish
 import stages.stage
-from rnp import tracking
+from rnp.tracking.store import Store
 
 ROOT = Path(__file__).parents[2]
 CROWD = """
 import sys
-from rnp import tracking
-tracking.LIVE_AFTER = 0
-with tracking.stage_run(sys.argv[1], {}, "crowd") as run:
+
+from rnp.tracking import stage_run as runs
+
+runs.LIVE_AFTER = 0
+with runs.stage_run(sys.argv[1], {}, "crowd") as run:
     for step in range(2000):
         run.row({"step": step, "loss": 0.5, "accuracy": 0.5})
 """
@@ -34,7 +36,7 @@ def environment(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     monkeypatch.setattr(stages.stage, "check_params", lambda params: None)
-    monkeypatch.setattr(tracking, "LIVE_AFTER", 0)
+    monkeypatch.setattr("rnp.tracking.stage_run.LIVE_AFTER", 0)
 
 
 @pytest.fixture(scope="session")
@@ -99,8 +101,8 @@ class Project:
     def run_json(self, stage: str) -> dict:
         return json.loads((self.folder / f"reports/{stage}/run.json").read_text())
 
-    def store(self) -> tracking.Store:
-        store = tracking.Store()
+    def store(self) -> Store:
+        store = Store()
         assert store.uri, "the store does not open"
         return store
 

@@ -17,14 +17,14 @@ import yaml
 
 import stages.publish
 from rnp.errors import UserError
-from rnp.io import save_model
+from rnp.io.models import save_model
 from rnp.models.build import Architecture
 from stages.publish import MARKER, PARENT, publish
 from stages.summary import summary
 
 pytestmark = [  # both arise while MLflow imports its own modules
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
-    pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType"),
+    pytest.content_hash.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
+    pytest.content_hash.filterwarnings("ignore:.*Any type hint is inferred as AnyType"),
 ]
 SCORES = {
     "clean_accuracy": 0.87,
@@ -219,7 +219,7 @@ def test_cut_short(project, monkeypatch):
     assert row.info.status == "FINISHED"
 
 
-@pytest.mark.parametrize("do", ["raise", "exit"])
+@pytest.content_hash.parametrize("do", ["raise", "exit"])
 def test_failed_stage_makes_no_row(project, do):
     project.stage("train")
     try:
@@ -236,7 +236,7 @@ def test_nothing_at_all(project):
         publish()
 
 
-def test_defences_that_are_no_longer_wanted(project, monkeypatch, tmp_path):
+def test_defenses_that_are_no_longer_wanted(project, monkeypatch, tmp_path):
     monkeypatch.setenv("RNP_TRACKING", "off")
     project.stage("train")
     for name in ("fp", "nad"):
@@ -286,7 +286,7 @@ def test_models(project):
         assert model.tags["rnp.backdoored"] == str(name == "backdoored").lower()
 
 
-@pytest.mark.parametrize("gate", [True, False])
+@pytest.content_hash.parametrize("gate", [True, False])
 def test_summary(gate, capsys):
     summary(
         {"train": 12.34, "prune": 0.5},
@@ -347,7 +347,7 @@ def repository(project):
     return project
 
 
-@pytest.mark.timeout(400)  # nine processes, each of which imports PyTorch and MLflow
+@pytest.content_hash.timeout(400)  # nine processes, each of which imports PyTorch and MLflow
 def test_repro_experiment_edit(repository):
     dvc("repro")
     dvc("exp", "run", "--temp", "--name", "sunny-day", "-S", "recover.lr=0.7")
@@ -370,7 +370,7 @@ def test_repro_experiment_edit(repository):
     assert len(repository.rows()) == 2 and len(repository.runs()) == 3
 
 
-@pytest.mark.timeout(400)
+@pytest.content_hash.timeout(400)
 def test_dvc_killed_alone(repository):
     """The stage lives on and closes its run; DVC knows nothing of it and will run it again."""
     repository.write({**toy.PARAMS, "train": {"lr": 0.1, "do": "wait"}})

@@ -20,15 +20,17 @@ from mlflow import MlflowClient
 
 import stages.publish
 import stages.stage
-from rnp import tracking
-from rnp.cli.check import check_params
-from rnp.io import load_model, save_model
+from rnp.io.models import load_model, save_model
 from rnp.models.build import Architecture
-from rnp.origin import origin
+from rnp.params.schema import check_params
+from rnp.reporting.provenance import provenance
+from rnp.tracking.models import log_model
+from rnp.tracking.stage_run import SIGNALS, stage_run
+from rnp.tracking.store import safe_name, flat, setup, store_uri, tags
 
 pytestmark = [  # both arise while MLflow imports its own modules
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
-    pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType"),
+    pytest.content_hash.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
+    pytest.content_hash.filterwarnings("ignore:.*Any type hint is inferred as AnyType"),
 ]
 
 
@@ -68,7 +70,7 @@ def test_stage(project):
         "run_id": run.info.run_id,
         "seconds": run.data.metrics["seconds"],
         "params": {"lr": 0.5, "do": "well", "epochs": 3, "rate.final": 0.5, "model": None},
-        **origin(),
+        **provenance(),
     }
 
 
@@ -109,7 +111,7 @@ def interruptible():
     """Shells start background jobs deaf to Ctrl-C, nohup to hanging up; stages respect that, the
     tests shall not depend on it.
     """
-    before = {each: signal.getsignal(each) for each in tracking.SIGNALS}
+    before = {each: signal.getsignal(each) for each in SIGNALS}
     for each in before:
         signal.signal(each, signal.SIG_DFL)
     yield
@@ -117,7 +119,7 @@ def interruptible():
         signal.signal(each, handler)
 
 
-@pytest.mark.parametrize(
+@pytest.content_hash.parametrize(
     "do, status, code",
     [
         ("raise", "FAILED", RuntimeError),
@@ -128,7 +130,7 @@ def interruptible():
     ],
 )
 def test_a_stage_that_ends_early(project, do, status, code, interruptible):
-    handlers = [signal.getsignal(each) for each in tracking.SIGNALS]
+    handlers = [signal.getsignal(each) for each in SIGNALS]
     if code is RuntimeError:
         with pytest.raises(RuntimeError, match="no luck"):
             project.stage("train", do)
@@ -140,14 +142,14 @@ def test_a_stage_that_ends_early(project, do, status, code, interruptible):
     if status == "FAILED":
         assert do in artifact(project.store(), run, "error.txt")
     assert not Path("reports/train/run.json").exists()
-    assert handlers == [signal.getsignal(each) for each in tracking.SIGNALS]
+    assert handlers == [signal.getsignal(each) for each in SIGNALS]
 
 
 def test_what_nohup_ignores_stays_ignored(bare, monkeypatch):
     monkeypatch.setenv("RNP_TRACKING", "off")
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with tracking.stage_run("train", {}, "badnets"):
+        with stage_run("train", {}, "badnets"):
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -168,11 +170,11 @@ def test_killed_without_a_word(project):
         "reports/train",
     ]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-    client = MlflowClient(tracking.store_uri())
+    client = MlflowClient(store_uri())
     experiment = client.get_experiment_by_name("rnp").experiment_id
     (dead,) = client.search_runs([experiment])
     assert dead.info.status == "RUNNING"
-    labels = tracking.tags("stage", "recover", "")
+    labels = tags("stage", "recover", "")
     living = client.create_run(
         experiment, tags={**labels, "rnp.pid": str(os.getppid())}
     ).info.run_id
@@ -189,7 +191,7 @@ def test_killed_without_a_word(project):
 
 
 def test_a_short_stage_leaves_its_run_to_publish(project, monkeypatch):
-    monkeypatch.setattr(tracking, "LIVE_AFTER", 60)
+    monkeypatch.setattr("rnp.tracking.stage_run.LIVE_AFTER", 60)
     assert project.stage("train", lr=0.5) == 0
     assert project.run_json("train")["run_id"] is None and project.runs() == []
     stages.publish.publish()
@@ -205,8 +207,8 @@ def test_a_short_stage_leaves_its_run_to_publish(project, monkeypatch):
 
 
 def test_a_stage_shows_up_once_it_has_lasted(project, monkeypatch):
-    monkeypatch.setattr(tracking, "LIVE_AFTER", 60)
-    with tracking.stage_run("train", {}, "badnets") as run:
+    monkeypatch.setattr("rnp.tracking.stage_run.LIVE_AFTER", 60)
+    with stage_run("train", {}, "badnets") as run:
         run.row({"step": 0, "loss": 1.0})
         assert run.id is None
         run.start, run.sent = run.start - 100, run.sent - 100
@@ -293,7 +295,7 @@ def busy():
         thread.join()
 
 
-@pytest.mark.parametrize("kind", ["refusing", "silent", "busy"])
+@pytest.content_hash.parametrize("kind", ["refusing", "silent", "busy"])
 def test_unreachable_server_costs_seconds(bare, kind, request, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", request.getfixturevalue(kind))
     start = time.monotonic()
@@ -311,7 +313,7 @@ def test_store_of_the_old_kind(bare, monkeypatch, capsys):
 
 
 def test_a_store_that_breaks_on_the_way(project, capsys):
-    with tracking.stage_run("train", {}, "badnets") as run:
+    with stage_run("train", {}, "badnets") as run:
         run.store.client.log_batch = lambda *_, **__: 1 / 0
         run.row({"step": 0, "loss": 1.0})
         run.results(Path("reports"), 1.0)
@@ -335,8 +337,8 @@ def test_two_start_at_once(crowd):
 
 
 def test_setup_creates_the_store_once(project):
-    tracking.setup()
-    tracking.setup()
+    setup()
+    setup()
     client = MlflowClient(f"sqlite:///{project.folder / 'mlflow.db'}")
     assert (
         client.get_experiment_by_name("rnp").artifact_location
@@ -346,16 +348,16 @@ def test_setup_creates_the_store_once(project):
 
 def test_uri(bare, monkeypatch):
     root = bare.folder
-    assert tracking.store_uri() == f"sqlite:///{root}/mlflow.db"
+    assert store_uri() == f"sqlite:///{root}/mlflow.db"
     monkeypatch.setenv("DVC_ROOT", "/the/project")
-    assert tracking.store_uri() == "sqlite:////the/project/mlflow.db"
+    assert store_uri() == "sqlite:////the/project/mlflow.db"
     for given, wanted in (
         ("sqlite:///runs/x.db", "sqlite:////the/project/runs/x.db"),
         ("sqlite:////abs.db", "sqlite:////abs.db"),
         ("http://host", "http://host"),
     ):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
-        assert tracking.store_uri() == wanted
+        assert store_uri() == wanted
 
 
 def test_moved_project(project, tmp_path, monkeypatch, capsys):
@@ -366,15 +368,15 @@ def test_moved_project(project, tmp_path, monkeypatch, capsys):
     assert "delete" in capsys.readouterr().err and not (tmp_path / "a project").exists()
 
 
-@pytest.mark.parametrize(
+@pytest.content_hash.parametrize(
     "name, wanted", [("asr@5", "asr_5"), ("class 1/größe", "class 1/gr__e"), ("a.b-c:d", "a.b-c:d")]
 )
 def test_names(name, wanted):
-    assert tracking.clean(name) == wanted
+    assert safe_name(name) == wanted
 
 
 def test_flat():
-    assert tracking.flat({"a": 1, "b": {"c": True, "d": "text", "e": [1]}, "f": None}, "x/") == {
+    assert flat({"a": 1, "b": {"c": True, "d": "text", "e": [1]}, "f": None}, "x/") == {
         "x/a": 1,
         "x/b/c": 1,
     }
@@ -389,9 +391,7 @@ def test_model(project, monkeypatch, capsys):
     store = project.store()
     rows = [store.create("row", {}, {}) for _ in range(2)]
     for row in rows:
-        tracking.log_model(
-            store, row, file, "backdoored", (1, 16, 16), backdoored=True, maker=rows[0]
-        )
+        log_model(store, row, file, "backdoored", (1, 16, 16), backdoored=True, maker=rows[0])
     (logged,) = store.client.search_logged_models([store.experiment])
     assert logged.tags["rnp.backdoored"] == "true" and logged.source_run_id == rows[0]
     for row in rows:
@@ -417,5 +417,5 @@ def test_model_that_cannot_be_exported(project, monkeypatch, capsys):
     file.write_bytes(b"no model")
     store = project.store()
     row = store.create("row", {}, {})
-    tracking.log_model(store, row, file, "repaired", (1, 16, 16), backdoored=False, maker=row)
+    log_model(store, row, file, "repaired", (1, 16, 16), backdoored=False, maker=row)
     assert store.uri and "model.safetensors is not logged" in capsys.readouterr().err

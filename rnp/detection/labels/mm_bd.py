@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge, Gt
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from rnp.detection.base import LabelDetector
 from rnp.errors import UserError
-from rnp.training import Precision, autocast, device_of
+from rnp.training.device import autocast, chosen_precision, device_of
 from rnp.types import ImageSet, Logits
 
 
@@ -32,30 +33,23 @@ class MMBD(LabelDetector):
     not the one with the largest margin alone.
     """
 
-    fewest_classes: ClassVar[int] = 3
+    min_classes: ClassVar[int] = 3
 
-    least_score: Annotated[float, "highest -log10 probability below which no label is named"] = 1.3
-    least_margin: Annotated[float, "lead over the second class below which no label is named"] = 0.0
-    starts: Annotated[int, "random images per class"] = 10
-    steps: Annotated[int, "optimisation steps"] = 30
-    lr: Annotated[float, "learning rate of Adam, for pixels in [0, 1]"] = 0.1
-    precision: Annotated[
-        Precision, "arithmetic of the ascent; auto takes bf16 where the hardware has it"
-    ] = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("least_score", "least_margin"):
-            if getattr(self, name) < 0:
-                raise UserError(f"mm_bd.{name} must be 0 or more, got {getattr(self, name):g}")
-        for name in ("starts", "steps", "lr"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"mm_bd.{name} must be above 0, got {getattr(self, name):g}")
+    min_score: Annotated[
+        float, Ge(0), "highest -log10 probability below which no label is named"
+    ] = 1.3
+    min_margin: Annotated[
+        float, Ge(0), "lead over the second class below which no label is named"
+    ] = 0.0
+    starts: Annotated[int, Gt(0), "random images per class"] = 10
+    steps: Annotated[int, Gt(0), "optimization steps"] = 30
+    lr: Annotated[float, Gt(0), "learning rate of Adam, for pixels in [0, 1]"] = 0.1
 
     def score(
         self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator
     ) -> Float[Tensor, "k"]:
         """Raises: UserError for less than three classes."""
-        if len(clean.classes) < self.fewest_classes:
+        if len(clean.classes) < self.min_classes:
             raise UserError(
                 f"mm_bd compares each class with two others, got {len(clean.classes)} classes; use"
                 " class_shares"
@@ -73,13 +67,13 @@ class MMBD(LabelDetector):
             images = (
                 torch.rand(self.starts, *clean.shape, generator=rng).to(device).requires_grad_()
             )
-            optimiser = torch.optim.Adam([images], lr=self.lr, maximize=True)
+            optimizer = torch.optim.Adam([images], lr=self.lr, maximize=True)
             for _ in range(self.steps):
-                with autocast(self.precision, device):
+                with autocast(chosen_precision(), device):
                     logits = network(images).float()
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 margins(logits, label).sum().backward()
-                optimiser.step()
+                optimizer.step()
                 images.data.clamp_(0, 1)
             reached.append(margins(network(images.detach()), label).max().cpu())
         return torch.stack(reached)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from rnp.detection.base import Evidence, LabelDetector, RecoveredTrigger, anomaly_index
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
-from rnp.errors import UserError
 from rnp.types import ImageSet
 
 
@@ -25,15 +25,12 @@ class NeuralCleanseIndex(LabelDetector):
     collapsed model an empty mask would else be the smallest.
     """
 
-    asks_triggers: ClassVar[bool] = True
+    needs_triggers: ClassVar[bool] = True
 
-    least_score: Annotated[float, "highest index below which no label is named"] = 2.0
-    least_margin: Annotated[float, "lead over the second class below which no label is named"] = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("least_score", "least_margin"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be 0 or more, got {getattr(self, name):g}")
+    min_score: Annotated[float, Ge(0), "highest index below which no label is named"] = 2.0
+    min_margin: Annotated[
+        float, Ge(0), "lead over the second class below which no label is named"
+    ] = 0.0
 
     def score(
         self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator
@@ -43,7 +40,7 @@ class NeuralCleanseIndex(LabelDetector):
         """
         return self.from_triggers(NeuralCleanse().recover(model, clean, rng=rng))
 
-    def judge(
+    def score_evidence(
         self, evidence: Evidence, clean: ImageSet, *, rng: torch.Generator
     ) -> Float[Tensor, "k"]:
         return self.from_triggers(evidence.triggers)

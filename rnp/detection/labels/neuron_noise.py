@@ -10,14 +10,14 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Interval
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from rnp.detection.base import LabelDetector
-from rnp.errors import UserError
-from rnp.masks import bias, maskable
-from rnp.metrics import class_shares
-from rnp.training import Precision, autocast, device_of, predict
+from rnp.neurons.masks import bias, maskable
+from rnp.training.device import autocast, chosen_precision, device_of
+from rnp.training.predict import class_shares, predict
 from rnp.types import ImageSet, to_floats
 
 
@@ -32,35 +32,24 @@ class NeuronNoise(LabelDetector):
 
     Source: Wu and Wang, NeurIPS 2021 (ANP), section 3, with its strength of .4 and its single step.
     Differs: several copies from random starts, since one copy turns all images to a single class
-    and says nothing on the second; predictions are counted per class as `class_shares` counts
+    and says nothing on the second; predictions are counted per class as `prediction_drift` counts
     them.
     """
 
-    least_score: Annotated[float, "highest share, in [0, 1], below which no label is named"] = 0.5
-    least_margin: Annotated[float, "lead over the second class below which no label is named"] = 0.2
+    min_score: Annotated[
+        float, Interval(ge=0, le=1), "highest share, in [0, 1], below which no label is named"
+    ] = 0.5
+    min_margin: Annotated[
+        float, Interval(ge=0, le=1), "lead over the second class below which no label is named"
+    ] = 0.2
     strength: Annotated[
-        float, "largest change of a channel's scale and bias, as a share of them"
+        float, Gt(0), "largest change of a channel's scale and bias, as a share of them"
     ] = 0.4
-    copies: Annotated[int, "noisy copies of the model"] = 10
+    copies: Annotated[int, Gt(0), "noisy copies of the model"] = 10
     steps: Annotated[
-        int, "ascent steps on the loss of clean images; 0 leaves the noise uniform"
+        int, Ge(0), "ascent steps on the loss of clean images; 0 leaves the noise uniform"
     ] = 1
-    batch_size: Annotated[int, "images per step"] = 128
-    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = (
-        "auto"
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("least_score", "least_margin"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(
-                    f"neuron_noise.{name} must be in [0, 1], got {getattr(self, name):g}"
-                )
-        for name in ("strength", "copies", "batch_size"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"neuron_noise.{name} must be above 0, got {getattr(self, name):g}")
-        if self.steps < 0:
-            raise UserError(f"neuron_noise.steps must be 0 or more, got {self.steps}")
+    batch_size: Annotated[int, Gt(0), "images per step"] = 128
 
     def score(
         self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator
@@ -69,7 +58,7 @@ class NeuronNoise(LabelDetector):
         shares = torch.zeros(len(clean.classes))
         for _ in range(self.copies):
             predicted = predict(
-                self._disturbed(model, clean, rng), clean.images, precision=self.precision
+                self._disturbed(model, clean, rng), clean.images, precision=chosen_precision()
             ).argmax(1)
             shares += class_shares(predicted, clean.labels, len(clean.classes))
         return shares / self.copies
@@ -86,20 +75,20 @@ class NeuronNoise(LabelDetector):
             for p in (layer.weight, bias(layer))
             if p is not None
         ]
-        centres, reaches = [p.clone() for p in free], [self.strength * p.abs() for p in free]
+        centers, reaches = [p.clone() for p in free], [self.strength * p.abs() for p in free]
         for p, reach in zip(free, reaches):
             p += reach * (2 * torch.rand(p.shape, generator=rng) - 1).to(device)
             p.requires_grad_()
         for _ in range(self.steps):
             drawn = torch.randint(len(clean), (self.batch_size,), generator=rng)
             images = to_floats(clean.images[drawn].to(device))
-            with autocast(self.precision, device):
+            with autocast(chosen_precision(), device):
                 loss = F.cross_entropy(disturbed(images).float(), clean.labels[drawn].to(device))
             with torch.no_grad():
-                for p, g, centre, reach in zip(
-                    free, torch.autograd.grad(loss, free), centres, reaches
+                for p, g, center, reach in zip(
+                    free, torch.autograd.grad(loss, free), centers, reaches
                 ):
                     p.copy_(
-                        (p + g.sign() * reach / self.steps).clamp(centre - reach, centre + reach)
+                        (p + g.sign() * reach / self.steps).clamp(center - reach, center + reach)
                     )
         return disturbed

@@ -6,13 +6,20 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rnp.detection.base import Evidence, LabelDetector, RecoveredTrigger, anomaly_index, tried
+from rnp.detection.base import (
+    Evidence,
+    LabelDetector,
+    RecoveredTrigger,
+    anomaly_index,
+    measure_trigger,
+)
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
-from rnp.errors import UserError
-from rnp.training import Precision, predict
+from rnp.training.device import chosen_precision
+from rnp.training.predict import predict
 from rnp.types import ImageSet
 from rnp.unlearn import Unlearn
 
@@ -32,19 +39,13 @@ class TriggerSurvival(LabelDetector):
     its threshold of 2.
     """
 
-    asks_unlearned: ClassVar[bool] = True
-    asks_triggers: ClassVar[bool] = True
+    needs_unlearned: ClassVar[bool] = True
+    needs_triggers: ClassVar[bool] = True
 
-    least_score: Annotated[float, "highest score below which no label is named"] = 2.0
-    least_margin: Annotated[float, "lead over the second class below which no label is named"] = 0.0
-    precision: Annotated[
-        Precision, "arithmetic of the forward passes; auto takes bf16 where the hardware has it"
-    ] = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("least_score", "least_margin"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be 0 or more, got {getattr(self, name):g}")
+    min_score: Annotated[float, Ge(0), "highest score below which no label is named"] = 2.0
+    min_margin: Annotated[
+        float, Ge(0), "lead over the second class below which no label is named"
+    ] = 0.0
 
     def score(
         self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator
@@ -52,10 +53,10 @@ class TriggerSurvival(LabelDetector):
         """With triggers and an unlearned copy by the default settings, which draw at random."""
         found = NeuralCleanse().recover(model, clean, rng=rng)
         return self.from_triggers(
-            found, Unlearn(to_collapse=False)(model, clean, rng=rng).model, clean
+            found, Unlearn(until_collapse=False)(model, clean, rng=rng).model, clean
         )
 
-    def judge(
+    def score_evidence(
         self, evidence: Evidence, clean: ImageSet, *, rng: torch.Generator
     ) -> Float[Tensor, "k"]:
         return self.from_triggers(evidence.triggers, evidence.unlearned, clean)
@@ -66,10 +67,10 @@ class TriggerSurvival(LabelDetector):
         """The same score from triggers of the given model, one per class in order, and its
         unlearned copy.
         """
-        before = predict(unlearned, clean.images, precision=self.precision).argmax(1)
+        before = predict(unlearned, clean.images, precision=chosen_precision()).argmax(1)
         gains = [
-            tried(
-                each.label, each.mask, each.pattern, unlearned, clean, before, self.precision
+            measure_trigger(
+                each.label, each.mask, each.pattern, unlearned, clean, before, chosen_precision()
             ).gain
             for each in triggers
         ]

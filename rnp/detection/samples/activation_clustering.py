@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rnp.detection.base import SampleDetector, embed
-from rnp.errors import UserError
+from rnp.detection.base import SampleDetector, penultimate_features
 from rnp.types import Bytes, ImageSet
 
 
@@ -34,14 +34,8 @@ class ActivationClustering(SampleDetector):
     """
 
     components: Annotated[
-        int, "principal components of the features in which images are clustered"
+        int, Ge(1), "principal components of the features in which images are clustered"
     ] = 10
-
-    def __post_init__(self) -> None:
-        if self.components < 1:
-            raise UserError(
-                f"activation_clustering.components must be at least 1, got {self.components}"
-            )
 
     def score(
         self,
@@ -54,8 +48,8 @@ class ActivationClustering(SampleDetector):
     ) -> Float[Tensor, "n"]:
         seed = int(torch.randint(2**31, (), generator=rng))
         (seen, predicted), (known, known_predicted) = (
-            embed(model, images),
-            embed(model, clean.images),
+            penultimate_features(model, images),
+            penultimate_features(model, clean.images),
         )
         scores = torch.zeros(len(images))
         for label in predicted.unique():

@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from annotated_types import Gt, Interval
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rnp.augment import Augment
 from rnp.detection.base import SampleDetector
 from rnp.detection.samples.unlearned_ratio import log_ratio
-from rnp.errors import UserError
-from rnp.masks import freeze_statistics
-from rnp.training import Precision, accuracy, cross_entropy, fit
+from rnp.neurons.masks import freeze_statistics
+from rnp.training.augment import Augment
+from rnp.training.device import chosen_precision
+from rnp.training.loop import cross_entropy, fit
+from rnp.training.predict import accuracy
 from rnp.types import Bytes, ImageSet
 
 
@@ -36,26 +38,13 @@ class BaDExpert(SampleDetector):
     no second copy is tuned on the right labels.
     """
 
-    lr: Annotated[float, "learning rate of Adam"] = 1e-4
-    batch_size: Annotated[int, "images per step"] = 64
-    epochs: Annotated[int, "passes over the clean images, at most"] = 20
+    lr: Annotated[float, Gt(0), "learning rate of Adam"] = 1e-4
+    batch_size: Annotated[int, Gt(0), "images per step"] = 64
+    epochs: Annotated[int, Gt(0), "passes over the clean images, at most"] = 20
     stop_accuracy: Annotated[
-        float, "accuracy on the clean images at which the copy is an expert"
+        float, Interval(gt=0, lt=1), "accuracy on the clean images at which the copy is an expert"
     ] = 0.2
-    precision: Annotated[
-        Precision, "arithmetic of the tuning; auto takes bf16 where the hardware has it"
-    ] = "auto"
     augment: Augment = Augment()
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "batch_size", "epochs"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"badexpert.{name} must be above 0, got {getattr(self, name):g}")
-        if not 0 < self.stop_accuracy < 1:
-            raise UserError(
-                f"badexpert.stop_accuracy must be in (0, 1), got {self.stop_accuracy:g}; it is a"
-                " fraction"
-            )
 
     def score(
         self,
@@ -76,14 +65,14 @@ class BaDExpert(SampleDetector):
             expert,
             ImageSet(clean.images, wrong, clean.classes),
             objective=cross_entropy(expert),
-            optimiser=torch.optim.Adam(expert.parameters(), lr=self.lr),
+            optimizer=torch.optim.Adam(expert.parameters(), lr=self.lr),
             epochs=self.epochs,
             batch_size=self.batch_size,
             rng=rng,
             augment=self.augment,
-            precision=self.precision,
+            precision=chosen_precision(),
             stop_epoch=lambda _: (
-                accuracy(expert, clean, precision=self.precision) <= self.stop_accuracy
+                accuracy(expert, clean, precision=chosen_precision()) <= self.stop_accuracy
             ),
         )
         return expert

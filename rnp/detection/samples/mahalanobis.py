@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from rnp.detection.base import SampleDetector, embed
+from rnp.detection.base import SampleDetector, penultimate_features
 from rnp.types import Bytes, ImageSet, Labels
 
 
@@ -37,7 +37,9 @@ class Mahalanobis(SampleDetector):
         rng: torch.Generator,
         unlearned: nn.Module | None = None,
     ) -> Float[Tensor, "n"]:
-        return distances(*embed(model, images), *embed(model, clean.images))
+        return distances(
+            *penultimate_features(model, images), *penultimate_features(model, clean.images)
+        )
 
 
 def distances(

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rnp.detection.base import SampleDetector, embed
+from rnp.detection.base import SampleDetector, penultimate_features
 from rnp.types import Bytes, ImageSet
 
 
@@ -22,10 +22,10 @@ class SpectralSignatures(SampleDetector):
     together, through that direction. Nothing is random.
 
     Source: Tran et al., NeurIPS 2018, arXiv 1811.00636, Algorithm 1.
-    Differs: classes are those predicted, not those of the training set. Features are centred on
+    Differs: classes are those predicted, not those of the training set. Features are centerd on
     the defender's clean images of the class, not on those scored: the own mean lies among the
     triggered images where these are the majority, and clean ones then stand out. A class that no
-    clean image is taken for is centred on its own mean.
+    clean image is taken for is centerd on its own mean.
     """
 
     def score(
@@ -38,8 +38,8 @@ class SpectralSignatures(SampleDetector):
         unlearned: nn.Module | None = None,
     ) -> Float[Tensor, "n"]:
         (seen, predicted), (known, known_predicted) = (
-            embed(model, images),
-            embed(model, clean.images),
+            penultimate_features(model, images),
+            penultimate_features(model, clean.images),
         )
         scores = torch.zeros(len(images))
         for label in predicted.unique():
@@ -52,6 +52,6 @@ def projections(seen: Float[Tensor, "n d"], known: Float[Tensor, "m d"]) -> Floa
     """Squared, on the direction of the largest second moment of `seen` around the mean of
     `known`.
     """
-    centred = seen - (known if len(known) else seen).mean(0)
-    first = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]
-    return (centred @ first).square()
+    centerd = seen - (known if len(known) else seen).mean(0)
+    first = torch.linalg.eigh(centerd.T @ centerd).eigenvectors[:, -1]
+    return (centerd @ first).square()

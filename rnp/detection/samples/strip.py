@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from rnp.detection.base import SampleDetector
-from rnp.errors import UserError
-from rnp.training import Precision, eval_batches, predict
+from rnp.training.device import chosen_precision
+from rnp.training.predict import eval_batches, predict
 from rnp.types import Bytes, Images, ImageSet, Logits, to_floats
 
 EPS = 1e-12
@@ -23,21 +24,14 @@ class Strip(SampleDetector):
     images.
 
     Drawn at random: the clean images, the same for all scored ones, so that no score depends on
-    its neighbours.
+    its neighbors.
 
     Source: Gao et al., ACSAC 2019, arXiv 1902.06531.
     Differs: the weights of a blend add up to 1, where public code adds images at full strength; a
     small constant in the logarithm keeps saturated predictions from becoming NaN.
     """
 
-    overlays: Annotated[int, "clean images that are blended into each scored image"] = 32
-    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = (
-        "auto"
-    )
-
-    def __post_init__(self) -> None:
-        if self.overlays < 1:
-            raise UserError(f"overlays must be at least 1, got {self.overlays}")
+    overlays: Annotated[int, Ge(1), "clean images that are blended into each scored image"] = 32
 
     def score(
         self,
@@ -60,7 +54,7 @@ class Strip(SampleDetector):
     ) -> Float[Tensor, "m n"]:
         return torch.stack(
             [
-                entropy(predict(model, images.lerp(overlay, 0.5), precision=self.precision))
+                entropy(predict(model, images.lerp(overlay, 0.5), precision=chosen_precision()))
                 for overlay in overlays
             ]
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rnp.detection.base import SampleDetector
 from rnp.detection.samples.mahalanobis import distances
-from rnp.training import predict
+from rnp.training.predict import predict
 from rnp.types import Bytes, ImageSet
 
 
@@ -22,7 +22,7 @@ class UnlearnedMahalanobis(SampleDetector):
     images that the given model takes for the same class; the probabilities are means over the
     checkpoints of the unlearning.
 
-    `confidence` expects that the backdoor outlives the unlearning. Where it goes first, triggered
+    `unlearned_confidence` expects that the backdoor outlives the unlearning. Where it goes first, triggered
     images lose their prediction faster than clean ones; this finds them in both cases, and does
     not mistake the clean images of the target class for triggered ones, since it compares within
     the class. Nothing is random.
@@ -31,8 +31,8 @@ class UnlearnedMahalanobis(SampleDetector):
     2018, section 2.1, for the distance.
     """
 
-    asks_unlearned = True
-    asks_average = True
+    needs_unlearned = True
+    needs_ensemble = True
 
     def score(
         self,
@@ -43,7 +43,7 @@ class UnlearnedMahalanobis(SampleDetector):
         rng: torch.Generator,
         unlearned: nn.Module | None = None,
     ) -> Float[Tensor, "n"]:
-        unlearned = self.needed(unlearned)
+        unlearned = self.require_unlearned(unlearned)
         (seen, predicted), (known, known_predicted) = (
             (predict(unlearned, each).log_softmax(1), predict(model, each).argmax(1))
             for each in (images, clean.images)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rnp.detection.base import SampleDetector
-from rnp.training import predict
+from rnp.training.predict import predict
 from rnp.types import Bytes, ImageSet
 
 
@@ -20,15 +20,15 @@ class UnlearnedRatio(SampleDetector):
     """Log confidence of the unlearned model in what the original predicts, minus that of the
     original; in nats.
 
-    `confidence` asks what is left, this asks which share of it. Clean images of which the original
+    `unlearned_confidence` asks what is left, this asks which share of it. Clean images of which the original
     was not sure have little to lose and score high. The caveat on the checkpoint is that of
-    `confidence`.
+    `unlearned_confidence`.
 
     Source: Li et al., ICML 2023, for the idea; the paper's exact score could not be read, this one
     is ours.
     """
 
-    asks_unlearned = True
+    needs_unlearned = True
 
     def score(
         self,
@@ -39,7 +39,7 @@ class UnlearnedRatio(SampleDetector):
         rng: torch.Generator,
         unlearned: nn.Module | None = None,
     ) -> Float[Tensor, "n"]:
-        return log_ratio(self.needed(unlearned), model, images)
+        return log_ratio(self.require_unlearned(unlearned), model, images)
 
 
 def log_ratio(changed: nn.Module, model: nn.Module, images: Bytes) -> Float[Tensor, "n"]:

@@ -11,12 +11,13 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Gt, Interval
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from rnp.detection.base import RecoveredTrigger, TriggerRecovery, stamp, tried
-from rnp.errors import UserError
-from rnp.training import Precision, autocast, device_of, predict
+from rnp.detection.base import RecoveredTrigger, TriggerRecovery, blend, measure_trigger
+from rnp.training.device import autocast, chosen_precision, device_of
+from rnp.training.predict import predict
 from rnp.types import ImageSet, Indices, to_floats
 
 
@@ -27,37 +28,29 @@ class NeuralCleanse(TriggerRecovery):
 
     Drawn at random: the images of each step.
 
-    Source: Wang et al., S&P 2019, section IV; optimiser and factors on the cost as in
+    Source: Wang et al., S&P 2019, section IV; optimizer and factors on the cost as in
     backdoor-toolbox.
     Differs: all labels share each forward pass, every one with a mask, a cost and a success of its
-    own. Single batches move the cost, not epochs. A label is optimised on the images that the
+    own. Single batches move the cost, not epochs. A label is optimized on the images that the
     model does not send there already, so that success is success over the baseline: an unlearned
     model, which sends most images to its label, would else be content with an empty mask.
     """
 
-    steps: Annotated[int, "optimisation steps"] = 300
-    batch_size: Annotated[int, "images per label and step"] = 16
-    lr: Annotated[float, "learning rate of Adam, for mask and pattern"] = 0.1
-    init_cost: Annotated[float, "weight of the mask's size at the start"] = 1e-3
+    steps: Annotated[int, Gt(0), "optimization steps"] = 300
+    batch_size: Annotated[int, Gt(0), "images per label and step"] = 16
+    lr: Annotated[float, Gt(0), "learning rate of Adam, for mask and pattern"] = 0.1
+    init_cost: Annotated[float, Gt(0), "weight of the mask's size at the start"] = 1e-3
     multiplier: Annotated[
-        float, "factor that raises that weight; it is lowered by the power of 1.5 of it"
+        float, Gt(1), "factor that raises that weight; it is lowered by the power of 1.5 of it"
     ] = 1.5
-    success: Annotated[float, "share of a batch that must reach the label"] = 0.99
+    success: Annotated[
+        float, Interval(gt=0, le=1), "share of a batch that must reach the label"
+    ] = 0.99
     patience: Annotated[
-        int, "successes in a row that prove a mask and raise the weight, failures that lower it"
+        int,
+        Gt(0),
+        "successes in a row that prove a mask and raise the weight, failures that lower it",
     ] = 10
-    precision: Annotated[Precision, "arithmetic; auto takes bf16 where the hardware has it"] = (
-        "auto"
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "lr", "init_cost", "patience"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} must be above 0, got {getattr(self, name):g}")
-        if not 0 < self.success <= 1:
-            raise UserError(f"success must be in (0, 1], got {self.success:g}")
-        if self.multiplier <= 1:
-            raise UserError(f"multiplier must be above 1, got {self.multiplier:g}")
 
     def recover(
         self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator
@@ -70,12 +63,12 @@ class NeuralCleanse(TriggerRecovery):
         """The triggers of some labels alone; one costs a k-th of all."""
         classes = torch.tensor(labels).unsqueeze(1)  # [k, 1]
         other = clean.labels != classes  # [k, n]
-        before = predict(model, clean.images, precision=self.precision).argmax(1)  # [n]
+        before = predict(model, clean.images, precision=chosen_precision()).argmax(1)  # [n]
         masks, patterns = self._search(
             model, clean, other & (before != classes), classes.squeeze(1), rng
         )
         return [
-            tried(*found, model, clean, before, self.precision)
+            measure_trigger(*found, model, clean, before, chosen_precision())
             for found in zip(labels, masks, patterns)
         ]
 
@@ -99,7 +92,7 @@ class NeuralCleanse(TriggerRecovery):
         targets = labels.to(device).repeat_interleave(self.batch_size)
         raw_masks = torch.zeros(k, 1, h, w, device=device, requires_grad=True)
         raw_patterns = torch.zeros(k, c, h, w, device=device, requires_grad=True)
-        optimiser = torch.optim.Adam([raw_masks, raw_patterns], lr=self.lr, betas=(0.5, 0.9))
+        optimizer = torch.optim.Adam([raw_masks, raw_patterns], lr=self.lr, betas=(0.5, 0.9))
         cost = torch.full((k,), self.init_cost, device=device)
         streak = torch.zeros(
             k, dtype=torch.int64, device=device
@@ -110,16 +103,16 @@ class NeuralCleanse(TriggerRecovery):
             ranks = (torch.rand(k, self.batch_size, generator=rng) * sizes).long()
             images = to_floats(clean.images[order.gather(1, ranks)].to(device))  # [k, b, c, h, w]
             masks, patterns = (raw_masks.tanh() + 1) / 2, (raw_patterns.tanh() + 1) / 2
-            stamped = stamp(images, masks.unsqueeze(1), patterns.unsqueeze(1)).flatten(
+            stamped = blend(images, masks.unsqueeze(1), patterns.unsqueeze(1)).flatten(
                 0, 1
             )  # [k*b, c, h, w]
-            with autocast(self.precision, device):
+            with autocast(chosen_precision(), device):
                 logits = network(stamped).float()
             areas = masks.sum((1, 2, 3))
             loss = (
                 F.cross_entropy(logits, targets, reduction="sum") / self.batch_size + cost @ areas
             )
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
 
             held = (logits.argmax(1) == targets).view(k, -1).float().mean(1) >= self.success
@@ -130,5 +123,5 @@ class NeuralCleanse(TriggerRecovery):
             smallest[proven] = areas.detach()[proven]
             turn = torch.where(held, self.multiplier, self.multiplier**-1.5)
             cost = torch.where(streak % self.patience == 0, cost * turn, cost)
-            optimiser.step()
+            optimizer.step()
         return kept_masks.squeeze(1).cpu(), kept_patterns.cpu()

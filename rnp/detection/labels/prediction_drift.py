@@ -1,0 +1,67 @@
+"""The label to which images of all other classes drift while the model is unlearned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge, Interval
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rnp.detection.base import Evidence, LabelDetector
+from rnp.training.predict import class_shares, predict
+from rnp.types import Epoch, ImageSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionDrift(LabelDetector):
+    """The score of a class is its share of the predictions for images of the *other* classes, in
+    [0, 1].
+
+    A benign model collapses to some class too: the verdict names the label of a backdoor, it does
+    not prove one.
+
+    Source: Li et al., ICML 2023, Algorithm 1, line 5.
+    Differs: images of the class itself do not count, so that what accuracy is left does not
+    either; `from_trajectory` looks at the whole way to the collapse, since between accuracies of
+    .5 and .2 a wrong class may lead.
+    """
+
+    needs_unlearned: ClassVar[bool] = True
+
+    min_score: Annotated[
+        float, Interval(ge=0, le=1), "highest share, in [0, 1], below which no label is named"
+    ] = 0.5
+    min_margin: Annotated[
+        float, Interval(ge=0, le=1), "lead over the second class below which no label is named"
+    ] = 0.2
+    collapse_power: Annotated[
+        float, Ge(0), "a step of the trajectory weighs (1 - accuracy) to this power"
+    ] = 4.0
+
+    def score(
+        self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator
+    ) -> Float[Tensor, "k"]:
+        """`model` is the most collapsed of the unlearned checkpoints."""
+        return class_shares(
+            predict(model, clean.images).argmax(1), clean.labels, len(clean.classes)
+        )
+
+    def score_evidence(
+        self, evidence: Evidence, clean: ImageSet, *, rng: torch.Generator
+    ) -> Float[Tensor, "k"]:
+        return self.from_trajectory(evidence.trajectory, len(clean.classes))
+
+    def from_trajectory(self, rows: list[Epoch], k: int) -> Float[Tensor, "k"]:
+        """The same score, averaged over an unlearning trajectory with most weight on its collapsed
+        part.
+
+        It is 0 for all of the `k` classes where unlearning took every step back.
+        """
+        shares = torch.tensor(
+            [[row.extra[f"share/{c}"] for c in range(k)] for row in rows]
+        ).reshape(-1, k)  # [t, k]
+        weights = torch.tensor([1 - row.accuracy for row in rows]) ** self.collapse_power  # [t]
+        return weights @ shares / weights.sum().clamp_min(1e-12)
