@@ -1,7 +1,7 @@
-"""Stage controls."""
+"""Stage controls: run the control experiments."""
 
 from rnp.cli.controls import controls
 from stages.stage import main
 
 if __name__ == "__main__":
-    main(controls)
+    main(controls, "controls", prefixed=("unlearn", "recover", "prune"))

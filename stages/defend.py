@@ -1,7 +1,7 @@
-"""Stage defend."""
+"""Stage defend: repair the backdoored model by another defense."""
 
 from rnp.cli.defend import defend
 from stages.stage import main
 
 if __name__ == "__main__":
-    main(defend)
+    main(defend, family="defenses")

@@ -23,11 +23,11 @@ from rnp.tracking.store import (
     digest,
     experiment_name,
     flat,
-    load,
-    to_metrics,
     hide_credentials,
+    load,
     store_uri,
     tags,
+    to_metrics,
 )
 from stages.summary import PAGE, summary
 

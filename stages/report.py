@@ -1,4 +1,4 @@
-"""Stage report."""
+"""Stage report: write the page."""
 
 from rnp.cli.report import report
 from stages.stage import main

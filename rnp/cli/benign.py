@@ -1,6 +1,4 @@
-"""Train a benign model on the attacker's training set: surrogate of some attacks, control of every
-table.
-"""
+"""Train a benign model on the attacker's training set: the control of every comparison."""
 
 from __future__ import annotations
 
@@ -31,8 +29,9 @@ def benign(
     report: Path,
     seed: int,
 ) -> None:
-    """Write the benign model to OUT."""
-    data, rng = load_images(pool), generator(seed, "twin")
+    """Train a benign model on the attacker's training set, and write it to OUT."""
+    data = load_images(pool)
+    rng = generator(seed, "twin")  # the name it had when the published rows were made
     model = architecture.build_for(data, rng=rng).to(default_device())
     with (
         History(report / "history.csv") as history,
@@ -42,7 +41,5 @@ def benign(
     if not is_main_process():
         return
     save_model(out, model, architecture, data.classes)
-    write_json(
-        report / "metrics.json",
-        {"clean_accuracy": accuracy(model, load_images(test), precision=chosen_precision())},
-    )
+    measured = accuracy(model, load_images(test), precision=chosen_precision())
+    write_json(report / "metrics.json", {"clean_accuracy": measured})

@@ -1,4 +1,4 @@
-"""Repair the backdoored model by a defense other than RNP."""
+"""Repair the backdoored model by a defense ."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from rnp.cli.options import command
+from rnp.cli.options import Family, command
 from rnp.cli.progress import progress
 from rnp.defenses.base import UNLEARNED, Defense
 from rnp.evaluation.checks import check_and_warn
@@ -15,21 +15,9 @@ from rnp.io.datasets import load_defense_set
 from rnp.io.files import write_json, write_rows
 from rnp.io.history import History
 from rnp.io.models import load_model, save_model
-from rnp.registry import load, names
+from rnp.registry import load
 from rnp.seeds import generator
 from rnp.training.predict import accuracy
-
-
-class Defenses(click.Group):
-    """One sub-command per defense, with its own options."""
-
-    def list_commands(self, context: click.Context) -> list[str]:
-        return names("defense")
-
-    def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name not in names("defense"):
-            return None
-        return command(name, load("defense", name), inputs=("model", "defense"))(repair)
 
 
 def repair(
@@ -48,22 +36,22 @@ def repair(
     if repaired.sweep:
         write_rows(report / "sweep.csv", [dataclasses.asdict(point) for point in repaired.sweep])
     report.mkdir(parents=True, exist_ok=True)
-    (
-        report / "history.csv"
-    ).touch()  # a defense that trains nothing tells of no epoch, and DVC wants the file
-    write_json(
-        report / "metrics.json",
-        {
-            "accuracy_defense_val": accuracy(repaired.model, clean.val),
-            **(
-                {"pruned": repaired.chosen.pruned, "threshold": repaired.chosen.threshold}
-                if repaired.chosen
-                else {}
-            ),
-        },
-    )
+    # A defense that trains nothing reports no epoch, and DVC wants the file.
+    (report / "history.csv").touch()
+    metrics = {"accuracy_defense_val": accuracy(repaired.model, clean.val)}
+    if repaired.chosen:
+        metrics |= {"pruned": repaired.chosen.pruned, "threshold": repaired.chosen.threshold}
+    write_json(report / "metrics.json", metrics)
 
 
-@click.group(cls=Defenses)
-def defend() -> None:
-    """Repair the backdoored model by a defense other than RNP."""
+def defend_command(name: str) -> click.Command:
+    """The command for the defense `name`."""
+    return command(name, load("defense", name), inputs=("model", "defense"))(repair)
+
+
+defend = Family(
+    "defend",
+    family="defense",
+    make=defend_command,
+    help="Repair the backdoored model by a defense.",
+)

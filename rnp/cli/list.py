@@ -1,4 +1,4 @@
-"""Name the methods, data sets, architectures and presets."""
+"""List the methods, data sets, architectures and presets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rnp.registry import names
 
 TITLES = {
     "attacks": lambda: names("attack"),
-    "defenses": lambda: ["rnp", *names("defense")],
+    "defenses": lambda: names("defense"),
     "trigger_detectors": lambda: names("triggers"),
     "label_detectors": lambda: names("labels"),
     "sample_detectors": lambda: names("samples"),
@@ -25,10 +25,10 @@ TITLES = {
 @click.command("list")
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 def list_(as_json: bool) -> None:
-    """Name the attacks, defenses, detectors, data sets, architectures and presets."""
-    found = {title: make() for title, make in TITLES.items()}
+    """List the attacks, defenses, detectors, data sets, architectures and presets."""
+    members = {title: list_members() for title, list_members in TITLES.items()}
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        click.echo(json.dumps(members, indent=2))
         return
-    for title, members in found.items():
-        click.echo(f"{title.replace('_', ' ') + ':':20}{', '.join(members)}")
+    for title, names_of_title in members.items():
+        click.echo(f"{title.replace('_', ' ') + ':':20}{', '.join(names_of_title)}")

@@ -16,6 +16,7 @@ from rnp.params.fields import (
     click_settings,
     iter_hyperparameters,
 )
+from rnp.registry import names, suggest
 
 PATH = click.Path(path_type=Path)
 EXISTING = click.Path(path_type=Path, exists=True)
@@ -121,3 +122,38 @@ def command(
         return result
 
     return decorate
+
+
+class Family(click.Group):
+    """A group with a sub-command per method of a family, which has the options of that method."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        family: str,
+        make: Callable[[str], click.Command],
+        **settings: typing.Any,
+    ) -> None:
+        super().__init__(name, **settings)
+        self.family = family
+        self.make = make
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return names(self.family)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return self.make(cmd_name) if cmd_name in names(self.family) else None
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
+        """Raises: UserError that suggests the nearest name, for a name that there is not."""
+        if args and not args[0].startswith("-") and args[0] not in names(self.family):
+            raise UserError(
+                f"unknown {self.family} {args[0]!r}{suggest(args[0], names(self.family))}"
+            )
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The names alone: to describe each method it would have to be loaded."""
+        with formatter.section("Commands"):
+            formatter.write_text(", ".join(names(self.family)))

@@ -1,6 +1,4 @@
-"""Train the backdoored model, make the triggered test set, and test whether the backdoor is
-real.
-"""
+"""Train the backdoored model, make the triggered test set, and test whether it is backdoored."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ from rnp.training.recipe import Train
     Architecture,
     Train,
     inputs=("pool", "poisoned", "test", "benign"),
-    outs=("out", "triggered"),
+    outputs={"out": "the backdoored model", "triggered": "what detectors are scored with"},
     parallel=True,
 )
 def train(
@@ -46,16 +44,17 @@ def train(
     report: Path,
     seed: int,
 ) -> None:
-    """Write the backdoored model to OUT; to TRIGGERED what detectors are scored with.
+    """Train the backdoored model, and test whether its backdoor is real.
 
-    That is the test images with the trigger on, the trigger, the gate, and the mean loss of each
-    training image early in the run.
+    OUT gets the model. TRIGGERED gets the test images with the trigger on, the trigger, the gate,
+    and the mean loss of each training image early in the run.
     """
     clean = load_images(pool)
     changes, options = load_poisoned(poisoned)
     name = options.pop("attack")
     attack = load("attack", name)(**options)
-    data, rng = changes.apply(clean), generator(seed, "train")
+    data = changes.apply(clean)
+    rng = generator(seed, "train")
     model = architecture.build_for(data, rng=rng).to(default_device())
     losses = EarlyLossRecorder(len(data), recipe.epochs, default_device())
     recorded = TrainWithLosses(**vars(recipe), losses=losses)
@@ -70,20 +69,20 @@ def train(
         return
     tests = load_images(test)
     attacked = backdoored_test_set(trigger, tests, attack.target)
-    scores = score(model, tests, attacked, attack.target, precision=chosen_precision())
-    benign, _, _ = load_model(benign)
-    accuracy_benign = accuracy(benign, tests, precision=chosen_precision())
-    reason = gate_failure(scores, accuracy_benign, attack.min_asr)
+    precision = chosen_precision()
+    scores = score(model, tests, attacked, attack.target, precision=precision)
+    benign_accuracy = accuracy(load_model(benign)[0], tests, precision=precision)
+    failure = gate_failure(scores, benign_accuracy, attack.min_asr)
     facts = {
-        "gate": not reason,
-        "gate_reason": reason,
-        "clean_accuracy_benign": accuracy_benign,
+        "gate": not failure,
+        "gate_reason": failure,
+        "clean_accuracy_benign": benign_accuracy,
         "n_clean": len(tests),
         "n_triggered": len(attacked),
     }
     if attack.cover_rate:
         covered = covered_test_set(attack, trigger, tests, rng=generator(seed, "train/covers"))
-        facts["cover_accuracy"] = accuracy(model, covered, precision=chosen_precision())
+        facts["cover_accuracy"] = accuracy(model, covered, precision=precision)
 
     save_model(out, model, architecture, data.classes)
     with atomic_write(triggered) as draft:
