@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from annotated_types import BaseMetadata, Ge, GroupedMetadata, Gt, Le, Lt, MinLen
 
@@ -76,7 +76,7 @@ def _check(where: str, value: float, constraints: list[BaseMetadata]) -> None:
     raise UserError(f"{where} must be {describe(bounds)}, got {value:g}{hint}")
 
 
-def bounds_of(constraints: typing.Iterable[BaseMetadata]) -> dict[str, float]:
+def bounds_of(constraints: Iterable[BaseMetadata]) -> dict[str, float]:
     """The bounds by the names `gt`, `ge`, `lt`, `le`."""
     return {
         name: getattr(constraint, name)
