@@ -1,4 +1,5 @@
-# `make` sets up and runs the whole pipeline; `make test` tests (some: TESTS="tests/models"); `make ui` opens the comparison of runs;
+# `make` sets up and runs the whole pipeline; `make test` tests (some: TESTS="tests/models");
+# `make lint` checks format, rules and types; `make ui` opens the comparison of runs;
 # `make bench` measures speed and memory (options: BENCH_ARGS="--only train").
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,10 +18,15 @@ $(STAMP): pyproject.toml constraints.txt
 test: $(STAMP)
 	$(IN_VENV) python -m pytest $(TESTS)
 
+lint: $(STAMP)
+	$(IN_VENV) ruff format --check .
+	$(IN_VENV) ruff check .
+	$(IN_VENV) basedpyright
+
 ui: $(STAMP)
 	$(IN_VENV) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1
 
 bench: $(STAMP)
 	$(IN_VENV) python -m rnp bench $(BENCH_ARGS)
 
-.PHONY: run test ui bench
+.PHONY: run test lint ui bench

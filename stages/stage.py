@@ -99,7 +99,7 @@ def run_stage(command: click.Command, sections: Sections, arguments: list[str]) 
     if not is_main_process():
         invoke(context)
         return
-    stage = os.environ.get("DVC_STAGE", command.name).replace("@", "/")
+    stage = os.environ.get("DVC_STAGE", str(command.name)).replace("@", "/")
     report = context.params["report"]
     recorded = parameters_of(context, options, params, member)
     with stage_run(stage, recorded, params["poison"]["attack"]) as tracked:

@@ -73,6 +73,12 @@ def flag_and_name(key: Hyperparameter) -> tuple[str, str]:
     return f"--{name}/--no-{name}" if key.type is bool else f"--{name}", key.argument
 
 
+class StageCommand(click.Command):
+    """A stage; `parallel` says whether several processes of torchrun can share its work."""
+
+    parallel = False
+
+
 def command(
     name: str,
     *hyperparameters: type | tuple[type, str],
@@ -81,7 +87,7 @@ def command(
     seed: bool = True,
     precision: bool = True,
     parallel: bool = False,
-) -> Callable:
+) -> Callable[[Callable[..., None]], StageCommand]:
     """A stage as a click command.
 
     The function is called with the inputs and outputs as paths, `seed`, `report`, and one instance
@@ -91,7 +97,7 @@ def command(
     """
     pairs = [each if isinstance(each, tuple) else (each, "") for each in hyperparameters]
 
-    def decorate(function: Callable) -> click.Command:
+    def decorate(function: Callable[..., None]) -> StageCommand:
         def run(**values: object) -> None:
             from rnp.training.device import use_precision  # loads PyTorch
 
@@ -117,9 +123,9 @@ def command(
         for option in reversed(inputs):
             text = INPUTS[option]
             run = click.option(f"--{option}", type=EXISTING, required=True, help=text)(run)
-        result = click.command(name)(run)
-        result.parallel = parallel
-        return result
+        stage = click.command(name, cls=StageCommand)(run)
+        stage.parallel = parallel
+        return stage
 
     return decorate
 

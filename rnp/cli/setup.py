@@ -1,4 +1,4 @@
-"""Create the MLflow store once, and let DVC work where there is no git."""
+"""Prepare a checkout: the MLflow store, DVC without git, the schema that editors read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import subprocess
 
 import click
 
+from rnp.io.files import write_json
+from rnp.params.presets import SCHEMA
+from rnp.params.schema import json_schema
 from rnp.tracking import store
 
 
@@ -23,4 +26,5 @@ def setup() -> None:
         subprocess.run([*local, "core.no_scm", "true"], check=True)
     elif subprocess.run([*local, "core.no_scm"], capture_output=True, check=False).stdout.strip():
         subprocess.run([*local, "--unset", "core.no_scm"], check=True)
+    write_json(SCHEMA, json_schema())
     store.setup()

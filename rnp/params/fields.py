@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import click
 
 from rnp.params.ranges import bounds_of, constraints_of, describe, unwrap
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +22,9 @@ class Hyperparameter:
     """
 
     name: str
-    type: object
+    type: Any
     text: str
-    default: object
+    default: Any
     bounds: dict[str, float]
 
     @property
@@ -48,7 +51,7 @@ def iter_hyperparameters(
         kind = unwrap(hint)
         default = default_of(field) if like is None else getattr(like, field.name)
         name = f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             yield from iter_hyperparameters(kind, f"{name}.", default)
             continue
         bounds = bounds_of(constraints_of(hint))
@@ -62,8 +65,9 @@ def iter_hyperparameters(
 
 def default_of(field: dataclasses.Field) -> object:
     """The default of a field, made where it has a factory."""
-    made = field.default is dataclasses.MISSING
-    return field.default_factory() if made else field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def argument(name: str) -> str:
@@ -71,14 +75,14 @@ def argument(name: str) -> str:
     return name.replace(".", "__")
 
 
-def build_from_values(cls: type, values: dict[str, object], prefix: str = "") -> object:
+def build_from_values(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
     """An instance of `cls` from the values that click collected; they are removed from `values`.
 
     Raises: UserError when a value is out of range.
     """
     given = {}
     hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    for field in dataclasses.fields(typing.cast(Any, cls)):
         name = f"{prefix}{field.name}"
         nested = dataclasses.is_dataclass(hints[field.name])
         given[field.name] = (
@@ -89,7 +93,7 @@ def build_from_values(cls: type, values: dict[str, object], prefix: str = "") ->
     return cls(**given)
 
 
-def from_section(cls: type, section: dict[str, object], prefix: str = "") -> object:
+def from_section(cls: type[T], section: dict[str, Any], prefix: str = "") -> T:
     """An instance of `cls` from the leaves of a section of params.yaml, by key.
 
     What the section lacks has its default.
@@ -101,7 +105,7 @@ def from_section(cls: type, section: dict[str, object], prefix: str = "") -> obj
     return build_from_values(cls, values, prefix)
 
 
-def click_settings(kind: object) -> dict:
+def click_settings(kind: object) -> dict[str, Any]:
     """How click takes a value of this type."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:

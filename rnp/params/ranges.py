@@ -27,36 +27,46 @@ class Hyperparameters:
 
     def __post_init__(self) -> None:
         cls = type(self)
-        for name, constraints, each in _constraints(cls):
+        section = cls.section or cls.__module__.rpartition(".")[2]
+        for name, rule in _rules(cls).items():
             value = getattr(self, name)
-            where = f"{cls.section or cls.__module__.rpartition('.')[2]}.{name}"
-            if any(isinstance(constraint, MinLen) for constraint in constraints) and not value:
-                raise UserError(f"{where} must name at least one")
-            for number in value if each else (value,):
-                _check(where, number, constraints)
+            if rule.at_least_one and not value:
+                raise UserError(f"{section}.{name} must name at least one")
+            for number in (value if rule.several else (value,)) if rule.bounds else ():
+                _check(f"{section}.{name}", number, rule.bounds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a field may hold: `bounds` are those of its value, or of each of `several`."""
+
+    bounds: dict[str, float]
+    at_least_one: bool
+    several: bool
 
 
 @functools.cache
-def _constraints(cls: type) -> list[tuple[str, list[BaseMetadata], bool]]:
-    """Field, constraints, and whether they are those of each of several values."""
+def _rules(cls: type) -> dict[str, Rule]:
+    """The rules of the fields that have any."""
     hints = typing.get_type_hints(cls, include_extras=True)
-    found = []
-    for field in dataclasses.fields(cls):
+    rules = {}
+    for field in dataclasses.fields(typing.cast(typing.Any, cls)):
         hint = hints[field.name]
-        inner = unwrap(hint)
-        several = typing.get_origin(inner) is tuple
-        element = typing.get_args(inner)[0] if several else None
+        kind = unwrap(hint)
+        several = typing.get_origin(kind) is tuple
+        element = typing.get_args(kind)[0] if several else None
         constraints = [*constraints_of(hint), *constraints_of(element)]
+        at_least_one = any(isinstance(each, MinLen) for each in constraints)
         if constraints:
-            found.append((field.name, constraints, several))
-    return found
+            rules[field.name] = Rule(bounds_of(constraints), at_least_one, several)
+    return rules
 
 
 def constraints_of(hint: object) -> Iterator[BaseMetadata]:
     """The constraints in an `Annotated`; an interval is those of its two ends."""
     for metadata in getattr(hint, "__metadata__", ()):
         if isinstance(metadata, GroupedMetadata):
-            yield from metadata
+            yield from (part for part in metadata if isinstance(part, BaseMetadata))
         elif isinstance(metadata, BaseMetadata):
             yield metadata
 
@@ -66,12 +76,11 @@ def unwrap(hint: object) -> object:
     return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
 
 
-def _check(where: str, value: float, constraints: list[BaseMetadata]) -> None:
-    bounds = bounds_of(constraints)
+def _check(where: str, value: float, bounds: dict[str, float]) -> None:
     if _within(value, bounds):
         return
     hint = ""
-    if bounds.get("le", bounds.get("lt")) == 1 < value <= 100 and isinstance(value, int | float):
+    if bounds.get("le", bounds.get("lt")) == 1 < value <= 100:
         hint = f"; it is a fraction, not percent: did you mean {value / 100:g}?"
     raise UserError(f"{where} must be {describe(bounds)}, got {value:g}{hint}")
 

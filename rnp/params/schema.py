@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, get_args, get_origin
+from collections.abc import Mapping
+from typing import Annotated, Any, get_args, get_origin
 
 import click
 import pydantic
@@ -140,7 +141,7 @@ def empty_members(members: Members) -> dict[str, dict]:
     }
 
 
-def nest(leaves: dict[str, object]) -> dict:
+def nest(leaves: Mapping[str, object]) -> dict:
     """What `flatten` makes these leaves of."""
     tree: dict = {}
     for key, value in leaves.items():
@@ -152,7 +153,7 @@ def nest(leaves: dict[str, object]) -> dict:
     return tree
 
 
-def coerce(key: str, value: object, wanted: Hyperparameter) -> object:
+def coerce(key: str, value: Any, wanted: Hyperparameter) -> object:
     """`value` as the option takes it.
 
     Raises: UserError when it has another type.
@@ -205,8 +206,9 @@ def branch_of(properties: dict) -> dict:
 def describe_leaf(key: Hyperparameter) -> dict:
     """Type, range, default and help text of one key."""
     element = get_args(key.type)[0] if get_origin(key.type) is tuple else None
-    bounded = Annotated[element or key.type, pydantic.Field(**key.bounds)]
-    kind = tuple[bounded, ...] if element else bounded
+    bounds: dict[str, Any] = dict(key.bounds)
+    bounded = Annotated[element or key.type, pydantic.Field(**bounds)]
+    kind: Any = tuple[bounded, ...] if element else bounded
     default = list(key.default) if isinstance(key.default, tuple) else key.default
     schema = pydantic.TypeAdapter(kind).json_schema()
     return schema | {"default": default, "description": key.help}

@@ -27,19 +27,19 @@ from rnp.params.presets import render
 from rnp.reporting.page import page
 
 NET = ["--arch", "resnet10", "--width", "4"]
-TRAIN = ["--epochs", "1", "--batch_size", "64", "--augment.crop", "0", "--precision", "fp32"]
+TRAIN = ["--epochs", "1", "--batch-size", "64", "--augment.crop", "0"]
+FP32 = ["--precision", "fp32"]
 CHAIN = {
-    "prepare": (
-        "--out data --report reports/prepare --set digits --digits.size 16 --defense_train 100"
-        " --defense_val 100"
+    "prepare digits": (
+        "--out data --report reports/prepare --size 16 --defense-train 100 --defense-val 100"
     ),
     "benign": (
         "--pool data/pool --test data/test --out models/benign.safetensors --report reports/benign NET"
         " TRAIN"
     ),
-    "poison": (
+    "poison blend": (
         "--pool data/pool --benign models/benign.safetensors --out data/poisoned --report"
-        " reports/poison --attack blend --blend.cover_rate 0.05"
+        " reports/poison --cover-rate 0.05"
     ),
     "train": (
         "--pool data/pool --poisoned data/poisoned --test data/test --benign models/benign.safetensors"
@@ -66,14 +66,15 @@ CHAIN = {
         "--model models/backdoored.safetensors --benign models/benign.safetensors --unlearned"
         " models/unlearned --defense data/defense --test data/test --triggered data/triggered"
         " --pool data/pool --poisoned data/poisoned --out models/triggers.safetensors --report"
-        " reports/detect --images 20 --training_images 200 --epochs 1 --neural_cleanse.steps 3"
+        " reports/detect --num-test-images 20 --num-training-images 200 --unlearn.epochs 1"
+        " --neural-cleanse.steps 3"
         " --strip.overlays 2"
     ),
     "evaluate": (
         "--test data/test --triggered data/triggered --benign models/benign.safetensors --model"
         " models/backdoored.safetensors --unlearned models/unlearned --masks models/recovered"
         " --pruned models/pruned --defended models/defended --report reports/evaluate --defenses ft"
-        " --sweep_images 50"
+        " --sweep-images 50"
     ),
 }
 
@@ -82,7 +83,7 @@ def arguments(name: str) -> list[str]:
     words = []
     for word in f"{name} {CHAIN[name]}".split():
         words += {"NET": NET, "TRAIN": TRAIN}.get(word, [word])
-    return words
+    return words if name == "prepare digits" else [*words, *FP32]
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +104,13 @@ def run(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
 
-    def call(name: str, *extra: str) -> tuple[int, str]:
+    def call(name: str, *extra: str) -> int:
+        """`name` as in `CHAIN`; another member of a family takes the options of the one there."""
+        family = name.split()[0]
+        like = name if name in CHAIN else next(each for each in CHAIN if each.split()[0] == family)
+        words = arguments(like)[len(like.split()) :]
         with pytest.raises(SystemExit) as end, guard():
-            cli([*arguments(name), *extra])
+            cli([*name.split(), *words, *extra])
         return end.value.code
 
     return call
@@ -154,10 +159,10 @@ def test_the_pruned_model_differs_in_scales_only(finished):
     assert zeroed >= json.loads((finished / "reports/prune/metrics.json").read_text())["pruned"]
 
 
-@pytest.mark.parametrize("name", ["poison", "unlearn", "recover", "prune"])
+@pytest.mark.parametrize("name", ["poison blend", "unlearn", "recover", "prune"])
 def test_the_same_seed_gives_the_same_bytes(finished, run, name):
     outs = {
-        "poison": "data/poisoned",
+        "poison blend": "data/poisoned",
         "unlearn": "models/unlearned",
         "recover": "models/recovered",
         "prune": "models/pruned",
@@ -175,15 +180,7 @@ def test_an_attack_that_poisons_no_image(run):
     """Poisoning writes no image and shows clean ones with the trigger; training edits the model
     that it then writes.
     """
-    attack = [
-        "--attack",
-        "awp",
-        "--awp.poison_rate",
-        "0.1",
-        "--awp.steps",
-        "2",
-    ]
-    assert run("poison", *attack) == 0
+    assert run("poison awp", "--poison-rate", "0.1", "--steps", "2") == 0
     found = json.loads(Path("reports/poison/metrics.json").read_text())
     assert found["poisoned"] == found["covers"] == 0 and 0.4 < found["largest_change"] <= 0.51
     assert (
@@ -210,7 +207,10 @@ def test_a_defense_and_its_variant_draw_the_same(run):
         "--steps",
         "3",
     ]
-    for name, extra in (("ft", []), ("ft_unlearned", ["--share", "0", "--unlearn.epochs", "1"])):
+    for name, extra in (
+        ("ft", []),
+        ("ft_unlearned", ["--channel-fraction", "0", "--unlearn.epochs", "1"]),
+    ):
         with guard():
             cli(
                 ["defend", name, *words, *extra, "--out", f"{name}.safetensors"],
@@ -259,7 +259,7 @@ def test_a_defense_that_finds_nothing_to_do(run):
                 "data/defense",
                 "--search.steps",
                 "2",
-                "--least_index",
+                "--min-index",
                 "1e9",
                 "--out",
                 "same.safetensors",
@@ -323,16 +323,16 @@ MISTAKES = {
     "misspelt option": ("unlearn", ["--lrr", "1"], None, "No such option '--lrr'. (Did you mean"),
     "bad number": ("unlearn", ["--lr", "fast"], None, "'fast' is not a valid float"),
     "out of range": ("recover", ["--steps", "0"], None, "recover.steps must be above 0, got 0"),
-    "percent": ("poison", ["--blend.poison_rate", "10"], None, "did you mean 0.10?"),
+    "percent": ("poison blend", ["--poison-rate", "10"], None, "did you mean 0.1?"),
     "target label": (
-        "poison",
-        ["--blend.target_label", "10"],
+        "poison blend",
+        ["--target-label", "10"],
         None,
         "target_label must be below the number of classes, 10, got 10",
     ),
     "clean-label rate": (
-        "poison",
-        ["--attack", "sig", "--sig.poison_rate", "0.5"],
+        "poison sig",
+        ["--poison-rate", "0.5"],
         None,
         "may take 80 % of them",
     ),
@@ -397,9 +397,10 @@ MISTAKES = {
         lambda: gray("data/defense"),
         "images of the defense set are [1, 16, 16]; the model takes 3",
     ),
-    "too many images": ("prepare", ["--defense_train", "2000"], None, "ask for fewer"),
-    "no data set": ("prepare", ["--set", "cifar10"], None, "point RNP_DATA at its folder"),
-    "no folder": ("prepare", ["--set", "imagefolder"], None, "set datasets.imagefolder.path"),
+    "too many images": ("prepare digits", ["--defense-train", "2000"], None, "ask for fewer"),
+    "no data set": ("prepare cifar10", [], None, "point RNP_DATA at its folder"),
+    "unknown data set": ("prepare cifar", [], None, "did you mean 'cifar10'?"),
+    "no folder": ("prepare imagefolder", [], None, "set datasets.imagefolder.path"),
     "unknown defense": ("defend ft", ["--lrr", "1"], None, "No such option '--lrr'. (Did you mean"),
     "no batch norm": ("benign", ["--arch", "resnet-18"], None, "did you mean 'resnet18'?"),
     "device": ("unlearn", [], None, "RNP_DEVICE='abacus' is no device"),
@@ -433,7 +434,7 @@ def snapshot() -> dict[str, int]:
 
 
 def test_a_stop_that_is_never_reached_is_told_and_still_writes_a_model(run, capsys):
-    assert run("unlearn", "--stop_accuracy", "0.0001", "--epochs", "1") == 0
+    assert run("unlearn", "--stop-accuracy", "0.0001", "--epochs", "1") == 0
     assert "accuracy never fell to 0.0001" in capsys.readouterr().out
     assert json.loads(Path("reports/unlearn/metrics.json").read_text())["reached"] is False
     assert Path("models/unlearned/model.safetensors").exists()
@@ -476,9 +477,9 @@ def ended(run):
             '{"seconds": 1.5, "device": "a loom", "params": {"seed": 3}}'
         )
     Path("params.yaml").write_text(
-        "preset: demo\nseed: 3\ndata: {set: shapes}\npoison: {attack: blend}\nrecover: {lr: 0.2}\n"
+        "preset: demo\nseed: 3\ndata: {name: shapes}\npoison: {attack: blend}\nrecover: {lr: 0.2}\n"
     )
-    return lambda *arguments: CliRunner().invoke(cli, ["rows", "rows.csv", *arguments])
+    return lambda *arguments: CliRunner().invoke(cli, ["collect", "rows.csv", *arguments])
 
 
 def test_rows_of_results(ended):
@@ -511,7 +512,7 @@ def test_rows_of_results(ended):
 def test_rows_of_detection(ended):
     for _ in range(2):  # the second takes the place of the first
         done = CliRunner().invoke(
-            cli, ["rows", "detection.csv", "--detection"], catch_exceptions=False
+            cli, ["collect", "detection.csv", "--kind", "detection"], catch_exceptions=False
         )
         assert done.exit_code == 0
     every = read_rows(Path("detection.csv"))
@@ -562,15 +563,13 @@ def test_rows_of_detection(ended):
     assert all(row["seconds"] for row in rows.values())
 
 
-def test_rows_of_the_twin(run, ended):
-    """Each label that is named there is wrong; what was asked of the unlearned benign has that
-    behind its name.
-    """
+def test_rows_of_the_benign_model(run, ended):
+    """Each label detected there is wrong; results on its unlearned copy have a suffix."""
     assert (
         run(
             "detect",
-            "--benign",
-            "--training_images",
+            "--include-benign",
+            "--num-training-images",
             "0",
             "--labels",
             "prediction_drift",
@@ -581,7 +580,7 @@ def test_rows_of_the_twin(run, ended):
     )
     assert (
         CliRunner()
-        .invoke(cli, ["rows", "detection.csv", "--detection"], catch_exceptions=False)
+        .invoke(cli, ["collect", "detection.csv", "--kind", "detection"], catch_exceptions=False)
         .exit_code
         == 0
     )
@@ -601,10 +600,10 @@ def test_rows_of_the_twin(run, ended):
 
 def test_rows_of_removal(ended):
     """A row per defense in the table of detection, whose rows it leaves there."""
-    for option in ("--detection", "--removal"):
+    for option in ("detection", "removal"):
         assert (
             CliRunner()
-            .invoke(cli, ["rows", "detection.csv", option], catch_exceptions=False)
+            .invoke(cli, ["collect", "detection.csv", "--kind", option], catch_exceptions=False)
             .exit_code
             == 0
         )
@@ -630,9 +629,9 @@ def test_a_variant_is_a_row_of_its_defense(ended):
     path.write_text(json.dumps(found))
     Path("reports/defend/ft_unlearned").mkdir()
     Path("reports/defend/ft_unlearned/run.json").write_text(
-        '{"seconds": 2.5, "params": {"seed": 3, "unlearn.lr": 0.1}}'
+        '{"seconds": 2.5, "params": {"seed": 3, "defenses.ft_unlearned.unlearn.lr": 0.1}}'
     )
-    assert ended("--removal").exit_code == 0
+    assert ended("--kind", "removal").exit_code == 0
     rows = {
         row["model"]: row["seconds"]
         for row in read_rows(Path("rows.csv"))
@@ -643,10 +642,12 @@ def test_a_variant_is_a_row_of_its_defense(ended):
         "defenses": {"ft_unlearned": {"unlearn": {"lr": 0.2}}}
     }
     Path("params.yaml").write_text(yaml.safe_dump(params))
-    done = ended("--removal")
-    assert isinstance(
-        done.exception, UserError
-    ) and "defend/ft_unlearned ran with unlearn.lr 0.1, params.yaml says 0.2" in str(done.exception)
+    done = ended("--kind", "removal")
+    assert (
+        isinstance(done.exception, UserError)
+        and "defend/ft_unlearned ran with defenses.ft_unlearned.unlearn.lr 0.1, params.yaml says 0.2"
+        in str(done.exception)
+    )
 
 
 def test_rows_of_controls(ended):
@@ -671,7 +672,7 @@ def test_rows_of_controls(ended):
     for _ in range(2):
         assert (
             CliRunner()
-            .invoke(cli, ["rows", "controls.csv", "--controls"], catch_exceptions=False)
+            .invoke(cli, ["collect", "controls.csv", "--kind", "controls"], catch_exceptions=False)
             .exit_code
             == 0
         )
@@ -704,10 +705,14 @@ def test_unknown_detectors_are_named(run, capsys, name, words):
     [
         (
             "recover",
-            {"lr": 0.1},
-            "recover ran with lr 0.1, params.yaml says 0.2; run `dvc repro` first",
+            {"recover.lr": 0.1},
+            "recover ran with recover.lr 0.1, params.yaml says 0.2; run `dvc repro` first",
         ),
-        ("poison", {"attack": "sig"}, "poison ran with attack sig, params.yaml says blend"),
+        (
+            "poison",
+            {"poison.attack": "sig"},
+            "poison ran with poison.attack sig, params.yaml says blend",
+        ),
         ("train", {"seed": 4}, "train ran with seed 4, params.yaml says 3"),
     ],
 )
@@ -760,8 +765,7 @@ def test_controls_of_a_finished_run(run, monkeypatch):
         "rnp.evaluation.controls.time", SimpleNamespace(perf_counter=lambda: next(clock))
     )
     given = yaml.safe_load(render("demo"))
-    given["poison"]["attack"], given["unlearn"]["epochs"], given["recover"]["steps"] = "blend", 1, 2
-    Path("params.yaml").write_text(yaml.safe_dump(given))
+    given["poison"]["attack"] = "blend"
     done = CliRunner().invoke(
         cli,
         [
@@ -779,6 +783,10 @@ def test_controls_of_a_finished_run(run, monkeypatch):
             ),
             "--report",
             "reports/controls",
+            "--unlearn.epochs",
+            "1",
+            "--recover.steps",
+            "2",
         ],
         catch_exceptions=False,
     )

@@ -11,10 +11,10 @@ from click.testing import CliRunner
 
 from rnp.cli.main import cli
 from rnp.errors import UserError
-from rnp.params.fields import argument, build_from_values, iter_hyperparameters
+from rnp.params.fields import build_from_values, iter_hyperparameters
 from rnp.params.presets import presets, render
-from rnp.params.read import flatten, read_params
-from rnp.params.schema import check_params, find_sections
+from rnp.params.read import flatten, params_in_use, read_params
+from rnp.params.schema import check_params, find_sections, json_schema
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -33,7 +33,9 @@ def test_presets_are_complete_and_valid(name, tmp_path):
     check_params(params)
     assert params["preset"] == name
     for section, classes in find_sections().items():
-        wanted = {key for cls, prefix in classes for key, *_ in iter_hyperparameters(cls, prefix)}
+        wanted = {
+            each.name for cls, prefix in classes for each in iter_hyperparameters(cls, prefix)
+        }
         if section == "defenses":
             wanted = {key for key in wanted if key.split(".")[0] in params["defenses"]}
         assert set(dict(flatten(params[section]))) == wanted
@@ -72,17 +74,23 @@ MISTAKES = [
     ("recover.steps", [1], "recover.steps must be one value, got [1]"),
     ("recover.steps", True, "recover.steps must be int, got True"),
     ("recover.steps", 0, "recover.steps must be above 0, got 0"),
-    ("prune.epsilon", 2.0, "prune.epsilon must be in [0, 1), got 2; it is a fraction, not percent"),
+    (
+        "prune.max_accuracy_drop",
+        2.0,
+        "prune.max_accuracy_drop must be in [0, 1), got 2; it is a fraction, not percent: did",
+    ),
     (
         "attacks.badnets.poison_rate",
         10.0,
-        "poison_rate must be in (0, 1], got 10; did you mean 0.10?",
+        "badnets.poison_rate must be in (0, 1], got 10; it is a fraction, not percent: did you mean 0.1?",
     ),
     ("attacks.blend.alpha", 0.0, "alpha must be in (0, 1], got 0"),
     ("poison.attack", "badnet", "'badnet' is not one of"),
     ("model.arch", "resnet-18", "unknown architecture 'resnet-18'; did you mean 'resnet18'?"),
     ("data.defense_train", 0, "defense_train must be at least 1, got 0"),
     ("seed", "one", "seed must be a whole number, got 'one'"),
+    ("precision", "fp23", "unknown precision 'fp23'; did you mean 'fp32'?"),
+    ("defenses.fx", {}, "unknown key defenses.fx"),
     ("train", None, "section 'train' is missing"),
     (
         "evaluate.defenses",
@@ -140,5 +148,47 @@ def test_list_names_every_method():
 )
 def test_a_command_without_options_is_the_method_without_arguments(cls, prefix):
     """Also where a method holds another one with settings of its own."""
-    values = {argument(name): default for name, _, _, default in iter_hyperparameters(cls, prefix)}
+    values = {each.argument: each.default for each in iter_hyperparameters(cls, prefix)}
     assert build_from_values(cls, values, prefix) == cls()
+
+
+def test_a_check_completes_the_file(demo):
+    """Keys that are left out get their defaults, and an empty list is an empty list."""
+    params = copy.deepcopy(demo)
+    del params["unlearn"]["lr"]
+    del params["precision"]
+    params["unlearn"]["milestones"] = []
+    complete = check_params(params)
+    assert complete["unlearn"]["lr"] == 0.001 and complete["precision"] == "auto"
+    assert complete["unlearn"]["milestones"] == ()
+    assert dict(flatten(complete)).keys() == dict(flatten(demo)).keys()
+
+
+def test_parameters_in_use(demo):
+    """The options of one data set, one attack, and the detectors that run."""
+    used = dict(flatten(params_in_use(demo)))
+    sections = {tuple(key.split(".")[:2]) for key in used if "." in key}
+    assert {name for family, name in sections if family == "attacks"} == {"badnets"}
+    assert {name for family, name in sections if family == "datasets"} == {"shapes"}
+    assert "detect.neural_cleanse.steps" in used and "detect.strip.overlays" in used
+    assert "detect.badexpert.lr" not in used and len(used) < 110
+
+
+def test_the_schema_knows_every_key_and_its_range(demo):
+    """An editor that reads it flags what `check_params` refuses."""
+
+    def keys(schema: dict, prefix: str = "") -> set[str]:
+        found = set()
+        for name, inner in schema["properties"].items():
+            nested = inner.get("properties")
+            found |= keys(inner, f"{prefix}{name}.") if nested else {f"{prefix}{name}"}
+        return found
+
+    schema = json_schema()
+    wanted = {key for key, _ in flatten(demo) if not key.startswith("defenses.")}
+    assert wanted <= keys(schema)
+    rate = schema["properties"]["attacks"]["properties"]["badnets"]["properties"]["poison_rate"]
+    assert rate["exclusiveMinimum"] == 0 and rate["maximum"] == 1 and rate["default"] == 0.1
+    labels = schema["properties"]["detect"]["properties"]["labels"]
+    assert labels["type"] == "array" and labels["items"] == {"type": "string"}
+    assert schema["additionalProperties"] is False
