@@ -23,15 +23,15 @@ from rnp.training.predict import accuracy
 def repair(
     method: Defense, *, model: Path, defense: Path, out: Path, report: Path, seed: int
 ) -> None:
-    """Write the repaired model to OUT."""
-    victim, architecture, classes = load_model(model)
-    clean = check_and_warn(victim, classes, load_defense_set(defense))
+    """Repair the backdoored model, and write it to OUT."""
+    network, architecture, classes = load_model(model)
+    clean = check_and_warn(network, classes, load_defense_set(defense))
     rng = generator(seed, f"defend/{method.name.removesuffix(UNLEARNED)}")
     with (
         History(report / "history.csv") as history,
         progress(method.name, None, history) as on_epoch,
     ):
-        repaired = method.repair(victim, clean, rng=rng, on_epoch=on_epoch)
+        repaired = method.repair(network, clean, rng=rng, on_epoch=on_epoch)
     save_model(out, repaired.model, architecture, classes)
     if repaired.sweep:
         write_rows(report / "sweep.csv", [dataclasses.asdict(point) for point in repaired.sweep])

@@ -22,8 +22,9 @@ from rnp.types import ImageSet, PoisonedSet, to_floats
 def poison_images(
     attack: Attack, *, pool: Path, benign: Path, out: Path, report: Path, seed: int
 ) -> None:
-    """Write to OUT the changed images with their positions and labels, the trigger, and the
-    attack's options.
+    """Make the trigger and poison the training set.
+
+    OUT gets the changed images with their positions and labels, the trigger and the options.
     """
     clean = load_images(pool)
     surrogate, _, _ = load_model(benign)

@@ -24,7 +24,10 @@ def data_root() -> Path:
 
 
 def split_images(split: Split, dataset: Dataset, *, out: Path, report: Path, seed: int) -> None:
-    """Write OUT/pool, OUT/defense and OUT/test; the attacker never sees the last two."""
+    """Split the data set between attacker, defender and test.
+
+    OUT gets the folders pool, defense and test; the attacker never sees the last two.
+    """
     train, test = dataset.load(data_root(), rng=generator(seed, "prepare"))
     splits = split(train, test, rng=generator(seed, "split"))
     save_images(out / "pool", splits.pool)

@@ -20,23 +20,24 @@ from rnp.reporting.plots import sweep_curve
 def prune(
     options: Prune, *, model: Path, masks: Path, defense: Path, out: Path, report: Path
 ) -> None:
-    """Write to OUT the repaired model, and in which order neurons may go."""
-    victim, architecture, classes = load_model(model)
+    """Prune as many of the most suspicious neurons as the defense set allows.
+
+    OUT gets the repaired model, and the order in which neurons may be pruned.
+    """
+    network, architecture, classes = load_model(model)
     mask = load_mask(masks / "mask.safetensors")
-    clean = load_defense_set(defense)
-    require_usable(clean, classes, len(victim.mean.flatten()))
-    pruned = options(victim, mask, clean.all)
+    defense_set = load_defense_set(defense)
+    require_usable(defense_set, classes, len(network.mean.flatten()))
+    pruned = options(network, mask, defense_set.all)
     with atomic_write(out) as draft:
         save_model(draft / "model.safetensors", pruned.model, architecture, classes)
         write_json(draft / "order.json", {"order": pruned.order, "pruned": pruned.chosen.pruned})
     write_rows(report / "sweep.csv", [dataclasses.asdict(point) for point in pruned.sweep])
     sweep_curve(report / "sweep.png", pruned.sweep, pruned.chosen)
-    write_json(
-        report / "metrics.json",
-        {
-            **dataclasses.asdict(pruned.chosen),
-            "rule": options.rule,
-            "neurons": sum(len(v) for v in mask.values()),
-            "layers": dict(Counter(layer for layer, _ in pruned.neurons)),
-        },
-    )
+    metrics = {
+        **dataclasses.asdict(pruned.chosen),
+        "rule": options.rule,
+        "neurons": sum(len(values) for values in mask.values()),
+        "layers": dict(Counter(layer for layer, _ in pruned.neurons)),
+    }
+    write_json(report / "metrics.json", metrics)

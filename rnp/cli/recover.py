@@ -1,6 +1,4 @@
-"""Minimize the error of the unlearned model again, with one mask per neuron as the only free
-parameters.
-"""
+"""Minimize the error of the unlearned model again, one mask per neuron free."""
 
 from __future__ import annotations
 
@@ -24,15 +22,21 @@ from rnp.training.loop import steps_per_epoch
 from rnp.training.predict import accuracy
 
 
+QUANTILES = (0.005, 0.01, 0.05, 0.1, 0.5)
+
+
 @command("recover", Recover, inputs=("unlearned", "defense"))
 def recover(
     options: Recover, *, unlearned: Path, defense: Path, out: Path, report: Path, seed: int
 ) -> None:
-    """Write to OUT the neuron mask (safetensors and CSV) and the recovered model."""
+    """Minimize the error of the unlearned model again, one mask per neuron.
+
+    OUT gets the neuron mask (safetensors and CSV) and the recovered model.
+    """
     model, architecture, classes = load_model(unlearned / "model.safetensors")
-    both = load_defense_set(defense)
-    require_usable(both, classes, len(model.mean.flatten()))
-    clean = both.train
+    defense_set = load_defense_set(defense)
+    require_usable(defense_set, classes, len(model.mean.flatten()))
+    clean = defense_set.train
     total = math.ceil(options.steps / steps_per_epoch(len(clean), options.batch_size))
     with (
         History(report / "history.csv") as history,
@@ -45,14 +49,6 @@ def recover(
         save_model(draft / "model.safetensors", recovered.model, architecture, classes)
     mask_histogram(report / "masks.png", recovered.mask)
     values = torch.cat(list(recovered.mask.values()))
-    write_json(
-        report / "metrics.json",
-        {
-            "accuracy": accuracy(recovered.model, clean),
-            "neurons": len(values),
-            **{
-                f"mask_quantile_{q}": values.quantile(q).item()
-                for q in (0.005, 0.01, 0.05, 0.1, 0.5)
-            },
-        },
-    )
+    quantiles = {f"mask_quantile_{q}": values.quantile(q).item() for q in QUANTILES}
+    metrics = {"accuracy": accuracy(recovered.model, clean), "neurons": len(values)}
+    write_json(report / "metrics.json", metrics | quantiles)
