@@ -21,7 +21,6 @@ from rnp.seeds import generator
 from rnp.training.loop import steps_per_epoch
 from rnp.training.predict import accuracy
 
-
 QUANTILES = (0.005, 0.01, 0.05, 0.1, 0.5)
 
 
