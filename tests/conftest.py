@@ -123,7 +123,7 @@ def is_mapped():
 
 @pytest.fixture
 def unchanged():
-    """`unchanged(module)`: at the end of the test its weights and buffers must be as they are now."""
+    """`unchanged(module)`: its weights and buffers must be the same at the end of the test."""
     watched = []
 
     def watch(module: nn.Module) -> nn.Module:

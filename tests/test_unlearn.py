@@ -39,7 +39,7 @@ def published(model: nn.Module, data, rng, *, lr: float) -> tuple[nn.Module, int
     steps = ascent(model, lambda: batches(data, 8, rng), lr=lr)
     for epoch, (unlearned, running) in enumerate(steps, 1):
         if running <= 0.3:
-            break
+            return unlearned, epoch
     return unlearned, epoch
 
 
