@@ -110,7 +110,7 @@ def fit(
     device = device_of(model)
     data = move_to_gpu_if_it_fits(data, device)
     per_epoch = steps_per_epoch(len(data), batch_size)
-    base_rates = [float(each["lr"]) for each in optimizer.param_groups]
+    base_rates = [float(param_group["lr"]) for param_group in optimizer.param_groups]
     plain = Update(objective, optimizer, max_grad_norm, precision, after_step, group)
     update: Step = plain
     if cuda_graph and device.type == "cuda" and group.size == 1:
@@ -125,12 +125,13 @@ def fit(
             progress = step / per_epoch
             set_learning_rates(optimizer, base_rates, schedule(progress))
             images, labels = load_batch(data, positions, device, augment, rng)
-            own = group.shard(shrink(images, image_scale(progress)), labels)
+            images = shrink(images, image_scale(progress))
+            shard_images, shard_labels = group.shard(images, labels)
             with explain_batchnorm_error(len(data), batch_size):
-                loss, logits, norm = update(*own)
+                loss, logits, norm = update(shard_images, shard_labels)
             on_batch(positions, labels, group.gather(logits, len(labels)))
             step += 1
-            totals += batch_totals(loss, logits, own[1]) * group.count_weight
+            totals += batch_totals(loss, logits, shard_labels) * group.count_weight
             stopped = stop_step(step) or step == max_steps
             if stopped:
                 break
@@ -154,7 +155,8 @@ class Update:
     group: ProcessGroup | SingleProcess
 
     def __call__(self, images: Images, labels: Labels) -> tuple[Tensor, Logits, Tensor]:
-        parameters = [p for each in self.optimizer.param_groups for p in each["params"]]
+        param_groups = self.optimizer.param_groups
+        parameters = [p for param_group in param_groups for p in param_group["params"]]
         with autocast(self.precision, images.device):
             loss, logits = self.objective(images, labels)
         self.optimizer.zero_grad(set_to_none=True)

@@ -196,8 +196,8 @@ def test_the_whole_method_runs_on_other_families(name, toy_set, rng):
     unlearned = Unlearn(epochs=2, until_collapse=False)(model, data, rng=rng())
     recovered = Recover(steps=2)(unlearned.model, data, rng=rng())
     pruned = Prune(rule="number", num_neurons=2)(model, recovered.mask, data)
-    differences = [a != b for a, b in zip(model.parameters(), pruned.model.parameters())]
-    changed = sum(int(each.reshape(len(each), -1).any(1).sum()) for each in differences)
+    differing = [a != b for a, b in zip(model.parameters(), pruned.model.parameters())]
+    changed = sum(int(d.reshape(len(d), -1).any(1).sum()) for d in differing)
     assert changed == 2 and len(pruned.neurons) == 2
     anything = Prune(max_loss_increase=10.0, max_accuracy_drop=0.99, max_fraction=0.5)
     num_neurons = sum(len(value) for value in recovered.mask.values())
