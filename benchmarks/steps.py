@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.measure import cost, noise, product_peak
 from benchmarks.report import number, table
-from rnp.io.files import upsert_rows, read_rows
+from rnp.io.files import read_rows, upsert_rows
 from rnp.models.build import Architecture
 from rnp.reporting.provenance import provenance
 from rnp.reporting.rows import format_row
@@ -65,7 +65,7 @@ def measure(way: str, batch: int, data: ImageSet) -> dict[str, object]:
         augment=Augment(),
         precision="auto",
         on_batch=hear,
-        graphed=way != "plain",
+        cuda_graph=way != "plain",
     )
     rate = STEPS * batch / (ends[-1] - ends[FIRST - 1])
     return {

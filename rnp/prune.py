@@ -1,6 +1,4 @@
-"""Prune: take the most suspicious neurons out of the original model, as many as the defense set
-allows.
-"""
+"""Prune: remove the most suspicious neurons of the original model, as the defense set allows."""
 
 from __future__ import annotations
 
@@ -17,33 +15,39 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from rnp.neurons.activation_cache import ActivationCache
-from rnp.neurons.masks import Neuron, bias, prune, rank_neurons, zero_channel
+from rnp.neurons.masks import Neuron, bias, prune, rank_neurons, scale, zero_channel
 from rnp.params.ranges import Hyperparameters
 from rnp.training.device import Precision, chosen_precision
 from rnp.types import ImageSet, Labels, Logits, NeuronMask
 
+ROUNDING = 1e-9
+"""Shares of images that are equal may differ by this much."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPoint:
-    """One row of a sweep: `pruned` neurons removed, all whose mask is at most `threshold`."""
+    """One row of a sweep: the `pruned` most suspicious neurons are removed.
+
+    `threshold` is the largest of their masks; `accuracy` and `loss` (mean cross-entropy, in nats)
+    are those on the defense set. `lost` is the paired drop in accuracy: images that become wrong
+    minus images that become right, as a share of all. `changed` is the share of images whose
+    predicted class differs from that of the unpruned model.
+    """
 
     pruned: int
     threshold: float
     accuracy: float
     loss: float
     lost: float
-    """Images that turn wrong minus images that turn right, as a share of all: the paired drop in
-    accuracy.
-    """
     changed: float
-    """Images whose predicted class is another than the unpruned model's, as a share of all."""
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """`model` is the repaired copy: the first `chosen.pruned` neurons of `order` are gone.
+    """`model` is the repaired copy, without the first `chosen.pruned` neurons of `order`.
 
-    `order` is the sequence in which neurons may go and `sweep` what that did on the defense set.
+    `order` lists the neurons in the order of pruning; `sweep` has one point for each number of
+    neurons that was tried on the defense set.
     """
 
     model: nn.Module
@@ -53,21 +57,21 @@ class Pruned:
 
     @property
     def neurons(self) -> list[Neuron]:
-        """Those that are gone."""
+        """The pruned neurons."""
         return self.order[: self.chosen.pruned]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prune(Hyperparameters):
-    """Rank by mask, sweep on the defender's own images, choose a point, cut there.
+    """Rank the neurons by mask, try numbers of them on the defense set, prune by a rule.
 
-    Source: Li et al., ICML 2023, Algorithm 1 (the cut). The choice of the point is ours: the
-    published code makes none.
-    Differs: the default rule, `greedy`, goes down the ranking and leaves every neuron standing that
-    clean images need. Such neurons get low masks too, above all in small networks, and one of them
-    near the top ends every rule that prunes all neurons up to a point. Need is judged by
-    cross-entropy: accuracy on a few hundred images is too coarse, and choosing neurons by it fits
-    those images.
+    Source: Li et al., ICML 2023, Algorithm 1 (the pruning). The rules are ours: the published
+    code makes no choice.
+    Differs: the default rule, `greedy`, goes down the ranking and skips each neuron that clean
+    images need. Such neurons get low masks too, above all in small networks, and one of them near
+    the top would end every rule that prunes all neurons up to a point. Need is measured by
+    cross-entropy: accuracy on a few hundred images is too coarse, and a choice by accuracy
+    overfits them.
     """
 
     rule: Annotated[
@@ -80,90 +84,103 @@ class Prune(Hyperparameters):
             "number",
             "threshold",
         ],
-        "skip leaves out neurons that clean images need; the others prune all up to a point",
+        "greedy skips neurons that clean images need; the others prune all up to a point",
     ] = "greedy"
     max_accuracy_drop: Annotated[
         float,
         Interval(ge=0, lt=1),
-        "skip, val_drop: accuracy that may be lost, divergence: predictions that may change;"
-        " a share of the images",
+        "greedy, accuracy_drop: accuracy that may be lost; prediction_change: predictions that may"
+        " change; as a share of the images",
     ] = 0.02
     max_loss_increase: Annotated[
         float,
         Ge(0),
-        "skip: cross-entropy on the defense set, in nats, that the loss of one neuron may cost",
+        "greedy: increase of the cross-entropy on the defense set, in nats, allowed per neuron",
     ] = 0.001
     num_neurons: Annotated[int, Ge(0), "number: neurons to prune"] = 30
     threshold: Annotated[float, "threshold: prune neurons whose mask is at most this"] = 0.3
     max_fraction: Annotated[
         float,
         Interval(gt=0, le=1),
-        "share of all neurons, the most suspicious ones, that may be pruned at all",
+        "largest share of all neurons that may be pruned; number and threshold ignore it",
     ] = 0.1
     zero_bias: Annotated[bool, "clear the bias of a pruned channel too; the paper does not"] = False
 
     def __call__(self, model: nn.Module, mask: NeuronMask, clean: ImageSet) -> Pruned:
-        """`clean` is all that the defender holds; nothing is random, `model` is left unchanged.
+        """Nothing is drawn at random; `model` is left unchanged.
 
-        The images that the masks were optimized on count too: the model that is pruned was trained
-        on none of them, and the more images judge it, the less the choice fits them.
+        `clean` is the whole defense set, with the images on which the masks were optimized: the
+        original model was trained on none of them, and with more images the choice fits them
+        less.
         """
-        order = rank_neurons(mask)
         if self.rule == "greedy":
-            order, points = prune_greedily(
-                model,
-                order[: self.max_neurons(mask)],
-                mask,
-                clean,
-                self.max_accuracy_drop,
-                self.max_loss_increase,
-                zero_bias=self.zero_bias,
-                precision=chosen_precision(),
-            )
+            order, points = self._prune_greedily(model, mask, clean)
             chosen = points[-1]
         else:
-            values = sorted_values(order, mask)
-            named = self.requested_neurons(values)
-            counts = sweep_counts(min(len(order), self.max_neurons(mask, named)), (named,))
-            points = sweep(
-                model,
-                order,
-                values,
-                counts,
-                clean,
-                zero_bias=self.zero_bias,
-                precision=chosen_precision(),
-            )
-            chosen = self.choose(points, named)
-        return Pruned(
-            prune(model, order[: chosen.pruned], zero_bias=self.zero_bias), order, points, chosen
+            order = rank_neurons(mask)
+            points, chosen = self._sweep_and_choose(model, order, mask, clean)
+        pruned = prune(model, order[: chosen.pruned], zero_bias=self.zero_bias)
+        return Pruned(pruned, order, points, chosen)
+
+    def _prune_greedily(
+        self, model: nn.Module, mask: NeuronMask, clean: ImageSet
+    ) -> tuple[list[Neuron], list[SweepPoint]]:
+        return prune_greedily(
+            model,
+            rank_neurons(mask)[: self.max_neurons(mask)],
+            mask,
+            clean,
+            self.max_accuracy_drop,
+            self.max_loss_increase,
+            zero_bias=self.zero_bias,
+            precision=chosen_precision(),
         )
 
-    def max_neurons(self, mask: NeuronMask, named: int = 0) -> int:
-        """How many neurons may go, where the rule asks for `named`: number and threshold are not
-        bound by the largest share.
-        """
-        share = max(1, int(self.max_fraction * sum(map(len, mask.values()))))
-        return max(share, named) if self.rule in ("number", "threshold") else share
+    def _sweep_and_choose(
+        self, model: nn.Module, order: list[Neuron], mask: NeuronMask, clean: ImageSet
+    ) -> tuple[list[SweepPoint], SweepPoint]:
+        values = sorted_values(order, mask)
+        requested = self.requested_neurons(values)
+        largest = min(len(order), self.max_neurons(mask, requested))
+        points = sweep(
+            model,
+            order,
+            values,
+            sweep_counts(largest, (requested,)),
+            clean,
+            zero_bias=self.zero_bias,
+            precision=chosen_precision(),
+        )
+        return points, self.choose(points, requested)
+
+    def max_neurons(self, mask: NeuronMask, requested: int = 0) -> int:
+        """Upper limit on pruned neurons; `number` and `threshold` ignore `max_fraction`."""
+        total = sum(len(value) for value in mask.values())
+        limit = max(1, int(self.max_fraction * total))
+        return max(limit, requested) if self.rule in ("number", "threshold") else limit
 
     def requested_neurons(self, values: np.ndarray) -> int:
-        """How many neurons the rules ask for that look at masks alone; `values` ascend."""
+        """The number of neurons that the rule derives from the ascending masks alone.
+
+        0 for rules that use the sweep.
+        """
         if self.rule == "number":
             return self.num_neurons
-        if self.rule in ("threshold", "outlier"):
-            bound = self.threshold if self.rule == "threshold" else outlier_bound(values)
-            return int((values <= bound).sum())
+        if self.rule == "threshold":
+            return int((values <= self.threshold).sum())
+        if self.rule == "outlier":
+            return int((values <= outlier_bound(values)).sum())
         return 0
 
-    def choose(self, points: list[SweepPoint], named: int) -> SweepPoint:
-        """The point that `rule` takes, from the defender's sweep alone."""
+    def choose(self, points: list[SweepPoint], requested: int) -> SweepPoint:
+        """The point of the sweep that `rule` selects."""
         if self.rule == "accuracy_drop":
             return last_within_budget(points, self.max_accuracy_drop)
         if self.rule == "prediction_change":
             return last_within_budget(points, self.max_accuracy_drop, "changed")
         if self.rule == "elbow":
-            return knee(points)
-        return max((p for p in points if p.pruned <= named), key=lambda p: p.pruned)
+            return elbow(points)
+        return max((p for p in points if p.pruned <= requested), key=lambda p: p.pruned)
 
 
 @torch.no_grad()
@@ -172,69 +189,77 @@ def prune_greedily(
     order: list[Neuron],
     mask: NeuronMask,
     data: ImageSet,
-    epsilon: float,
-    tolerance: float,
+    max_accuracy_drop: float,
+    max_loss_increase: float,
     *,
     zero_bias: bool = False,
     precision: Precision = "fp32",
 ) -> tuple[list[Neuron], list[SweepPoint]]:
-    """The neurons of `order` that clean images do not need, taken in this order, and the point
-    that each one leads to.
+    """The neurons of `order` that clean images do not need, and the point after each of them.
 
-    A neuron stays in the model when its loss would raise the cross-entropy on `data` by more than
-    `tolerance`, or bring the paired drop in accuracy of all that went above `epsilon`.
+    A neuron is kept when its removal increases the cross-entropy on `data` by more than
+    `max_loss_increase`, or when the paired drop in accuracy of all removals would exceed
+    `max_accuracy_drop`.
     """
-    trial, gone = copy.deepcopy(model), []
-    replay, measure = ActivationCache(trial, data.images, precision), SweepMeter(data.labels)
-    points = [measure(replay.logits(), 0, 0.0)]
-    replay.commit()
+    trial = copy.deepcopy(model)
+    cache = ActivationCache(trial, data.images, precision)
+    measure = SweepMeter(data.labels)
+    points = [measure(cache.logits(), 0, 0.0)]
+    cache.commit()
+    pruned: list[Neuron] = []
     for neuron in order:
-        layer, index = trial.get_submodule(neuron[0]), neuron[1]
-        before = [
-            (part, part[index].clone()) for part in (layer.weight, bias(layer)) if part is not None
-        ]
+        name, index = neuron
+        layer = trial.get_submodule(name)
+        parameters = [part for part in (scale(layer), bias(layer)) if part is not None]
+        before = [part[index].clone() for part in parameters]
         zero_channel(trial, neuron, zero_bias=zero_bias)
-        point = measure(replay.logits(neuron[0]), len(gone) + 1, float(mask[neuron[0]][index]))
-        if point.loss - points[-1].loss <= tolerance and point.lost <= epsilon + 1e-9:
-            gone.append(neuron)
+        point = measure(cache.logits(name), len(pruned) + 1, float(mask[name][index]))
+        loss_increase = point.loss - points[-1].loss
+        if loss_increase <= max_loss_increase and point.lost <= max_accuracy_drop + ROUNDING:
+            pruned.append(neuron)
             points.append(point)
-            replay.commit()
+            cache.commit()
         else:
-            for part, value in before:
+            for part, value in zip(parameters, before):
                 part[index] = value
-    return gone, points
+    return pruned, points
 
 
 class SweepMeter:
-    """Judges logits by their labels; the first ones are what the others are compared with."""
+    """Makes sweep points from logits; the first call sets what later ones are compared with."""
 
     def __init__(self, labels: Labels) -> None:
-        self.labels, self.before = labels, None
+        self.labels = labels
+        self.reference: Labels | None = None
 
     def __call__(self, logits: Logits, pruned: int, threshold: float) -> SweepPoint:
-        said = logits.argmax(1)
-        self.before = said if self.before is None else self.before
-        right, was_right = ((each == self.labels).float() for each in (said, self.before))
+        predicted = logits.argmax(1)
+        if self.reference is None:
+            self.reference = predicted
+        correct = (predicted == self.labels).float()
+        was_correct = (self.reference == self.labels).float()
         return SweepPoint(
             pruned=pruned,
             threshold=threshold,
-            accuracy=right.mean().item(),
-            lost=(was_right - right).mean().item(),
+            accuracy=correct.mean().item(),
+            lost=(was_correct - correct).mean().item(),
             loss=F.cross_entropy(logits, self.labels).item(),
-            changed=(said != self.before).float().mean().item(),
+            changed=(predicted != self.reference).float().mean().item(),
         )
 
 
-def sweep_counts(most: int, extra: tuple[int, ...] = ()) -> list[int]:
-    """Numbers of neurons to try: every one up to 32, then steps of about 6 %."""
-    counts, n = {0, most, *(e for e in extra if e <= most)}, 1
-    while n < most:
-        counts.add(n)
-        n = n + 1 if n < 32 else int(n * 1.06)
+def sweep_counts(largest: int, extra: tuple[int, ...] = ()) -> list[int]:
+    """Numbers of neurons to try: each up to 32, then steps of about 6 %, and those of `extra`."""
+    counts = {0, largest, *(count for count in extra if count <= largest)}
+    count = 1
+    while count < largest:
+        counts.add(count)
+        count = count + 1 if count < 32 else int(count * 1.06)
     return sorted(counts)
 
 
 def sorted_values(order: list[Neuron], mask: NeuronMask) -> np.ndarray:
+    """The masks of the neurons of `order`."""
     return np.array([float(mask[name][index]) for name, index in order])
 
 
@@ -249,18 +274,17 @@ def sweep(
     zero_bias: bool = False,
     precision: Precision = "fp32",
 ) -> list[SweepPoint]:
-    """Accuracy on `data` of `model` without the first n neurons of `order`, for each n in
-    `counts`, which ascend.
+    """A point for each n in `counts`: `model` on `data` without the first n neurons of `order`.
+
+    `counts` ascend.
     """
     measure = SweepMeter(data.labels)
+    logits_by_count = logits_along_sweep(
+        model, order, counts, data.images, zero_bias=zero_bias, precision=precision
+    )
     return [
-        measure(logits, n, float(values[n - 1]) if n else 0.0)
-        for n, (logits,) in zip(
-            counts,
-            logits_along_sweep(
-                model, order, counts, data.images, zero_bias=zero_bias, precision=precision
-            ),
-        )
+        measure(logits, count, float(values[count - 1]) if count else 0.0)
+        for count, (logits,) in zip(counts, logits_by_count)
     ]
 
 
@@ -273,42 +297,38 @@ def logits_along_sweep(
     zero_bias: bool = False,
     precision: Precision = "fp32",
 ) -> Iterator[tuple[Logits, ...]]:
-    """Logits of each set of images by `model` without the first n neurons of `order`, for each n
-    in `counts`, which ascend.
+    """For each n in `counts`, the logits of each set without the first n neurons of `order`.
 
-    A forward pass starts behind the last layer that stayed the same, so that a sweep costs a
-    fraction of as many passes.
+    `counts` ascend. Each forward pass starts behind the last layer that has not changed, so a
+    sweep costs a fraction of as many passes.
     """
-    trial, done = copy.deepcopy(model), 0
-    replays = [ActivationCache(trial, images, precision) for images in sets]
-    for n in counts:
-        for neuron in order[done:n]:
+    trial = copy.deepcopy(model)
+    caches = [ActivationCache(trial, images, precision) for images in sets]
+    pruned = 0
+    for count in counts:
+        for neuron in order[pruned:count]:
             zero_channel(trial, neuron, zero_bias=zero_bias)
-        changed = {layer for layer, _ in order[done:n]}
-        yield tuple(replay.logits(*changed) for replay in replays)
-        for replay in replays:
-            replay.commit()
-        done = n
+        changed_layers = {name for name, _ in order[pruned:count]}
+        yield tuple(cache.logits(*changed_layers) for cache in caches)
+        for cache in caches:
+            cache.commit()
+        pruned = count
 
 
 def last_within_budget(
-    points: list[SweepPoint], epsilon: float, cost: Literal["lost", "changed"] = "lost"
+    points: list[SweepPoint], budget: float, cost: Literal["lost", "changed"] = "lost"
 ) -> SweepPoint:
-    """The last point before more than `epsilon` of the accuracy is lost, or of the predictions
-    changed, for the first time.
-    """
+    """The last point before `cost` exceeds `budget` for the first time."""
     chosen = points[0]
     for point in points:
-        if getattr(point, cost) > epsilon + 1e-9:
+        if getattr(point, cost) > budget + ROUNDING:
             break
         chosen = point
     return chosen
 
 
-def knee(points: list[SweepPoint]) -> SweepPoint:
-    """Where the curve of loss against pruned neurons bends most: farthest below the line between
-    its ends.
-    """
+def elbow(points: list[SweepPoint]) -> SweepPoint:
+    """The point where the loss bends most: farthest below the line between the end points."""
     x = np.array([p.pruned for p in points], dtype=float)
     y = np.array([p.loss for p in points])
     span = max(x[-1] - x[0], 1.0)
@@ -317,9 +337,10 @@ def knee(points: list[SweepPoint]) -> SweepPoint:
 
 
 def outlier_bound(values: np.ndarray, k: float = 3.5, floor: float = 0.01) -> float:
-    """Masks below the median by `k` robust deviations; the floor serves because most masks are 1
-    and the MAD is 0.
+    """Masks at most this are outliers: `k` robust deviations below the median.
+
+    The deviation is at least `floor`, since most masks are 1 and the MAD is then 0.
     """
     median = np.median(values)
-    mad = 1.4826 * np.median(np.abs(values - median))
-    return float(median - k * max(mad, floor))
+    deviation = 1.4826 * np.median(np.abs(values - median))
+    return float(median - k * max(deviation, floor))

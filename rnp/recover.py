@@ -1,6 +1,4 @@
-"""Recover: minimize the error of the unlearned model again, with one mask per channel as the only
-free parameters.
-"""
+"""Recover: train one mask per channel of the unlearned model until its accuracy returns."""
 
 from __future__ import annotations
 
@@ -13,7 +11,13 @@ import torch.nn.functional as F
 from annotated_types import Gt
 from torch import Tensor, nn
 
-from rnp.neurons.masks import broadcast_to_weight, forward_masked, freeze_statistics, unit_mask
+from rnp.neurons.masks import (
+    broadcast_to_weight,
+    forward_masked,
+    freeze_statistics,
+    scale,
+    unit_mask,
+)
 from rnp.params.ranges import Hyperparameters
 from rnp.training.augment import Augment
 from rnp.training.device import chosen_precision
@@ -23,8 +27,9 @@ from rnp.types import Epoch, ImageSet, NeuronMask, OnEpoch, no_callback
 
 @dataclass(frozen=True)
 class Recovered:
-    """`mask` ranks the neurons; `final` is the mask after the last step and `model` the unlearned
-    network under it.
+    """`mask` ranks the neurons.
+
+    `final` is the mask after the last step, and `model` is the unlearned network under it.
     """
 
     mask: NeuronMask
@@ -37,26 +42,24 @@ class Recovered:
 class Recover(Hyperparameters):
     """Gradient descent on the masks, clipped to [0, 1] after every step.
 
-    Source: Li et al., ICML 2023, section 3 and Algorithm 1. `alpha` there only scales the loss,
+    Source: Li et al., ICML 2023, section 3 and Algorithm 1. `alpha` only scales the loss there,
     hence the step.
-    Differs: length is given in steps, since the mask values depend on their number, and epochs
-    change with the size of the defense set; neurons are ranked by the mask averaged over the
-    steps, since final masks tie at 0 and 1.
+    Differs: the length is given in steps, since the values of the masks depend on their number,
+    and epochs change with the size of the defense set; neurons are ranked by the mask averaged
+    over the steps, since final masks tie at 0 and 1.
     """
 
     lr: Annotated[float, Gt(0), "learning rate of the masks"] = 0.2
-    alpha: Annotated[float, Gt(0), "factor on the loss, which is a factor on the learning rate"] = (
-        0.2
-    )
+    alpha: Annotated[float, Gt(0), "factor on the loss, and so on the learning rate"] = 0.2
     momentum: Annotated[float, "SGD momentum"] = 0.9
-    steps: Annotated[int, Gt(0), "optimizer steps; mask values depend on their number"] = 80
+    steps: Annotated[int, Gt(0), "optimizer steps; the mask values depend on their number"] = 80
     batch_size: Annotated[int, Gt(0), "images per step"] = 128
     bn_mode: Annotated[
         Literal["train", "frozen"],
-        "BatchNorm on batch statistics, or on its running ones, unchanged",
+        "train: BatchNorm uses batch statistics; frozen: its running statistics, unchanged",
     ] = "train"
     rank_by: Annotated[
-        Literal["average", "final"], "the mask averaged over the steps, or after the last"
+        Literal["average", "final"], "rank by the mask averaged over the steps, or the last one"
     ] = "average"
     augment: Augment = Augment()
 
@@ -68,14 +71,14 @@ class Recover(Hyperparameters):
         rng: torch.Generator,
         on_epoch: OnEpoch = no_callback,
     ) -> Recovered:
-        """Drawn at random: the order and the augmentation of the images. `unlearned` is left
-        unchanged.
+        """Recover masks of `unlearned`, which is left unchanged.
 
-        Raises: NonFinite when the loss is; UserError when the model has no neurons to mask.
+        Drawn at random: the order and the augmentation of the images.
+
+        Raises: NonFiniteLossError when the loss is; UserError when the model has no neurons.
         """
-        model = freeze_statistics(
-            copy.deepcopy(unlearned).requires_grad_(False), self.bn_mode == "frozen"
-        )
+        model = copy.deepcopy(unlearned).requires_grad_(False)
+        freeze_statistics(model, self.bn_mode == "frozen")
         mask = {name: value.requires_grad_() for name, value in unit_mask(model).items()}
         total = {name: torch.zeros_like(value) for name, value in mask.items()}
 
@@ -84,7 +87,7 @@ class Recover(Hyperparameters):
             return self.alpha * F.cross_entropy(logits.float(), labels), logits
 
         @torch.no_grad()
-        def clip() -> None:
+        def clip_and_add_up() -> None:
             for name, value in mask.items():
                 value.clamp_(0, 1)
                 total[name] += value
@@ -100,15 +103,19 @@ class Recover(Hyperparameters):
             batch_size=self.batch_size,
             augment=self.augment,
             precision=chosen_precision(),
-            after_step=clip,
+            after_step=clip_and_add_up,
             on_epoch=on_epoch,
         )
+        apply_mask(model, mask)
         final = {name: value.detach().cpu() for name, value in mask.items()}
         average = {name: (value / self.steps).cpu() for name, value in total.items()}
-        with torch.no_grad():
-            for name, value in mask.items():
-                weight = model.get_submodule(name).weight
-                weight.mul_(broadcast_to_weight(value, weight))
-        return Recovered(
-            average if self.rank_by == "average" else final, final, model.eval(), history
-        )
+        chosen = average if self.rank_by == "average" else final
+        return Recovered(chosen, final, model.eval(), history)
+
+
+@torch.no_grad()
+def apply_mask(model: nn.Module, mask: NeuronMask) -> None:
+    """Multiply the scales of `model` by `mask`, in place."""
+    for name, value in mask.items():
+        weight = scale(model.get_submodule(name))
+        weight.mul_(broadcast_to_weight(value, weight))

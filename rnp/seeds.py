@@ -1,4 +1,4 @@
-"""Random number generators of a seed."""
+"""Random number generators, made from the seed of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
-    """A generator for one purpose: different for every purpose, the same for every run of a seed."""
+    """The generator for one purpose; it depends on the seed and the purpose alone."""
     import torch  # loaded here, so that the help of a command stays fast
 
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
@@ -18,16 +18,16 @@ def generator(seed: int, purpose: str) -> torch.Generator:
 
 
 def root(seed: int) -> torch.Generator:
-    """The generator of a seed itself, of which all others are children."""
+    """The generator of the seed itself; pass it to `child` to derive the others."""
     import torch
 
     return torch.Generator().manual_seed(seed)
 
 
 def child(rng: torch.Generator, name: str) -> torch.Generator:
-    """A generator for a part of the work of `rng`, which itself does not move.
+    """A generator for the part `name` of the work; the state of `rng` does not change.
 
-    It depends on the seed of `rng` alone: `child(root(seed), name)` draws what
-    `generator(seed, name)` draws.
+    It depends on the seed of `rng` alone: `child(root(seed), name)` draws the same numbers as
+    `generator(seed, name)`.
     """
     return generator(rng.initial_seed(), name)

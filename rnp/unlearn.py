@@ -1,6 +1,4 @@
-"""Unlearn: maximize the error of a model on clean images, all weights free, until its accuracy has
-fallen to a stop.
-"""
+"""Unlearn: maximize the error of a model on clean images, until its accuracy is low enough."""
 
 from __future__ import annotations
 
@@ -24,17 +22,19 @@ from rnp.training.predict import class_shares, predict
 from rnp.types import Epoch, ImageSet, OnEpoch, no_callback
 
 State = dict[str, Tensor]
+LEVELS = (0.8, 0.5, 0.2)
+"""Accuracies at which checkpoints are kept."""
 
 
 @dataclass(frozen=True)
 class Unlearned:
-    """`model` is the network at the stop; `checkpoints` the weights where accuracy first fell to
-    each level on the way.
+    """`model` is the network at the stop.
 
-    `trajectory` has one row per step: accuracy on the defense set in eval mode and, in `extra`,
-    the share of predictions that fall on each class (`share/0` ...) among the images of the
-    *other* classes. `reached` is false when the stop was never met; `model` is then the least
-    accurate one seen. `accuracy` is that of `model`.
+    `checkpoints` are the weights where the accuracy first reached each of `LEVELS`, and at the
+    end. `trajectory` has one row per step: accuracy on the defense set in eval mode and, in
+    `extra`, the share of predictions of each class (`share/0`, ...) among the images of the
+    *other* classes. If the stop was never met, `reached` is false and `model` is the least
+    accurate one. `accuracy` is that of `model`.
     """
 
     model: nn.Module
@@ -51,15 +51,16 @@ class Unlearn(Hyperparameters):
     """Gradient ascent on the cross-entropy of the defense set.
 
     Source: Li et al., ICML 2023, section 3 and Algorithm 1.
-    Differs: the stop is checked after every step, in eval mode; a step that costs more than
-    `largest_drop` of accuracy is taken back and the step size halved, so that one default serves
-    small and large models; gradients are clipped after the backward pass, not before it. After the
-    stop the ascent goes on to the collapse, for detection only. The `parity` settings (stop_metric
-    running, stop .2, lr .01, no largest_drop, no clip) restore the published run.
+    Differs: the stop is checked after every step, in eval mode. A step that costs more than
+    `max_drop_per_step` of accuracy is undone and the step size halved, so that one default serves
+    small and large models. Gradients are clipped after the backward pass, not before it. With
+    `until_collapse` the ascent goes on after the stop, for detection only. The published run is
+    restored by `stop_metric="running", stop_accuracy=0.2, lr=0.01, milestones=(10, 20),
+    epochs=21, max_drop_per_step=0, max_grad_norm=0, until_collapse=False`.
     """
 
     optimizer: Annotated[
-        Literal["sgd", "adam"], "adam with bn_mode frozen is the smooth variant"
+        Literal["sgd", "adam"], "adam with bn_mode frozen gives a smoother ascent"
     ] = "sgd"
     lr: Annotated[float, Gt(0), "learning rate of the ascent"] = 0.001
     momentum: Annotated[float, "SGD momentum"] = 0.9
@@ -75,10 +76,11 @@ class Unlearn(Hyperparameters):
     max_grad_norm: Annotated[float, Ge(0), "largest norm of a gradient; 0 does not clip"] = 20.0
     bn_mode: Annotated[
         Literal["train", "frozen"],
-        "BatchNorm on batch statistics, or on its running ones, unchanged",
+        "train: BatchNorm uses batch statistics; frozen: its running statistics, unchanged",
     ] = "train"
     stop_metric: Annotated[
-        Literal["eval", "running"], "accuracy that stops: eval mode after each step, or the epoch's"
+        Literal["eval", "running"],
+        "accuracy for the stop: in eval mode after each step, or that of the epoch's batches",
     ] = "eval"
     stop_accuracy: Annotated[
         float, Interval(gt=0, lt=1), "accuracy on the defense set at which to stop"
@@ -86,10 +88,10 @@ class Unlearn(Hyperparameters):
     max_drop_per_step: Annotated[
         float,
         Ge(0),
-        "accuracy that one step may cost; beyond it the step is redone at half size; 0 allows any",
+        "accuracy that one step may cost, else it is undone and the step halved; 0 allows any",
     ] = 0.1
     until_collapse: Annotated[
-        bool, "go on after the stop until one class takes all predictions, for detection"
+        bool, "continue after the stop until one class gets all predictions, for detection"
     ] = True
     retries: Annotated[
         int, Ge(0), "restarts at a tenth of the learning rate after a non-finite loss"
@@ -104,16 +106,19 @@ class Unlearn(Hyperparameters):
         rng: torch.Generator,
         on_epoch: OnEpoch = no_callback,
     ) -> Unlearned:
-        """Unlearn a copy of `model`. Drawn at random: the order and the augmentation of the images.
+        """Unlearn a copy of `model`.
 
-        Raises: NonFinite when the loss stays non-finite after all retries.
+        Drawn at random: the order and the augmentation of the images.
+
+        Raises: NonFiniteLossError when the loss stays non-finite after all retries.
         """
-        start, lr = rng.get_state(), self.lr
+        start = rng.get_state()
+        lr = self.lr
         for attempt in range(self.retries + 1):
             rng.set_state(start)
-            ascent = _Ascent(self, copy.deepcopy(model), clean, on_epoch)
+            ascent = _Ascent(self, copy.deepcopy(model), clean, lr, on_epoch)
             try:
-                ascent.run(lr, rng)
+                ascent.run(rng)
             except NonFiniteLossError:
                 if attempt == self.retries:
                     raise
@@ -123,50 +128,82 @@ class Unlearn(Hyperparameters):
         raise AssertionError("unreachable")
 
 
-class _Ascent:
-    """One run of the ascent, with the bookkeeping that `fit` does not know."""
+@dataclass(frozen=True)
+class _Snapshot:
+    """The weights of a model at a step, and its accuracy there."""
 
-    LEVELS = (0.8, 0.5, 0.2)
+    step: int
+    accuracy: float
+    state: State
+
+
+class _Ascent:
+    """One run of the ascent: measures each step, undoes it if necessary, and finds the stop."""
 
     def __init__(
-        self, options: Unlearn, model: nn.Module, clean: ImageSet, on_epoch: OnEpoch
+        self,
+        options: Unlearn,
+        model: nn.Module,
+        clean: ImageSet,
+        lr: float,
+        on_epoch: OnEpoch,
     ) -> None:
-        self.options, self.model, self.clean, self.on_epoch = options, model, clean, on_epoch
-        self.k = len(clean.classes)
+        self.options = options
+        self.model = model
+        self.clean = clean
+        self.on_epoch = on_epoch
+        self.num_classes = len(clean.classes)
         self.trajectory: list[Epoch] = []
         self.checkpoints: dict[str, State] = {}
-        self.factor, self.stop_step, self.at_stop = 1.0, 0, None
-        self.accuracy = self._measure()[0]
-        self.least = (self.accuracy, 0, self._state())
-        self.kept: tuple[State, dict] | None = None
-        self.last_loss = 0.0
+        self.step_factor = 1.0
+        self.last_loss = torch.zeros(())
+        self.accuracy, _ = self._measure(0)
+        self.least = self._snapshot(0)
+        self.stop: _Snapshot | None = None
+        freeze_statistics(model, options.bn_mode == "frozen")
+        self.optimizer = self._make_optimizer(lr)
+        self.undo_point = self._training_state()
 
-    def run(self, lr: float, rng: torch.Generator) -> None:
-        o = self.options
-        freeze_statistics(self.model, o.bn_mode == "frozen")
-        parameters = self.model.parameters()
-        if o.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(
-                parameters, lr=lr, momentum=o.momentum, weight_decay=o.weight_decay
-            )
-        else:
-            self.optimizer = torch.optim.Adam(parameters, lr=lr, weight_decay=o.weight_decay)
-        decay = multi_step(o.milestones, o.gamma)
-        self._snapshot()
+    def run(self, rng: torch.Generator) -> None:
+        options = self.options
+        decay = multi_step(options.milestones, options.gamma)
         fit(
             self.model,
             self.clean,
             objective=self._objective,
             optimizer=self.optimizer,
-            epochs=o.epochs,
-            batch_size=o.batch_size,
+            epochs=options.epochs,
+            batch_size=options.batch_size,
             rng=rng,
-            augment=o.augment,
-            max_grad_norm=o.max_grad_norm or None,
+            augment=options.augment,
+            max_grad_norm=options.max_grad_norm or None,
             precision=chosen_precision(),
-            schedule=lambda epoch: self.factor * decay(epoch),
+            schedule=lambda epoch: self.step_factor * decay(epoch),
             stop_step=self._after_step,
             stop_epoch=self._after_epoch,
+        )
+
+    def result(self, retries: int) -> Unlearned:
+        self.checkpoints["end"] = self._state()
+        chosen = self.stop or self.least
+        self.model.load_state_dict(chosen.state)
+        return Unlearned(
+            model=self.model.eval(),
+            checkpoints=self.checkpoints,
+            trajectory=self.trajectory,
+            reached=self.stop is not None,
+            stop_step=chosen.step,
+            accuracy=chosen.accuracy,
+            retries=retries,
+        )
+
+    def _make_optimizer(self, lr: float) -> torch.optim.Optimizer:
+        options = self.options
+        parameters = self.model.parameters()
+        if options.optimizer == "adam":
+            return torch.optim.Adam(parameters, lr=lr, weight_decay=options.weight_decay)
+        return torch.optim.SGD(
+            parameters, lr=lr, momentum=options.momentum, weight_decay=options.weight_decay
         )
 
     def _objective(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,87 +212,87 @@ class _Ascent:
         self.last_loss = loss.detach()
         return loss, logits
 
-    def _measure(self, step: int = 0) -> tuple[float, list[float]]:
-        """Accuracy, and for each class its share of the predictions for images of the other
-        classes.
-        """
-        logits = predict(self.model, self.clean.images, precision=chosen_precision())
-        if (
-            not logits.isfinite().all()
-        ):  # a step can overflow before any loss shows it, and NaN counts as class 0
-            raise NonFiniteLossError(step)
-        predicted = logits.argmax(1)
-        accuracy = (predicted == self.clean.labels).float().mean().item()
-        return accuracy, class_shares(predicted, self.clean.labels, self.k).tolist()
-
-    def _snapshot(self) -> None:
-        self.kept = copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
-
     def _after_step(self, step: int) -> bool:
-        """Measure, take the step back when it fell too far, record, and say whether the ascent is
-        over.
-        """
+        """Measure the step, undo or record it; returns whether the ascent is over."""
         loss = float(self.last_loss)
         if not math.isfinite(loss):
             raise NonFiniteLossError(step)
-        o = self.options
         accuracy, shares = self._measure(step)
-        if (
-            o.max_drop_per_step
-            and self.accuracy - accuracy > o.max_drop_per_step
-            and self.factor > 1e-3
-        ):
-            self.model.load_state_dict(self.kept[0])
-            self.optimizer.load_state_dict(
-                copy.deepcopy(self.kept[1])
-            )  # it would go on to change the kept momenta
-            self.factor /= 2
+        if self._drops_too_far(accuracy):
+            self._undo_step()
             return False
         self.accuracy = accuracy
-        if o.max_drop_per_step:
-            self._snapshot()
+        if self.options.max_drop_per_step:
+            self.undo_point = self._training_state()
+        self._record(step, loss, shares)
+        self._keep_checkpoints(step)
+        if self.options.stop_metric == "eval" and accuracy <= self.options.stop_accuracy:
+            self._mark_stop(step)
+        collapsed = max(shares) >= 0.95 or accuracy <= 1.2 / self.num_classes
+        return self.stop is not None and (collapsed or not self.options.until_collapse)
+
+    def _after_epoch(self, epoch: Epoch) -> bool:
+        """Stop by the accuracy of the batches; returns whether the ascent is over."""
+        options = self.options
+        if options.stop_metric == "running" and epoch.accuracy <= options.stop_accuracy:
+            self._mark_stop(epoch.step)
+        return self.stop is not None and not options.until_collapse
+
+    def _measure(self, step: int) -> tuple[float, list[float]]:
+        """Accuracy, and the share of each class among the predictions for other classes."""
+        logits = predict(self.model, self.clean.images, precision=chosen_precision())
+        # A step can overflow before any loss shows it, and argmax counts NaN as class 0.
+        if not logits.isfinite().all():
+            raise NonFiniteLossError(step)
+        predicted = logits.argmax(1)
+        accuracy = (predicted == self.clean.labels).float().mean().item()
+        return accuracy, class_shares(predicted, self.clean.labels, self.num_classes).tolist()
+
+    def _drops_too_far(self, accuracy: float) -> bool:
+        limit = self.options.max_drop_per_step
+        return limit > 0 and self.accuracy - accuracy > limit and self.step_factor > 1e-3
+
+    def _undo_step(self) -> None:
+        """Return to the last undo point, and halve the step size."""
+        weights, moments = self.undo_point
+        self.model.load_state_dict(weights)
+        # A copy, since the optimizer would change the moments of the undo point in place.
+        self.optimizer.load_state_dict(copy.deepcopy(moments))
+        self.step_factor /= 2
+
+    def _record(self, step: int, loss: float, shares: list[float]) -> None:
         row = Epoch(
-            epoch=(step - 1) // steps_per_epoch(len(self.clean), o.batch_size),
+            epoch=(step - 1) // steps_per_epoch(len(self.clean), self.options.batch_size),
             step=step,
             loss=loss,
-            accuracy=accuracy,
+            accuracy=self.accuracy,
             learning_rate=self.optimizer.param_groups[0]["lr"],
             gradient_norm=0.0,
             extra={f"share/{c}": share for c, share in enumerate(shares)},
         )
         self.trajectory.append(row)
         self.on_epoch(row)
-        for level in self.LEVELS:
-            if accuracy <= level and f"{level:.1f}" not in self.checkpoints:
-                self.checkpoints[f"{level:.1f}"] = self._state()
-        if self.at_stop is None and accuracy < self.least[0]:
-            self.least = (accuracy, step, self._state())
-        if o.stop_metric == "eval" and self.at_stop is None and accuracy <= o.stop_accuracy:
-            self._mark_stop(step)
-        collapsed = max(shares) >= 0.95 or accuracy <= 1.2 / self.k
-        return self.at_stop is not None and (collapsed or not o.until_collapse)
 
-    def _after_epoch(self, epoch: Epoch) -> bool:
-        if (
-            self.options.stop_metric == "running"
-            and self.at_stop is None
-            and epoch.accuracy <= self.options.stop_accuracy
-        ):
-            self._mark_stop(epoch.step)
-        return self.at_stop is not None and not self.options.until_collapse
+    def _keep_checkpoints(self, step: int) -> None:
+        """Keep the weights if a level is reached for the first time, or the lowest accuracy."""
+        for level in LEVELS:
+            name = f"{level:.1f}"
+            if self.accuracy <= level and name not in self.checkpoints:
+                self.checkpoints[name] = self._state()
+        if self.stop is None and self.accuracy < self.least.accuracy:
+            self.least = self._snapshot(step)
 
     def _mark_stop(self, step: int) -> None:
-        self.stop_step, self.at_stop = step, (self.accuracy, self._state())
+        """Remember the first step at which the stop is met."""
+        if self.stop is None:
+            self.stop = self._snapshot(step)
+
+    def _snapshot(self, step: int) -> _Snapshot:
+        return _Snapshot(step, self.accuracy, self._state())
 
     def _state(self) -> State:
         return copy.deepcopy(self.model.state_dict())
 
-    def result(self, retries: int) -> Unlearned:
-        reached = self.at_stop is not None
-        self.checkpoints["end"] = self._state()
-        step = self.stop_step if reached else self.least[1]
-        accuracy, state = self.at_stop if reached else (self.least[0], self.least[2])
-        self.model.load_state_dict(state)
-        return Unlearned(
-            self.model.eval(), self.checkpoints, self.trajectory, reached, step, accuracy, retries
-        )
+    def _training_state(self) -> tuple[State, dict]:
+        """The state of the model and of the optimizer."""
+        return copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))

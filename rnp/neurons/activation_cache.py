@@ -1,10 +1,12 @@
-"""Forward passes of a network that changes one layer at a time: each starts behind the last part
-that stayed the same.
+"""Repeated forward passes of a network that changes one layer at a time.
+
+Each pass starts behind the last part that has not changed.
 """
 
 from __future__ import annotations
 
 import operator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +17,10 @@ from rnp.training.device import Precision, autocast, device_of
 from rnp.training.predict import eval_batches
 from rnp.types import Bytes, Logits, to_floats
 
-BUDGET = 3 * 2**28  # bytes of activations that are kept
-LEAVE_ALONE = (
-    nn.Conv2d,
-    nn.Linear,
-    *NORMS,
-)  # they never change their input in place; activations may
+BUDGET = 3 * 2**28
+"""Bytes of activations that are kept."""
+PURE_MODULES = (nn.Conv2d, nn.Linear, *NORMS)
+"""They never change their input in place; activations may."""
 
 
 class ActivationCache:
@@ -31,125 +31,141 @@ class ActivationCache:
     """
 
     def __init__(self, model: nn.Module, images: Bytes, precision: Precision) -> None:
-        self.model, self.precision, self.device = model.eval(), precision, device_of(model)
-        self.parts = eval_batches(images)
-        self.graph = self._traced()
+        self.model = model.eval()
+        self.precision: Precision = precision
+        self.device = device_of(model)
+        self.batches = eval_batches(images)
+        self.graph = self._trace()
         self.nodes = list(self.graph.graph.nodes) if self.graph else []
-        self.place = {node: i for i, node in enumerate(self.nodes)}
-        self.cuts = self._affordable(len(images)) if len(images) else []
-        self.kept: list[dict[fx.Node, Tensor]] = [{} for _ in self.parts]
-        self.fresh: list[dict[fx.Node, Tensor]] = [{} for _ in self.parts]
-        self.changed = 0
+        self.position = {node: i for i, node in enumerate(self.nodes)}
+        self.cached_nodes = self._affordable_nodes(len(images)) if len(images) else []
+        # One dictionary for each batch: of the committed network, and of the last pass.
+        self.committed: list[dict[fx.Node, Tensor]] = [{} for _ in self.batches]
+        self.latest: list[dict[fx.Node, Tensor]] = [{} for _ in self.batches]
+        self.first_changed = 0
 
     @torch.no_grad()
-    def _traced(self) -> fx.GraphModule | None:
-        """The network's graph, if it says what the network says."""
-        images = self._input(0)[:1]
+    def _trace(self) -> fx.GraphModule | None:
+        """The graph of the network, if it computes what the network computes."""
+        images = self._load(self.batches[0][:1])
         try:
             graph = fx.symbolic_trace(self.model)
             with autocast(self.precision, self.device):
                 return graph if torch.equal(graph(images), self.model(images)) else None
-        except Exception:  # whatever a tracer stumbles over, the network itself may work
+        except Exception:  # the tracer may fail in many ways where the network itself works
             return None
 
     @torch.no_grad()
-    def logits(self, *layers: str) -> Logits:
-        """Logits on the CPU; `layers` are all that has changed since the last `keep`, everything
-        when there are none.
+    def logits(self, *changed_layers: str) -> Logits:
+        """Logits on the CPU.
+
+        `changed_layers` are all layers that have changed since the last `commit`; without any,
+        everything is computed again.
         """
-        self.changed = next(
-            (i for i, node in enumerate(self.nodes) if any(reads(node, layer) for layer in layers)),
-            0,
+        self.first_changed = next(
+            (i for i, node in enumerate(self.nodes) if reads_any(node, changed_layers)), 0
         )
-        return torch.cat([self._run(i) for i in range(len(self.parts))])
+        return torch.cat([self._run(i) for i in range(len(self.batches))])
 
     def commit(self) -> None:
-        """The network stays as it was for the last logits."""
-        for kept, fresh in zip(self.kept, self.fresh):
-            for node in [node for node in kept if self.place[node] >= self.changed]:
-                del kept[node]
-            kept |= fresh
+        """Keep the activations of the last pass: the network stays as it was then."""
+        for committed, latest in zip(self.committed, self.latest):
+            for node in list(committed):
+                if self.position[node] >= self.first_changed:
+                    del committed[node]
+            committed |= latest
 
     def _run(self, i: int) -> Logits:
+        """Logits of one batch, from the last valid activation on."""
         with autocast(self.precision, self.device):
             if self.graph is None:
-                return self.model(self._input(i)).float().cpu()
-            run = NodeRecorder(self.graph, self.cuts)
-            valid = [node for node in self.kept[i] if self.place[node] < self.changed]
+                return self.model(self._load(self.batches[i])).float().cpu()
+            recorder = NodeRecorder(self.graph, self.cached_nodes)
+            valid = [node for node in self.committed[i] if self._is_valid(node)]
             if valid:
-                start = max(valid, key=self.place.__getitem__)
-                done = {
-                    node: None for node in self.nodes[: self.place[start]] if node.op != "get_attr"
-                }
-                logits = run.run(None, initial_env=done | {start: self.kept[i][start]})
+                start = max(valid, key=self.position.__getitem__)
+                known = self._skip_before(start) | {start: self.committed[i][start]}
+                logits = recorder.run(None, initial_env=known)
             else:
-                logits = run.run(self._input(i))
-            self.fresh[i] = run.seen
+                logits = recorder.run(self._load(self.batches[i]))
+            self.latest[i] = recorder.values
             return logits.float().cpu()
 
-    def _input(self, i: int) -> Tensor:
-        return to_floats(self.parts[i].to(self.device))
+    def _is_valid(self, node: fx.Node) -> bool:
+        return self.position[node] < self.first_changed
+
+    def _skip_before(self, start: fx.Node) -> dict[fx.Node, None]:
+        """Placeholders for the values before `start`, so that they are not computed."""
+        before = self.nodes[: self.position[start]]
+        return {node: None for node in before if node.op != "get_attr"}
+
+    def _load(self, images: Bytes) -> Tensor:
+        return to_floats(images.to(self.device))
 
     @torch.no_grad()
-    def _affordable(self, n: int) -> list[fx.Node]:
-        """The places to keep, from the last ones on, as many as the budget allows for `n`
-        images.
-        """
+    def _affordable_nodes(self, n: int) -> list[fx.Node]:
+        """The last cut points, as many as the budget allows for `n` images."""
         if self.graph is None:
             return []
-        run = NodeRecorder(self.graph, cut_points(self.nodes))
+        recorder = NodeRecorder(self.graph, cut_points(self.nodes))
         with autocast(self.precision, self.device):
-            run.run(self._input(0)[:1])
-        chosen, bytes_left = [], BUDGET // 2  # those of the last `keep`, and fresh ones beside them
-        for node, value in reversed(run.seen.items()):
+            recorder.run(self._load(self.batches[0][:1]))
+        affordable = []
+        bytes_left = BUDGET // 2  # the activations of the last pass take the other half
+        for node, value in reversed(recorder.values.items()):
             bytes_left -= n * value.numel() * value.element_size()
             if bytes_left < 0:
                 break
-            chosen.append(node)
-        return chosen
+            affordable.append(node)
+        return affordable
 
 
-def reads(node: fx.Node, layer: str) -> bool:
-    """Whether the node takes the weights of `layer`: it runs it, or a module that holds it, or
-    fetches a weight by name.
+def reads_any(node: fx.Node, layers: tuple[str, ...]) -> bool:
+    """Whether the node uses the weights of one of `layers`.
+
+    It does when it runs the layer, or a module that contains it, or gets a weight by name.
     """
+    target = str(node.target)
     if node.op == "call_module":
-        return f"{layer}.".startswith(f"{node.target}.")
-    return node.op == "get_attr" and node.target.startswith(f"{layer}.")
+        return any(f"{layer}.".startswith(f"{target}.") for layer in layers)
+    return node.op == "get_attr" and any(target.startswith(f"{layer}.") for layer in layers)
 
 
 class NodeRecorder(fx.Interpreter):
-    """Runs a graph and remembers the values of some nodes."""
+    """Runs a graph and records the values of some nodes."""
 
-    def __init__(self, graph: fx.GraphModule, wanted: list[fx.Node]) -> None:
+    def __init__(self, graph: fx.GraphModule, recorded: list[fx.Node]) -> None:
         super().__init__(graph)
-        self.wanted, self.seen = set(wanted), {}
+        self.recorded = set(recorded)
+        self.values: dict[fx.Node, Tensor] = {}
 
-    def run_node(self, node: fx.Node) -> object:
-        value = super().run_node(node)
-        if node in self.wanted:
-            self.seen[node] = value
+    def run_node(self, n: fx.Node) -> object:
+        value = super().run_node(n)
+        if n in self.recorded:
+            self.values[n] = value
         return value
 
 
 def cut_points(nodes: list[fx.Node]) -> list[fx.Node]:
-    """Nodes whose value is all that later ones need, and that none of those changes in place."""
-    place = {node: i for i, node in enumerate(nodes)}
-    last = {node: max((place[user] for user in node.users), default=-1) for node in nodes}
-    found, reach = [], 0  # the last use of anything that came before
+    """Nodes whose value is all that later nodes need, and that none of these changes in place."""
+    position = {node: i for i, node in enumerate(nodes)}
+    cuts = []
+    last_use = 0  # of all values before the node
     for i, node in enumerate(nodes):
-        alone = reach <= i and node.op not in ("placeholder", "get_attr", "output")
+        alone = last_use <= i and node.op not in ("placeholder", "get_attr", "output")
         if alone and node.users and all(is_pure(user) for user in node.users):
-            found.append(node)
+            cuts.append(node)
         if node.op != "get_attr":
-            reach = max(reach, last[node])
-    return found
+            last_use = max(last_use, *(position[user] for user in node.users), -1)
+    return cuts
 
 
 def is_pure(node: fx.Node) -> bool:
+    """Whether the node is known not to change its input in place."""
     if node.op == "call_module":
-        module = node.graph.owning_module.get_submodule(node.target)
-        return isinstance(module, LEAVE_ALONE) or (
-            isinstance(module, nn.Identity) and all(map(is_pure, node.users))
-        )
+        network = cast("nn.Module", node.graph.owning_module)
+        module = network.get_submodule(str(node.target))
+        if isinstance(module, nn.Identity):
+            return all(is_pure(user) for user in node.users)
+        return isinstance(module, PURE_MODULES)
     return node.target in (operator.add, F.avg_pool2d)

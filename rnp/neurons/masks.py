@@ -1,11 +1,13 @@
-"""Neuron masks on the channels of normalization layers, by functional call: no architecture is
-rewritten.
+"""Neuron masks: one factor per channel of the normalization layers, for any architecture.
+
+Masks are applied by functional call, so no architecture is rewritten.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,56 +22,69 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def maskable(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers whose channels are the neurons, by name: every normalization with one scale per
-    channel (BatchNorm, InstanceNorm, GroupNorm, LayerNorm, RMSNorm), whatever it normalizes; in a
-    network without any, the convolutions, whose scale is their kernel. A layer that runs several
-    times in a forward pass is one layer: its neurons are masked in each run.
+    """The layers whose channels are the neurons, by name.
 
-    Raises: UserError when there is neither, or when the scale of a layer is not its own.
+    These are the normalizations with one scale per channel (BatchNorm, InstanceNorm, GroupNorm,
+    LayerNorm, RMSNorm), whatever they normalize. In a network without any, they are the
+    convolutions, whose scale is their kernel. A layer that runs several times in a forward pass
+    counts once: its neurons are masked in each run.
+
+    Raises: UserError when there is neither, or when a layer shares or recomputes its scale.
     """
     modules = dict(model.named_modules())
-    norms = {
-        name: module
-        for name, module in modules.items()
-        if isinstance(module, NORMS)
-        and getattr(module, "weight", None) is not None
-        and module.weight.dim() == 1
-    }
-    layers = norms or {
-        name: module for name, module in modules.items() if isinstance(module, nn.Conv2d)
-    }
+    layers = {name: module for name, module in modules.items() if has_channel_scale(module)}
+    if not layers:
+        layers |= {name: layer for name, layer in modules.items() if isinstance(layer, nn.Conv2d)}
     if not layers:
         raise UserError(
             f"{type(model).__name__} has neither a normalization with a scale per channel nor a"
             " convolution, and neurons are masked there; choose another architecture"
         )
+    for name, layer in layers.items():
+        require_own_parameters(name, layer)
+    require_unshared_parameters(layers, modules)
+    return layers
+
+
+def has_channel_scale(module: nn.Module) -> bool:
+    """Whether `module` is a normalization with one scale per channel."""
+    weight = module.weight if isinstance(module, NORMS) else None
+    return isinstance(weight, Tensor) and weight.dim() == 1
+
+
+def require_own_parameters(name: str, layer: nn.Module) -> None:
+    """Raises: UserError when `layer` computes its weight, so that setting it has no effect."""
+    kind = type(layer)
+    standardized = isinstance(layer, nn.Conv2d) and kind.forward is not nn.Conv2d.forward
+    if "weight" not in layer._parameters or standardized:
+        raise UserError(
+            f"layer {name} ({kind.__name__}) recomputes its weight in each forward pass, so its"
+            " channels cannot be pruned; remove the parametrization, or choose another"
+            " architecture"
+        )
+
+
+def require_unshared_parameters(
+    layers: dict[str, nn.Module], modules: dict[str, nn.Module]
+) -> None:
+    """Raises: UserError when one of `layers` shares a parameter with another of `modules`."""
     owners: dict[int, list[str]] = {}
     for name, module in modules.items():
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), []).append(name)
     for name, layer in layers.items():
-        kind = type(layer)
-        if "weight" not in layer._parameters or (
-            isinstance(layer, nn.Conv2d) and kind.forward is not nn.Conv2d.forward
-        ):
-            raise UserError(
-                f"layer {name} ({kind.__name__}) makes its weight anew in each forward pass, so"
-                " that no channel can be cut out of it; remove the parametrization, or choose"
-                " another architecture"
-            )
-        shared = [
-            other
-            for part in (layer.weight, bias(layer))
-            if part is not None
-            for other in owners[id(part)]
-            if other != name
-        ]
-        if shared:
-            raise UserError(
-                f"layers {name} and {shared[0]} share a weight, so that no channel belongs to one"
-                " of them; give each its own"
-            )
-    return layers
+        parameters = [part for part in (scale(layer), bias(layer)) if part is not None]
+        for other in (owner for part in parameters for owner in owners[id(part)]):
+            if other != name:
+                raise UserError(
+                    f"layers {name} and {other} share a weight, so no channel belongs to one of"
+                    " them; give each its own"
+                )
+
+
+def scale(layer: nn.Module) -> Tensor:
+    """The weight of a maskable layer: a scale, or in convolutions a kernel, per channel."""
+    return cast("Tensor", layer.weight)
 
 
 def bias(layer: nn.Module) -> Tensor | None:
@@ -78,9 +93,9 @@ def bias(layer: nn.Module) -> Tensor | None:
 
 
 def batch_norms(model: nn.Module, method: str) -> dict[str, nn.Module]:
-    """The same layers, for a method that reads what BatchNorm remembers of the training.
+    """The maskable layers, for a method that needs the running statistics of BatchNorm.
 
-    Raises: UserError when one of them is no BatchNorm, or remembers nothing.
+    Raises: UserError when a layer has no running statistics.
     """
     layers = maskable(model)
     for name, layer in layers.items():
@@ -99,49 +114,48 @@ def broadcast_to_weight(value: Tensor, weight: Tensor) -> Tensor:
 
 def unit_mask(model: nn.Module) -> NeuronMask:
     """A mask that changes nothing."""
-    return {
-        name: torch.ones(len(layer.weight), device=layer.weight.device)
-        for name, layer in maskable(model).items()
-    }
+    scales = {name: scale(layer) for name, layer in maskable(model).items()}
+    return {name: torch.ones(len(value), device=value.device) for name, value in scales.items()}
 
 
 def forward_masked(model: nn.Module, images: Images, mask: NeuronMask) -> Logits:
-    """The forward pass of `model` with each channel's scale multiplied by its mask; gradients
-    reach the mask.
+    """The forward pass of `model` with each channel's scale multiplied by its mask.
 
-    In train mode the running statistics of `model` move, as they would in its own forward pass.
+    Gradients reach the mask. In train mode the running statistics of `model` are updated, as in
+    its own forward pass.
     """
-    weights = {name: model.get_submodule(name).weight.detach() for name in mask}
-    scales = {
-        f"{name}.weight": weights[name] * broadcast_to_weight(value, weights[name])
-        for name, value in mask.items()
-    }
-    return functional_call(model, scales, (images,))
+    masked = {}
+    for name, value in mask.items():
+        weight = scale(model.get_submodule(name)).detach()
+        masked[f"{name}.weight"] = weight * broadcast_to_weight(value, weight)
+    return functional_call(model, masked, (images,))
 
 
 def rank_neurons(mask: NeuronMask) -> list[Neuron]:
     """All neurons, the most suspicious first; ties by layer order, then index.
 
-    The last channel left in a layer is never listed: a layer without channels computes nothing.
+    The last channel of each layer is left out: a layer without channels computes nothing.
     """
     values = torch.cat([value.detach().flatten().cpu().double() for value in mask.values()])
     neurons = [(name, index) for name, value in mask.items() for index in range(len(value))]
-    left = {name: len(value) for name, value in mask.items()}
+    remaining = {name: len(value) for name, value in mask.items()}
     order = []
     for position in values.argsort(stable=True).tolist():
         name, index = neurons[position]
-        if left[name] > 1:
-            left[name] -= 1
+        if remaining[name] > 1:
+            remaining[name] -= 1
             order.append((name, index))
     return order
 
 
 @torch.no_grad()
 def prune(model: nn.Module, neurons: Iterable[Neuron], *, zero_bias: bool = False) -> nn.Module:
-    """A copy of `model` whose named channels have scale 0; the bias stays unless `zero_bias`.
+    """A copy of `model` in which the given channels have scale 0.
 
-    Source: Wu and Wang, NeurIPS 2021 (ANP), whose convention RNP follows: the channel then puts
-    out its bias.
+    The bias stays, unless `zero_bias`.
+
+    Source: Wu and Wang, NeurIPS 2021 (ANP), whose convention RNP follows: a pruned channel
+    outputs its bias.
     """
     pruned = copy.deepcopy(model)
     for neuron in neurons:
@@ -151,17 +165,19 @@ def prune(model: nn.Module, neurons: Iterable[Neuron], *, zero_bias: bool = Fals
 
 @torch.no_grad()
 def zero_channel(model: nn.Module, neuron: Neuron, *, zero_bias: bool = False) -> None:
-    """Take one channel out of `model` itself."""
+    """Prune one channel of `model` in place."""
     name, index = neuron
     layer = model.get_submodule(name)
-    layer.weight[index] = 0
-    if zero_bias and bias(layer) is not None:
-        layer.bias[index] = 0
+    scale(layer)[index] = 0
+    shift = bias(layer)
+    if zero_bias and shift is not None:
+        shift[index] = 0
 
 
 def freeze_statistics(model: nn.Module, frozen: bool) -> nn.Module:
-    """Train mode, with BatchNorm in eval mode when `frozen`: its statistics then stay, its weights
-    still train.
+    """`model` in train mode, with BatchNorm in eval mode when `frozen`.
+
+    The running statistics of BatchNorm then stay; its weights are still trained.
     """
     model.train()
     if frozen:

@@ -30,8 +30,9 @@ class Hyperparameters:
         section = cls.section or cls.__module__.rpartition(".")[2]
         for name, rule in _rules(cls).items():
             value = getattr(self, name)
-            if rule.at_least_one and not value:
-                raise UserError(f"{section}.{name} must name at least one")
+            if rule.min_length and len(value) < rule.min_length:
+                number = "one" if rule.min_length == 1 else rule.min_length
+                raise UserError(f"{section}.{name} must name at least {number}")
             for number in (value if rule.several else (value,)) if rule.bounds else ():
                 _check(f"{section}.{name}", number, rule.bounds)
 
@@ -41,7 +42,7 @@ class Rule:
     """What a field may hold: `bounds` are those of its value, or of each of `several`."""
 
     bounds: dict[str, float]
-    at_least_one: bool
+    min_length: int
     several: bool
 
 
@@ -56,9 +57,9 @@ def _rules(cls: type) -> dict[str, Rule]:
         several = typing.get_origin(kind) is tuple
         element = typing.get_args(kind)[0] if several else None
         constraints = [*constraints_of(hint), *constraints_of(element)]
-        at_least_one = any(isinstance(each, MinLen) for each in constraints)
+        lengths = [each.min_length for each in constraints if isinstance(each, MinLen)]
         if constraints:
-            rules[field.name] = Rule(bounds_of(constraints), at_least_one, several)
+            rules[field.name] = Rule(bounds_of(constraints), max(lengths, default=0), several)
     return rules
 
 
@@ -80,7 +81,8 @@ def _check(where: str, value: float, bounds: dict[str, float]) -> None:
     if _within(value, bounds):
         return
     hint = ""
-    if bounds.get("le", bounds.get("lt")) == 1 < value <= 100:
+    is_fraction = bounds.get("le", bounds.get("lt")) == 1
+    if is_fraction and value > 1 and _within(value / 100, bounds):
         hint = f"; it is a fraction, not percent: did you mean {value / 100:g}?"
     raise UserError(f"{where} must be {describe(bounds)}, got {value:g}{hint}")
 

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches: shifted crops and mirror images, every image with its own draw."""
+"""Augmentation of whole batches: random crops and flips, drawn for each image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from rnp.params.ranges import Hyperparameters
 from rnp.types import Images, to_device
 
-STEP = 4  # pixels, so that a run sees few sizes
+STEP = 4
+"""Sides of shrunk images are multiples of this many pixels, so that a run sees few sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,44 +29,40 @@ class Augment(Hyperparameters):
     flip: Annotated[bool, "mirror half of the images"] = True
 
     def __call__(self, images: Images, *, rng: torch.Generator) -> Images:
-        """Drawn at random: one shift and one mirroring per image. `images` is left unchanged."""
+        """Drawn at random: one shift and one flip per image. `images` is left unchanged."""
         n, _, height, width = images.shape
-        dy, dx = torch.randint(-self.crop, self.crop + 1, (2, n), generator=rng)
-        mirrored = (
-            torch.rand(n, generator=rng) < 0.5 if self.flip else torch.zeros(n, dtype=torch.bool)
-        )
-        dy, dx, mirrored = to_device(torch.stack([dy, dx, mirrored.long()]), images.device)
-
-        def count(end):
-            return torch.arange(end, device=images.device)
-
-        rows = count(height) + dy.unsqueeze(1)  # [n, h]
-        columns = count(width).expand(n, -1)
-        columns = torch.where(
-            mirrored.bool().unsqueeze(1), columns.flip(1), columns
-        ) + dx.unsqueeze(1)  # [n, w]
+        device = images.device
+        shifts = torch.randint(-self.crop, self.crop + 1, (2, n), generator=rng)
+        flips = torch.zeros(n, dtype=torch.bool)
+        if self.flip:
+            flips = torch.rand(n, generator=rng) < 0.5
+        dy, dx, flipped = to_device(torch.cat([shifts, flips.long().unsqueeze(0)]), device)
+        rows = torch.arange(height, device=device) + dy.unsqueeze(1)  # [n, h]
+        columns = torch.arange(width, device=device).expand(n, -1)
+        columns = torch.where(flipped.bool().unsqueeze(1), columns.flip(1), columns)
+        columns = columns + dx.unsqueeze(1)  # [n, w]
         padded = F.pad(images, [self.crop] * 4) if self.crop else images
-        where = (
-            count(n)[:, None, None],
-            rows[:, :, None] + self.crop,
-            columns[:, None, :] + self.crop,
-        )
-        return padded.permute(0, 2, 3, 1)[where].permute(0, 3, 1, 2)  # channels-last in memory
+        index = torch.arange(n, device=device)[:, None, None]
+        y = rows[:, :, None] + self.crop
+        x = columns[:, None, :] + self.crop
+        # The copy is channels-last in memory.
+        return padded.permute(0, 2, 3, 1)[index, y, x].permute(0, 3, 1, 2)
 
 
-def shrink(images: Images, share: float) -> Float[Tensor, "n c _ _"]:
-    """Smaller images, their sides `share` of what they were, down to a multiple of `STEP` pixels;
-    the same ones where `share` is 1.
+def shrink(images: Images, scale: float) -> Float[Tensor, "n c _ _"]:
+    """Images whose sides are multiplied by `scale` and rounded down to a multiple of `STEP`.
 
-    Neighboring pixels are averaged. What convolutions learn on smaller images serves on large
-    ones, at a fraction of the cost.
+    Neighboring pixels are averaged. With a scale of 1 or more `images` itself is returned.
 
-    Source: Howard, 2018, DAWNBench entry of fast.ai (images that grow in training).
+    Source: Howard, 2018, DAWNBench entry of fast.ai (progressive resizing).
     """
-    if share >= 1:
+    if scale >= 1:
         return images
-    sides = [
-        min(side, max(STEP, STEP * math.floor(share * side / STEP + 1e-9)))
-        for side in images.shape[2:]
-    ]
-    return F.interpolate(images, size=sides, mode="bilinear", antialias=True)
+    size = [shrunk_side(side, scale) for side in images.shape[2:]]
+    return F.interpolate(images, size=size, mode="bilinear", antialias=True)
+
+
+def shrunk_side(side: int, scale: float) -> int:
+    """A multiple of `STEP`, but never 0 and never more than `side`."""
+    multiple = STEP * math.floor(scale * side / STEP + 1e-9)
+    return min(side, max(STEP, multiple))

@@ -1,12 +1,11 @@
-"""One training run by several processes, as torchrun starts them: each takes a slice of every
-batch, together they are one.
-"""
+"""Data-parallel training under torchrun: each process computes a shard of every batch."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -14,23 +13,21 @@ from torch import Tensor, nn
 
 from rnp.errors import UserError
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+SHARDABLE_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def world_size() -> int:
-    """How many train together; 1 where torchrun has not started us."""
+    """The number of processes that torchrun has started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def is_main_process() -> bool:
-    """Whether this process writes the files and tells MLflow."""
+    """Whether this process writes the files and logs to MLflow."""
     return world_size() == 1 or os.environ["RANK"] == "0"
 
 
 class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the slices of all processes, on any device; PyTorch's own SyncBatchNorm needs
-    a GPU.
-    """
+    """BatchNorm over the shards of all processes, on any device; SyncBatchNorm needs a GPU."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
@@ -38,128 +35,165 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        x, axes, shape = (
-            input.float(),
-            [0, *range(2, input.dim())],
-            (1, -1, *[1] * (input.dim() - 2)),
-        )
+        x = input.float()
+        axes = [0, *range(2, x.dim())]
+        shape = (1, -1, *[1] * (x.dim() - 2))
         count = torch.tensor(float(x.numel() // x.shape[1]), device=x.device)
         dist.all_reduce(count)
-        mean = AllReduceSum.apply(x.sum(axes)) / count  # [c]
-        centerd = x - mean.view(shape)
-        variance = AllReduceSum.apply(centerd.square().sum(axes)) / count
+        mean = all_reduce_sum(x.sum(axes)) / count  # [c]
+        centered = x - mean.view(shape)
+        variance = all_reduce_sum(centered.square().sum(axes)) / count
         if self.running_mean is not None:
-            self._remember(mean.detach(), variance.detach() * count / (count - 1))
-        scaled = centerd * (variance + self.eps).rsqrt().view(shape)
+            self._update_running(mean.detach(), variance.detach() * count / (count - 1))
+        scaled = centered * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
             scaled = scaled * self.weight.view(shape) + self.bias.view(shape)
         return scaled.to(input.dtype)
 
     @torch.no_grad()
-    def _remember(self, mean: Tensor, unbiased: Tensor) -> None:
-        self.num_batches_tracked += 1
-        factor = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
-        self.running_mean.lerp_(mean, factor)
-        self.running_var.lerp_(unbiased, factor)
+    def _update_running(self, mean: Tensor, unbiased: Tensor) -> None:
+        # A layer has all three buffers or none.
+        batches = cast("Tensor", self.num_batches_tracked)
+        batches += 1
+        factor = self.momentum if self.momentum is not None else 1 / float(batches)
+        cast("Tensor", self.running_mean).lerp_(mean, factor)
+        cast("Tensor", self.running_var).lerp_(unbiased, factor)
 
 
 class AllReduceSum(torch.autograd.Function):
-    """The sum over all processes; every one of them depends on our part, so that the gradient is a
-    sum as well.
+    """The sum of a tensor over all processes.
+
+    The results of all processes depend on each summand, so the gradient is summed as well.
     """
 
     @staticmethod
     def forward(context: object, value: Tensor) -> Tensor:
-        value = value.clone()
-        dist.all_reduce(value)
-        return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
 
     @staticmethod
     def backward(context: object, gradient: Tensor) -> Tensor:
         return AllReduceSum.forward(context, gradient)
 
 
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """`AllReduceSum` of `value`."""
+    return cast("Tensor", AllReduceSum.apply(value))  # PyTorch does not annotate `apply`
+
+
+class SingleProcess:
+    """The operations of `ProcessGroup` where a single process trains: nothing is exchanged."""
+
+    size = 1
+    count_weight = 1.0
+
+    def shard(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return images, labels
+
+    def gather(self, rows: Tensor, n: int) -> Tensor:
+        return rows
+
+    def backward(self, loss: Tensor, parameters: list[Tensor]) -> None:
+        loss.backward()
+
+    def sum_over_processes(self, totals: Tensor) -> None:
+        pass
+
+
 class ProcessGroup:
-    """The processes that train `model`. A batch of fewer images than processes is worked out by
-    each of them alone.
+    """The processes that train `model` together.
+
+    A batch with fewer images than processes is not sharded: each process computes all of it.
+
+    `count_weight` is the weight of this process in sums over the images of the last batch.
+
+    Raises: UserError when a layer of the model cannot share its statistics.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.size, self.rank = dist.get_world_size(), dist.get_rank()
+        self.size = dist.get_world_size()
+        self.rank = dist.get_rank()
         self.layers = [
             (layer, type(layer))
             for layer in model.modules()
             if isinstance(layer, nn.modules.batchnorm._BatchNorm)
         ]
         for layer, kind in self.layers:
-            if kind not in BATCH_NORMS:
+            if kind not in SHARDABLE_NORMS:
                 raise UserError(
                     f"{kind.__name__} cannot be trained by several processes; run without torchrun"
                     " and RNP_PROCESSES"
                 )
-            layer.process_group = None  # SyncBatchNorm asks for it
-        self.weight = self.counts = 1.0
+            cast("Any", layer).process_group = None  # an attribute that SyncBatchNorm reads
+        self.loss_weight = 1.0
+        self.count_weight = 1.0
 
-    def share_statistics(self, on: bool) -> None:
-        """By changing the class of the layers, whose weights, buffers and hooks stay the ones that
-        others hold.
+    def share_statistics(self, shared: bool) -> None:
+        """Compute BatchNorm statistics over all processes, or over one again.
+
+        Only the class of the layers changes, so references to their weights, buffers and hooks
+        stay valid.
         """
         for layer, kind in self.layers:
-            shared = (
-                nn.SyncBatchNorm
-                if layer.running_mean is not None and layer.running_mean.is_cuda
-                else SharedBatchNorm
-            )
-            layer.__class__ = shared if on else kind
+            on_gpu = layer.running_mean is not None and layer.running_mean.is_cuda
+            synchronized = nn.SyncBatchNorm if on_gpu else SharedBatchNorm
+            layer.__class__ = synchronized if shared else kind
 
     def shard(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Our slice of a batch; slices differ by one image at most."""
+        """The shard of this process; the sizes of shards differ by one image at most."""
         split = len(labels) >= self.size
         self.share_statistics(split)
-        self.counts = 1.0 if split else 1 / self.size
         if not split:
-            self.weight = 1 / self.size
+            self.loss_weight = self.count_weight = 1 / self.size
             return images, labels
-        images, kept = (part.tensor_split(self.size)[self.rank] for part in (images, labels))
-        self.weight = len(kept) / len(labels)
-        return images, kept
+        own_images = images.tensor_split(self.size)[self.rank]
+        own_labels = labels.tensor_split(self.size)[self.rank]
+        self.loss_weight = len(own_labels) / len(labels)
+        self.count_weight = 1.0
+        return own_images, own_labels
 
-    def gather(self, ours: Tensor, n: int) -> Tensor:
-        """The rows of all slices of a batch of `n`, from ours."""
-        if len(ours) == n:  # the batch was too small to split
-            return ours
-        rows = ours.new_zeros(n, *ours.shape[1:])
-        rows.tensor_split(self.size)[self.rank].copy_(ours)
-        dist.all_reduce(rows)
-        return rows
+    def gather(self, rows: Tensor, n: int) -> Tensor:
+        """All-gather the rows of a sharded batch of `n`."""
+        if len(rows) == n:  # the batch was too small to be sharded
+            return rows
+        gathered = rows.new_zeros(n, *rows.shape[1:])
+        gathered.tensor_split(self.size)[self.rank].copy_(rows)
+        dist.all_reduce(gathered)
+        return gathered
 
-    def backward(self, loss: Tensor, parameters: list[nn.Parameter]) -> None:
-        """The gradient of the mean over the whole batch, from the mean over our slice."""
-        (loss * self.weight).backward()
-        held = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = torch.cat([grad.flatten() for grad in held])
+    def backward(self, loss: Tensor, parameters: list[Tensor]) -> None:
+        """The gradient of the mean over the whole batch, from the mean over this shard."""
+        (loss * self.loss_weight).backward()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
-        for grad, part in zip(held, flat.split([grad.numel() for grad in held])):
-            grad.copy_(part.view_as(grad))
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts):
+            gradient.copy_(part.view_as(gradient))
+
+    def sum_over_processes(self, totals: Tensor) -> None:
+        """Replace `totals` by its sum over all processes."""
+        dist.all_reduce(totals)
 
 
 @contextlib.contextmanager
-def process_group(model: nn.Module) -> Iterator[ProcessGroup | None]:
-    """The processes that train `model` during the block; None when there is but one.
+def process_group(model: nn.Module) -> Iterator[ProcessGroup | SingleProcess]:
+    """The processes that train `model` during the block.
 
     Raises: UserError when a layer of the model cannot share its statistics.
     """
     if world_size() == 1:
-        yield None
+        yield SingleProcess()
         return
     dist.init_process_group("nccl" if next(model.parameters()).is_cuda else "gloo")
     try:
-        made = ProcessGroup(model)
+        group = ProcessGroup(model)
         try:
-            yield made
+            yield group
         finally:
-            made.share_statistics(False)
-            for layer, _ in made.layers:
+            group.share_statistics(False)
+            for layer, _ in group.layers:
                 del layer.process_group
     finally:
         dist.destroy_process_group()

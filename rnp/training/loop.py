@@ -1,13 +1,16 @@
-"""The one training loop. Unlearning, masks and distillation differ by objective, optimizer,
-`after_step` and stop rule.
+"""The one training loop.
+
+Unlearning, masks and distillation differ by objective, optimizer, `after_step` and stop rule.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +19,9 @@ from torch import Tensor, nn
 
 from rnp.errors import NonFiniteLossError, UserError
 from rnp.training.augment import Augment, shrink
-from rnp.training.cuda_graphs import CapturedStep
+from rnp.training.cuda_graphs import CapturedStep, Step
 from rnp.training.device import Precision, autocast, device_of
-from rnp.training.distributed import ProcessGroup
+from rnp.training.distributed import ProcessGroup, SingleProcess
 from rnp.types import (
     Epoch,
     Images,
@@ -32,31 +35,35 @@ from rnp.types import (
     to_floats,
 )
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Objective = Callable[[Images, Labels], tuple[Tensor, Logits]]
 """Batch -> the scalar to minimize, and the logits by which accuracy is counted."""
 OnBatch = Callable[[Indices, Labels, Logits], None]
-"""Hears of each step: positions of its images in the set, their labels, and the logits before the
-step.
-"""
-WORTH_COMPILING = (
-    10_000  # steps; only then does a GPU save more than compiling takes (results/cifar10/steps.csv)
-)
+"""Called after each step: positions of the images, their labels, and their logits before it."""
+WORTH_COMPILING = 10_000
+"""Steps from which on a GPU saves more than compiling costs (results/cifar10/steps.csv)."""
 
 
-def with_seeded_globals(function: Callable) -> Callable:
-    """What layers draw while they train (dropout, stochastic depth) comes from the global
-    generator: it is set by the seed of `rng`, and afterwards as it was. `rng` itself does not
-    move.
+def no_batch_callback(positions: Indices, labels: Labels, logits: Logits) -> None:
+    """The default `on_batch`; does nothing."""
+
+
+def with_seeded_globals(function: Callable[P, R]) -> Callable[P, R]:
+    """Seed the global generators during a call of `function(model, ..., rng=...)`.
+
+    Layers draw from them while they train (dropout, stochastic depth). The seed is that of `rng`;
+    afterwards the global generators are restored, and the state of `rng` does not change.
     """
 
     @functools.wraps(function)
-    def run(
-        model: nn.Module, *args: object, rng: torch.Generator, **options: object
-    ) -> list[Epoch]:
+    def run(*args: P.args, **options: P.kwargs) -> R:
+        model = cast("nn.Module", args[0])
+        rng = cast("torch.Generator", options["rng"])
         devices = range(torch.cuda.device_count()) if device_of(model).type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(rng.initial_seed())
-            return function(model, *args, rng=rng, **options)
+            return function(*args, **options)
 
     return run
 
@@ -73,171 +80,200 @@ def fit(
     rng: torch.Generator,
     augment: Augment = Augment(crop=0, flip=False),
     schedule: Callable[[float], float] = lambda epoch: 1.0,
-    side: Callable[[float], float] = lambda epoch: 1.0,
-    clip_norm: float | None = None,
+    image_scale: Callable[[float], float] = lambda epoch: 1.0,
+    max_grad_norm: float | None = None,
     max_steps: int | None = None,
     precision: Precision = "fp32",
     after_step: Callable[[], None] = lambda: None,
     stop_step: Callable[[int], bool] = lambda step: False,
     stop_epoch: Callable[[Epoch], bool] = lambda epoch: False,
     on_epoch: OnEpoch = no_callback,
-    on_batch: OnBatch = lambda positions, labels, logits: None,
-    together: ProcessGroup | None = None,
-    graphed: bool = False,
+    on_batch: OnBatch = no_batch_callback,
+    group: ProcessGroup | SingleProcess = SingleProcess(),
+    cuda_graph: bool = False,
 ) -> list[Epoch]:
-    """Minimize `objective` over shuffled batches of `data`, changing in place whatever `optimizer`
-    holds.
+    """Minimize `objective` over shuffled batches of `data`, for the parameters of `optimizer`.
 
-    `schedule` maps the epochs done so far, a fraction, to a factor on the learning rate, `side` to
-    one on the side of the images; `after_step` runs after every step; `stop_step`, given the
-    number of steps done, and `stop_epoch` end the run when true. The mode of `model` (train or
-    eval) is the caller's. Drawn at random from `rng`: the order of the images and their
-    augmentation; by each process of `together` alike, which then takes its slice of the batch.
+    `schedule` maps the epochs done so far, a fraction, to a factor on the learning rate, and
+    `image_scale` to one on the side of the images. `after_step` runs after every step. The run
+    ends early when `stop_step` (given the steps done) or `stop_epoch` returns true. The caller
+    chooses the mode of `model` (train or eval). With `cuda_graph` a GPU replays captured steps,
+    compiled ones in long runs; the optimizer must then come from `make_optimizer`, and
+    `objective`, `after_step` and `model` must neither read values from the GPU nor branch on them.
 
-    `graphed`, a GPU repeats recorded steps without Python, compiled ones where the run is long;
-    the optimizer must come from `make_optimizer`, and `objective`, `after_step` and `model` must
-    neither ask for values nor decide by them.
+    Drawn at random: the order and the augmentation of the images; all processes of `group` draw
+    the same and then take their shards.
 
-    Raises: NonFinite after an epoch whose loss was NaN or infinite; UserError when BatchNorm is
-    given a single value.
+    Raises: NonFiniteLossError after an epoch whose loss was NaN or infinite; UserError when
+    BatchNorm gets a single value.
     """
-    device, per_epoch = device_of(model), steps_per_epoch(len(data), batch_size)
+    device = device_of(model)
     data = move_to_gpu_if_it_fits(data, device)
-    initial = [float(group["lr"]) for group in optimizer.param_groups]
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def update(
-        objective: Objective, images: Images, labels: Labels
-    ) -> tuple[Tensor, Logits, Tensor]:
-        with autocast(precision, device), explain_batchnorm_error(len(data), batch_size):
-            loss, logits = objective(images, labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward() if together is None else together.backward(loss, held)
-        norm = (
-            loss.new_zeros(()) if clip_norm is None else nn.utils.clip_grad_norm_(held, clip_norm)
-        )
-        optimizer.step()
-        after_step()
-        return loss.detach(), logits.detach(), norm
-
-    advance = functools.partial(update, objective)
-    if graphed and device.type == "cuda" and together is None:
-        long = epochs * per_epoch >= WORTH_COMPILING
-        quick = (
-            functools.partial(update, torch.compile(objective, dynamic=False)) if long else advance
-        )
-        advance = CapturedStep(quick, advance, (batch_size, *data.shape))
-    history, step, stopped = [], 0, False
+    per_epoch = steps_per_epoch(len(data), batch_size)
+    base_rates = [float(param_group["lr"]) for param_group in optimizer.param_groups]
+    plain = Update(objective, optimizer, max_grad_norm, precision, after_step, group)
+    update: Step = plain
+    if cuda_graph and device.type == "cuda" and group.size == 1:
+        compiled = plain.compile() if epochs * per_epoch >= WORTH_COMPILING else plain
+        update = CapturedStep(compiled, plain, (batch_size, *data.shape))
+    history: list[Epoch] = []
+    step = 0
+    stopped = False
     for epoch in range(epochs):
-        sums = torch.zeros(3, dtype=torch.float64, device=device)
-        for positions in (
-            torch.randperm(len(data), generator=rng).to(data.labels.device).split(batch_size)
-        ):
-            for group, lr in zip(optimizer.param_groups, initial):
-                set_lr(group, lr * schedule(step / per_epoch))
-            images, labels = batch_of(data, positions, augment, side(step / per_epoch), device, rng)
-            own, truth = (images, labels) if together is None else together.shard(images, labels)
-            loss, logits, norm = advance(own, truth)
-            on_batch(
-                positions,
-                labels,
-                logits if together is None else together.gather(logits, len(labels)),
-            )
+        totals = torch.zeros(3, dtype=torch.float64, device=device)
+        for positions in shuffled_batches(data, batch_size, rng):
+            progress = step / per_epoch
+            set_learning_rates(optimizer, base_rates, schedule(progress))
+            images, labels = load_batch(data, positions, device, augment, rng)
+            images = shrink(images, image_scale(progress))
+            shard_images, shard_labels = group.shard(images, labels)
+            with explain_batchnorm_error(len(data), batch_size):
+                loss, logits, norm = update(shard_images, shard_labels)
+            on_batch(positions, labels, group.gather(logits, len(labels)))
             step += 1
-            row = batch_totals(loss, logits, truth)
-            sums += row if together is None else row * together.counts
+            totals += batch_totals(loss, logits, shard_labels) * group.count_weight
             stopped = stop_step(step) or step == max_steps
             if stopped:
                 break
-        if together is not None:
-            torch.distributed.all_reduce(sums)
-        total, correct, seen = sums.tolist()
-        if not math.isfinite(total):
-            raise NonFiniteLossError(step)
-        history.append(
-            Epoch(
-                epoch=epoch,
-                step=step,
-                loss=total / seen,
-                accuracy=correct / seen,
-                learning_rate=float(optimizer.param_groups[0]["lr"]),
-                gradient_norm=float(norm),
-            )
-        )
+        group.sum_over_processes(totals)
+        history.append(summarize_epoch(epoch, step, totals, optimizer, norm))
         on_epoch(history[-1])
         if stopped or stop_epoch(history[-1]):
             break
     return history
 
 
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """A `Step`: forward and backward pass, clipped gradient, optimizer step, `after_step`."""
+
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    max_grad_norm: float | None
+    precision: Precision
+    after_step: Callable[[], None]
+    group: ProcessGroup | SingleProcess
+
+    def __call__(self, images: Images, labels: Labels) -> tuple[Tensor, Logits, Tensor]:
+        param_groups = self.optimizer.param_groups
+        parameters = [p for param_group in param_groups for p in param_group["params"]]
+        with autocast(self.precision, images.device):
+            loss, logits = self.objective(images, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.group.backward(loss, parameters)
+        norm = loss.new_zeros(())
+        if self.max_grad_norm is not None:
+            norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        self.optimizer.step()
+        self.after_step()
+        return loss.detach(), logits.detach(), norm
+
+    def compile(self) -> Update:
+        """The same update with a compiled objective."""
+        return dataclasses.replace(self, objective=torch.compile(self.objective, dynamic=False))
+
+
 def move_to_gpu_if_it_fits(data: ImageSet, device: torch.device) -> ImageSet:
-    """`data` in the memory of a GPU, where they take no more than half of what is free; else as
-    they are.
-    """
+    """`data` on the GPU if it takes at most half of the free memory there; else unchanged."""
     if device.type != "cuda" or data.images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
         return data
     return ImageSet(data.images.to(device), data.labels.to(device), data.classes)
 
 
-def batch_of(
+def shuffled_batches(data: ImageSet, batch_size: int, rng: torch.Generator) -> tuple[Indices, ...]:
+    """Positions of the images of each batch, in random order; the last batch may be smaller."""
+    order = torch.randperm(len(data), generator=rng)
+    return order.to(data.labels.device).split(batch_size)
+
+
+def load_batch(
     data: ImageSet,
     positions: Indices,
-    augment: Augment,
-    side: float,
     device: torch.device,
+    augment: Augment,
     rng: torch.Generator,
 ) -> tuple[Images, Labels]:
-    """A batch on its device, augmented, its images shrunk to `side` of theirs."""
-    images = data.images.index_select(
-        0, positions
-    )  # from a map it copies 8 times as fast as an index in brackets
-    return shrink(augment(to_floats(to_device(images, device)), rng=rng), side), to_device(
-        data.labels[positions], device
-    )
+    """A batch on its device, augmented."""
+    # From a memory map this copies 8 times as fast as an index in brackets.
+    images = data.images.index_select(0, positions)
+    augmented = augment(to_floats(to_device(images, device)), rng=rng)
+    return augmented, to_device(data.labels[positions], device)
 
 
-def set_lr(group: dict, lr: float) -> None:
-    """A tensor stays the same one, for a recorded step reads it."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(lr)
-    else:
-        group["lr"] = lr
+def set_learning_rates(
+    optimizer: torch.optim.Optimizer, base_rates: list[float], factor: float
+) -> None:
+    """Set the learning rate of each parameter group to `factor` times its base rate.
+
+    A tensor is changed in place, since a captured step reads it.
+    """
+    for param_group, base_rate in zip(optimizer.param_groups, base_rates):
+        if isinstance(param_group["lr"], Tensor):
+            param_group["lr"].fill_(base_rate * factor)
+        else:
+            param_group["lr"] = base_rate * factor
 
 
 def make_optimizer(
-    kind: type[torch.optim.Optimizer], model: nn.Module, *, lr: float, **options: object
+    kind: Callable[..., torch.optim.Optimizer], model: nn.Module, *, lr: float, **options: Any
 ) -> torch.optim.Optimizer:
-    """An optimizer of all weights of `model`; on a GPU one whose steps can be recorded, in one
-    kernel.
-    """
+    """An optimizer of all weights of `model`; on a GPU a fused one that can be captured."""
     device = device_of(model)
-    if device.type == "cuda":
-        options |= {"fused": True} | ({} if kind is torch.optim.SGD else {"capturable": True})
-        lr = torch.tensor(lr, device=device)
-    return kind(model.parameters(), lr=lr, **options)
+    if device.type != "cuda":
+        return kind(model.parameters(), lr=lr, **options)
+    if kind is not torch.optim.SGD:
+        options["capturable"] = True
+    rate = torch.tensor(lr, device=device)
+    return kind(model.parameters(), lr=rate, fused=True, **options)
 
 
 @contextlib.contextmanager
 def explain_batchnorm_error(images: int, batch_size: int) -> Iterator[None]:
-    """Raises: UserError in place of PyTorch's ValueError when BatchNorm sees a single value."""
+    """Raises: UserError in place of PyTorch's ValueError when BatchNorm gets a single value."""
     try:
         yield
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
         raise UserError(
-            f"of {images} images in batches of {batch_size} one is left alone, and a BatchNorm that"
-            " sees a single value learns nothing; choose another batch_size"
+            f"BatchNorm cannot learn from a single value, and of {images} images in batches of"
+            f" {batch_size} one batch has a single image; choose another batch_size"
         ) from error
 
 
 def batch_totals(loss: Tensor, logits: Logits, labels: Labels) -> Float[Tensor, "3"]:
-    """Sum of the losses, images classified right, images; on the device, for nothing waits for it
-    there.
+    """Sum of the losses, number of correct images, number of images.
+
+    The result stays on the device, so that Python does not wait for a GPU.
     """
+    images = len(labels)
     correct = (logits.argmax(1) == labels).sum()
     return torch.stack(
-        [loss.double() * len(labels), correct.double(), correct.new_tensor(len(labels)).double()]
+        [loss.double() * images, correct.double(), correct.new_tensor(images).double()]
+    )
+
+
+def summarize_epoch(
+    epoch: int,
+    step: int,
+    totals: Float[Tensor, "3"],
+    optimizer: torch.optim.Optimizer,
+    gradient_norm: Tensor,
+) -> Epoch:
+    """A row of the history, from the sum of `batch_totals` over an epoch.
+
+    Raises: NonFiniteLossError when the loss is NaN or infinite.
+    """
+    loss, correct, images = totals.tolist()
+    if not math.isfinite(loss):
+        raise NonFiniteLossError(step)
+    return Epoch(
+        epoch=epoch,
+        step=step,
+        loss=loss / images,
+        accuracy=correct / images,
+        learning_rate=float(optimizer.param_groups[0]["lr"]),
+        gradient_norm=float(gradient_norm),
     )
 
 
@@ -246,6 +282,8 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 
 def cross_entropy(model: nn.Module, label_smoothing: float = 0.0) -> Objective:
+    """The objective of ordinary training."""
+
     def objective(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = model(images)
         return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing), logits
@@ -254,5 +292,5 @@ def cross_entropy(model: nn.Module, label_smoothing: float = 0.0) -> Objective:
 
 
 def multi_step(milestones: tuple[int, ...], gamma: float) -> Callable[[float], float]:
-    """Factor on the learning rate: times `gamma` at each milestone, in epochs."""
+    """A schedule that multiplies the learning rate by `gamma` at each milestone, in epochs."""
     return lambda epoch: gamma ** sum(epoch >= milestone for milestone in milestones)

@@ -1,4 +1,4 @@
-"""The loss of each training image early in a run."""
+"""The loss of each training image in the first epochs of a run."""
 
 from __future__ import annotations
 
@@ -9,41 +9,40 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rnp.training.loop import OnBatch, no_batch_callback
 from rnp.training.recipe import Train
 from rnp.types import ImageSet, Indices, Labels, Logits, OnEpoch, no_callback
 
 
 class EarlyLossRecorder:
-    """Hears of the steps of a training run: the mean cross-entropy of each image over its first
-    epochs, in nats.
+    """An `on_batch` callback: the mean cross-entropy, in nats, of each image in the first epochs.
 
-    Source: Li et al., NeurIPS 2021 (ABL), section 3.2: poisoned images are learned first; a fifth
-    of the run, as there.
-    Differs: the mean of the losses that training computes anyway, where ABL adds a pass at the end
-    of that part, and holds the loss near a value of its own meanwhile.
+    Source: Li et al., NeurIPS 2021 (ABL), section 3.2: poisoned images are learned first; the
+    first fifth of the run, as there.
+    Differs: averages the losses that training computes anyway, where ABL adds a pass at the end
+    of that fifth; does not hold the loss near a value meanwhile, as ABL does.
     """
 
     def __init__(self, images: int, epochs: int, device: torch.device) -> None:
         self.epochs = max(1, round(0.2 * epochs))
-        self.total, self.times = (
-            torch.zeros(images, device=device),
-            torch.zeros(images, device=device),
-        )
+        self.total = torch.zeros(images, device=device)
+        self.times = torch.zeros(images, device=device)
 
     def __call__(self, positions: Indices, labels: Labels, logits: Logits) -> None:
-        here = positions.to(logits.device)
-        fresh = self.times[here] < self.epochs
-        self.total[here] += fresh * F.cross_entropy(logits.float(), labels, reduction="none")
-        self.times[here] += fresh.float()
+        positions = positions.to(logits.device)
+        early = self.times[positions] < self.epochs
+        losses = F.cross_entropy(logits.float(), labels, reduction="none")
+        self.total[positions] += early * losses
+        self.times[positions] += early.float()
 
     def mean(self) -> Float[Tensor, "n"]:
-        """NaN for images that were never seen; on the CPU."""
+        """On the CPU; NaN for images that were never seen."""
         return (self.total / self.times).cpu()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainWithLosses(Train):
-    """A recipe of which `losses` hears."""
+    """`Train` that also records per-sample losses."""
 
     losses: EarlyLossRecorder
 
@@ -54,5 +53,10 @@ class TrainWithLosses(Train):
         *,
         rng: torch.Generator,
         on_epoch: OnEpoch = no_callback,
+        on_batch: OnBatch = no_batch_callback,
     ) -> nn.Module:
-        return super().__call__(model, data, rng=rng, on_epoch=on_epoch, on_batch=self.losses)
+        def record(positions: Indices, labels: Labels, logits: Logits) -> None:
+            self.losses(positions, labels, logits)
+            on_batch(positions, labels, logits)
+
+        return super().__call__(model, data, rng=rng, on_epoch=on_epoch, on_batch=record)

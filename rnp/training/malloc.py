@@ -1,16 +1,19 @@
-"""Keep freed memory in the process: convolutions on the CPU otherwise spend up to half their time
-on page faults.
-"""
+"""Keep freed memory in the process, which makes convolutions on the CPU up to twice as fast."""
 
 import ctypes
 import sys
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+# The numbers of these options in malloc.h.
+M_TRIM_THRESHOLD = -1
+M_TOP_PAD = -2
+M_MMAP_MAX = -4
 
 
 def keep_freed_pages() -> None:
-    """Tell glibc not to give large blocks back after each use; does nothing elsewhere. Results do
-    not change.
+    """Configure glibc to keep large freed blocks; does nothing with other C libraries.
+
+    Without this, convolutions on the CPU spend up to half of their time on page faults. Results
+    do not change.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,25 +1,23 @@
-"""How threads wait for one another: for a moment only, so that rnp lives beside other processes."""
+"""How long waiting OpenMP threads spin, so that `rnp` runs well beside other processes."""
 
 import os
 
-VARIABLES = {
-    "GOMP_SPINCOUNT",
-    "OMP_WAIT_POLICY",
-}  # of the environment, either of which says how threads wait
-SPINS = 2000  # turns of a loop, tens of microseconds; libgomp's own number is 300,000
+VARIABLES = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+"""Environment variables that set how threads wait."""
+SPINS = 2000
+"""Turns of the waiting loop, tens of microseconds; the default of libgomp is 300,000."""
 
 
 def wait_briefly() -> None:
-    """Let a thread that waits for others sleep soon. To be called before PyTorch is loaded;
-    results do not change.
+    """Make waiting threads sleep early; call it before PyTorch is loaded. Results do not change.
 
-    libgomp, which PyTorch's wheels bring, lets waiting threads spin for milliseconds. Where
-    another process is busy they can take the core from the very thread that they wait for. With
-    30,000 or 100,000 turns a small network then took three to five times as long on one machine
-    and hardly advanced on another, where libgomp's own number did no better. 2,000 turns are
-    within a few percent of it alone, and beside a busy process within a fifth of no spinning,
-    which alone takes half as long again. Where the user has set one of `VARIABLES`, all stays as
-    it is.
+    libgomp, which comes with PyTorch, lets waiting threads spin for milliseconds. While another
+    process is busy, they can take the core from the very thread that they wait for. With 30,000
+    or 100,000 turns a small network then took three to five times as long on one machine and
+    hardly advanced on another, where the default did no better. 2,000 turns cost a few percent
+    on an idle machine, and beside a busy process at most a fifth more than no spinning, which on
+    an idle machine takes half as long again. If the user has set one of `VARIABLES`, nothing is
+    changed.
     """
     if not VARIABLES & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)

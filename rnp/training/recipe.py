@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -13,24 +13,24 @@ from rnp.params.ranges import Hyperparameters
 from rnp.training.augment import Augment
 from rnp.training.device import chosen_precision
 from rnp.training.distributed import process_group
-from rnp.training.loop import OnBatch, cross_entropy, fit, make_optimizer
-from rnp.types import (
-    ImageSet,
-    OnEpoch,
-    no_callback,
+from rnp.training.loop import (
+    OnBatch,
+    cross_entropy,
+    fit,
+    make_optimizer,
+    no_batch_callback,
 )
+from rnp.types import ImageSet, OnEpoch, no_callback
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Hyperparameters):
-    """How a classifier is trained, benign or backdoored: SGD with Nesterov momentum, or AdamW, on
-    a one-cycle schedule.
-    """
+    """SGD with Nesterov momentum, or AdamW, with a one-cycle schedule."""
 
     section: ClassVar[str] = "train"
 
     optimizer: Annotated[
-        Literal["sgd", "adamw"], "adamw serves transformers, with a learning rate near .001"
+        Literal["sgd", "adamw"], "adamw suits transformers, with a learning rate near 0.001"
     ] = "sgd"
     epochs: Annotated[int, Gt(0), "passes over the training set"] = 12
     batch_size: Annotated[int, Gt(0), "images per step"] = 128
@@ -44,12 +44,12 @@ class Train(Hyperparameters):
     resize_start: Annotated[
         float,
         Interval(gt=0, le=1),
-        "side of the images at the start, as a share of their own; below 1 the run takes less time",
+        "factor on the side of the images at the start; below 1 training takes less time",
     ] = 1.0
     resize_end: Annotated[
-        float, Interval(ge=0, lt=1), "share of the run after which they have their own side"
+        float, Interval(ge=0, lt=1), "share of the run after which images have their full size"
     ] = 0.7
-    augment: Augment = field(default_factory=Augment)
+    augment: Augment = Augment()
 
     def __call__(
         self,
@@ -58,56 +58,58 @@ class Train(Hyperparameters):
         *,
         rng: torch.Generator,
         on_epoch: OnEpoch = no_callback,
-        on_batch: OnBatch = lambda positions, labels, logits: None,
+        on_batch: OnBatch = no_batch_callback,
     ) -> nn.Module:
-        """Train `model` in place and return it in eval mode; under torchrun all processes train
-        one model.
+        """Train `model` in place and return it in eval mode.
+
+        Under torchrun all processes train one model together.
+        Drawn at random: the order and the augmentation of the images.
         """
-        if self.optimizer == "adamw":
-            optimizer = make_optimizer(
-                torch.optim.AdamW, model, lr=self.lr, weight_decay=self.weight_decay
-            )
-        else:
-            optimizer = make_optimizer(
-                torch.optim.SGD,
-                model,
-                lr=self.lr,
-                momentum=self.momentum,
-                nesterov=self.momentum > 0,
-                weight_decay=self.weight_decay,
-            )
-        with process_group(model) as together:
+        with process_group(model) as group:
             fit(
                 model.train(),
                 data,
                 objective=cross_entropy(model, self.label_smoothing),
-                optimizer=optimizer,
+                optimizer=self._make_optimizer(model),
                 epochs=self.epochs,
                 batch_size=self.batch_size,
                 rng=rng,
                 augment=self.augment,
                 schedule=lambda epoch: one_cycle(epoch / self.epochs, self.warmup_fraction),
-                side=lambda epoch: progressive_size(
+                image_scale=lambda epoch: progressive_size(
                     epoch / self.epochs, self.resize_start, self.resize_end
                 ),
                 precision=chosen_precision(),
                 on_epoch=on_epoch,
                 on_batch=on_batch,
-                together=together,
-                graphed=True,
+                group=group,
+                cuda_graph=True,
             )
         return model.eval()
 
+    def _make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        settings = {"lr": self.lr, "weight_decay": self.weight_decay}
+        if self.optimizer == "adamw":
+            return make_optimizer(torch.optim.AdamW, model, **settings)
+        nesterov = self.momentum > 0
+        return make_optimizer(
+            torch.optim.SGD, model, momentum=self.momentum, nesterov=nesterov, **settings
+        )
 
-def one_cycle(done: float, warm_up: float) -> float:
-    """Factor on the peak learning rate after the share `done` of a run: a straight rise, then a
-    straight fall to 0.
+
+def one_cycle(progress: float, warmup: float) -> float:
+    """Factor on the peak learning rate after the share `progress` of a run.
+
+    It rises linearly until `warmup`, then decreases linearly to 0.
     """
-    return (0.04 + 0.96 * done / warm_up) if done < warm_up else (1 - done) / (1 - warm_up)
+    if progress < warmup:
+        return 0.04 + 0.96 * progress / warmup
+    return (1 - progress) / (1 - warmup)
 
 
-def progressive_size(done: float, start: float, until: float) -> float:
-    """Factor on the side of the images after the share `done` of a run: a straight rise from
-    `start` to 1 at `until`.
+def progressive_size(progress: float, start: float, end: float) -> float:
+    """Factor on the side of the images after the share `progress` of a run.
+
+    It rises linearly from `start` to 1 at `end`.
     """
-    return start + (1 - start) * done / until if done < until else 1.0
+    return start + (1 - start) * progress / end if progress < end else 1.0

@@ -42,7 +42,7 @@ def train_and_unlearn(arch: str, width: int) -> None:
     data = ImageSet(images, torch.arange(8) % 4, ("a", "b", "c", "d"))
     model = Architecture(arch=arch, width=width).build_for(data, rng=rng)
     assert model.layout is torch.channels_last
-    recipe = Train(epochs=1, batch_size=8, lr=1e-3, precision="fp32")
+    recipe = Train(epochs=1, batch_size=8, lr=1e-3)
     Unlearn(epochs=1, lr=1e-4, max_drop_per_step=0)(recipe(model, data, rng=rng), data, rng=rng)
 
 

@@ -1,4 +1,4 @@
-"""A replay gives what a whole forward pass gives, and runs less of the network."""
+"""Cached passes give the logits of whole forward passes, and run less of the network."""
 
 import jaxtyping
 import pytest
@@ -8,21 +8,16 @@ from torch import nn
 from rnp.models.build import Architecture
 from rnp.models.names import ARCHITECTURES
 from rnp.neurons.activation_cache import ActivationCache
-from rnp.neurons.masks import zero_channel, maskable
+from rnp.neurons.masks import maskable, zero_channel
 from rnp.training.predict import predict
 
-SMALL = [
-    *ARCHITECTURES,
-    "torchvision:mobilenet_v3_small",
-    "torchvision:densenet121",
-]  # SiLU in place; many live tensors
+# The two of torchvision have SiLU in place, and many live tensors.
+SMALL = [*ARCHITECTURES, "torchvision:mobilenet_v3_small", "torchvision:densenet121"]
 
 
 @pytest.fixture(autouse=True)
 def unchecked(monkeypatch):
-    """PyTorch traces with stand-ins for tensors, which the checks of the test suite would
-    refuse.
-    """
+    """Disable the checks of shapes: PyTorch traces with proxies, which are no tensors."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
@@ -34,19 +29,21 @@ def build(arch, rng):
 
 @pytest.mark.parametrize("arch", SMALL)
 def test_it_agrees_with_a_whole_pass(arch, rng, toy_set):
-    model, images = build(arch, rng), toy_set(6, size=32).images
-    layers, generator = list(maskable(model)), rng(1)
-    replay = ActivationCache(model, images, "fp32")
-    assert torch.equal(replay.logits(), predict(model, images))
-    assert replay.cuts, "nowhere to start from"
-    replay.commit()
+    model = build(arch, rng)
+    images = toy_set(6, size=32).images
+    layers = list(maskable(model))
+    generator = rng(1)
+    cache = ActivationCache(model, images, "fp32")
+    assert torch.equal(cache.logits(), predict(model, images))
+    assert cache.cached_nodes, "nowhere to start from"
+    cache.commit()
     for step in range(8):
         name = layers[int(torch.randint(len(layers), (), generator=generator))]
         before = model.get_submodule(name).weight.detach().clone()
         zero_channel(model, (name, 0))
-        assert torch.allclose(replay.logits(name), predict(model, images), atol=1e-6)
+        assert torch.allclose(cache.logits(name), predict(model, images), atol=1e-6)
         if step % 2:
-            replay.commit()
+            cache.commit()
         else:
             model.get_submodule(name).weight.data.copy_(before)
 
@@ -54,7 +51,8 @@ def test_it_agrees_with_a_whole_pass(arch, rng, toy_set):
 @pytest.fixture
 def counted(rng):
     """A small ResNet and the names of the convolutions that have run."""
-    model, ran = build("resnet10", rng), []
+    model = build("resnet10", rng)
+    ran = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
@@ -63,37 +61,37 @@ def counted(rng):
 
 def test_only_what_follows_a_change_runs_again(counted, toy_set):
     model, ran = counted
-    replay = ActivationCache(model, toy_set(4, size=32).images, "fp32")
-    replay.logits()
-    replay.commit()
+    cache = ActivationCache(model, toy_set(4, size=32).images, "fp32")
+    cache.logits()
+    cache.commit()
     ran.clear()
-    replay.logits("net.stages.3.0.bn2")
+    cache.logits("net.stages.3.0.bn2")
     assert set(ran) < {name for name, _ in model.named_modules() if name.startswith("net.stages.3")}
     ran.clear()
-    replay.logits("net.stages.2.0.bn1")
-    replay.commit()
-    assert "net.stages.3.0.conv1" in ran and not any(
-        name.startswith("net.stages.1") for name in ran
-    )
+    cache.logits("net.stages.2.0.bn1")
+    cache.commit()
+    assert "net.stages.3.0.conv1" in ran
+    assert not any(name.startswith("net.stages.1") for name in ran)
 
 
-def test_without_room_everything_runs(counted, toy_set, monkeypatch):
+def test_without_memory_everything_runs(counted, toy_set, monkeypatch):
     monkeypatch.setattr("rnp.neurons.activation_cache.BUDGET", 0)
     model, ran = counted
-    replay = ActivationCache(model, toy_set(4, size=32).images, "fp32")
-    replay.logits()
-    replay.commit()
+    cache = ActivationCache(model, toy_set(4, size=32).images, "fp32")
+    cache.logits()
+    cache.commit()
     ran.clear()
-    replay.logits("net.stages.3.0.bn2")
+    cache.logits("net.stages.3.0.bn2")
     assert "net.conv1" in ran
 
 
 class Branching(nn.Module):
-    """What PyTorch cannot trace: its way depends on the values."""
+    """PyTorch cannot trace it: its control flow depends on values."""
 
     def __init__(self):
         super().__init__()
-        self.norm, self.fc = nn.BatchNorm2d(3), nn.Linear(3, 4)
+        self.norm = nn.BatchNorm2d(3)
+        self.fc = nn.Linear(3, 4)
 
     def forward(self, x):
         x = self.norm(x).mean((2, 3))
@@ -102,61 +100,61 @@ class Branching(nn.Module):
 
 def test_what_cannot_be_traced_runs_as_a_whole(toy_set):
     model, images = Branching().eval(), toy_set(4).images
-    replay = ActivationCache(model, images, "fp32")
-    first = replay.logits()
-    replay.commit()
+    cache = ActivationCache(model, images, "fp32")
+    first = cache.logits()
+    cache.commit()
     zero_channel(model, ("norm", 1))
-    assert torch.equal(replay.logits("norm"), predict(model, images)) and not torch.equal(
-        first, predict(model, images)
-    )
+    assert torch.equal(cache.logits("norm"), predict(model, images))
+    assert not torch.equal(first, predict(model, images))
 
 
 class Again(nn.Module):
     """Runs one normalization three times: by its own name, by another, and by its weights alone."""
 
-    def __init__(self):
+    def __init__(self, weights_first):
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)
-        self.alias, self.later = self.norm, nn.GroupNorm(1, 4)
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.conv2 = nn.Conv2d(4, 4, 1)
+        self.norm = self.alias = nn.GroupNorm(2, 4)
+        self.later = nn.GroupNorm(1, 4)
+        self.weights_first = weights_first
 
     def forward(self, x):
         x = self.conv(x)
-        x = (
-            nn.functional.group_norm(x, 2, self.norm.weight, self.norm.bias)
-            if self.weights_first
-            else self.norm(x)
-        )
+        if self.weights_first:
+            x = nn.functional.group_norm(x, 2, self.norm.weight, self.norm.bias)
+        else:
+            x = self.norm(x)
         x = self.conv2(self.alias(self.conv2(x)))
         return self.later(x).mean((2, 3))
 
 
 @pytest.mark.parametrize("weights_first", [True, False])
 def test_a_layer_that_runs_twice(weights_first, toy_set):
-    """What was kept behind its first run is stale when it changes, whichever way the first run
-    reads its weights.
-    """
+    """Activations behind its first run are stale when it changes, however it got the weights."""
     torch.manual_seed(0)
-    model, images = Again().eval(), toy_set(4).images
-    model.weights_first, model.conv2 = weights_first, nn.Conv2d(4, 4, 1)
-    replay = ActivationCache(model, images, "fp32")
-    replay.logits()
-    replay.commit()
-    assert replay.graph is not None and replay.cuts
+    model = Again(weights_first).eval()
+    images = toy_set(4).images
+    cache = ActivationCache(model, images, "fp32")
+    cache.logits()
+    cache.commit()
+    assert cache.graph is not None and cache.cached_nodes
     zero_channel(model, ("norm", 1))
-    assert torch.allclose(replay.logits("norm"), predict(model, images), atol=1e-6)
+    assert torch.allclose(cache.logits("norm"), predict(model, images), atol=1e-6)
 
 
 class Counting(nn.Module):
-    """A trace of it holds what one pass did, which is not what the next one does."""
+    """A trace of it records one pass, and the next one computes something else."""
 
     def __init__(self):
         super().__init__()
-        self.norm, self.passes = nn.BatchNorm2d(3), 0
+        self.norm = nn.BatchNorm2d(3)
+        self.passes = 0
 
     def forward(self, x):
         self.passes += 1
         return self.norm(x).mean((2, 3)) * (1 + self.passes % 3)
 
 
-def test_a_trace_that_says_something_else_is_not_used(toy_set):
+def test_a_trace_that_computes_something_else_is_not_used(toy_set):
     assert ActivationCache(Counting().eval(), toy_set(4).images, "fp32").graph is None

@@ -10,36 +10,39 @@ from rnp.neurons.convolutions import convolution_of_norm
 from rnp.neurons.masks import maskable
 
 
+def build(arch, rng, width=2):
+    architecture = Architecture(arch=arch, width=width)
+    return architecture.build(4, 3, torch.zeros(3), torch.ones(3), rng=rng())
+
+
 @pytest.mark.parametrize("arch", ["resnet10", "resnet50", "mobilenet_v2", "vgg19_bn"])
-def test_the_names_say_who_feeds_whom(arch, toy_set, rng, unchanged):
+def test_pairs_agree_with_the_names(arch, toy_set, rng, unchanged):
     """`bn2` belongs to `conv2`, the shortcut's second module to its first."""
-    model = (
-        Architecture(arch=arch, width=2)
-        .build(4, 3, torch.zeros(3), torch.ones(3), rng=rng())
-        .train()
-    )
-    found = convolution_of_norm(unchanged(model), toy_set(1, size=32).images)
-    assert list(found) == list(maskable(model)) and model.training
-    for layer, convolution in found.items():
+    model = build(arch, rng).train()
+    pairs = convolution_of_norm(unchanged(model), toy_set(1, size=32).images)
+    assert list(pairs) == list(maskable(model)) and model.training
+    for layer, convolution in pairs.items():
         name = layer.rpartition(".")[2]
         expected = str(int(name) - 1) if name.isdigit() else name.replace("bn", "conv")
-        assert (
-            convolution.rpartition(".")[2] == expected
-            and convolution.rpartition(".")[0] == layer.rpartition(".")[0]
-        )
+        assert convolution.rpartition(".")[2] == expected
+        assert convolution.rpartition(".")[0] == layer.rpartition(".")[0]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 class Crossed(nn.Module):
-    """Built in another order than it runs; `how` is what happens between the first convolution and
-    its BatchNorm.
+    """Built in another order than it runs.
+
+    `how` is what happens between the first convolution and its BatchNorm.
     """
 
     def __init__(self, how):
         super().__init__()
-        self.norm_b, self.norm_a = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-        self.b, self.a = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
-        self.how, self.same = how, nn.Identity()
+        self.norm_b = nn.BatchNorm2d(3)
+        self.norm_a = nn.BatchNorm2d(3)
+        self.b = nn.Conv2d(3, 3, 1)
+        self.a = nn.Conv2d(3, 3, 1)
+        self.same = nn.Identity()
+        self.how = how
 
     def forward(self, x):
         y = self.a(x)
@@ -68,9 +71,7 @@ def test_a_sum_has_no_kernel(how, toy_set):
 
 
 def test_pre_activation_networks_are_refused(toy_set, rng):
-    model = Architecture(arch="preactresnet18", width=2).build(
-        4, 3, torch.zeros(3), torch.ones(3), rng=rng()
-    )
+    model = build("preactresnet18", rng)
     with pytest.raises(
         UserError, match=r"layer net\.stages\.0\.1\.bn1 .* choose a defense that needs none"
     ):
@@ -78,32 +79,27 @@ def test_pre_activation_networks_are_refused(toy_set, rng):
 
 
 class Several(nn.Module):
-    """`how` one normalization is fed by two convolutions, or one convolution feeds two
-    normalizations.
-    """
+    """Two convolutions feed one normalization, or one feeds two, by `how`."""
 
     def __init__(self, how):
         super().__init__()
-        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.a = nn.Conv2d(3, 3, 1)
+        self.b = nn.Conv2d(3, 3, 1)
         self.norm = nn.BatchNorm2d(3)
         self.other = self.norm if how == "under two names" else nn.BatchNorm2d(3)
         self.how = how
 
     def forward(self, x):
+        y = self.norm(self.a(x))
         if self.how == "one convolution":
-            x = self.other(self.a(self.norm(self.a(x))))
+            y = self.other(self.a(y))
         elif self.how == "a sum too":
-            x = self.other(self.b(self.norm(self.norm(self.a(x)) + x)))
-        elif self.how == "never":
-            x = self.norm(self.a(x))
-        else:
-            x = self.norm(self.a(x))
-            x = (
-                self.other(self.b(x))
-                if self.how == "under two names"
-                else self.other(self.b(self.norm(self.b(x))))
-            )
-        return x.mean((2, 3))
+            y = self.other(self.b(self.norm(y + x)))
+        elif self.how == "under two names":
+            y = self.other(self.b(y))
+        elif self.how == "twice":
+            y = self.other(self.b(self.norm(self.b(y))))
+        return y.mean((2, 3))
 
 
 @pytest.mark.parametrize(
@@ -121,25 +117,18 @@ def test_an_ambiguous_pairing_is_refused(how, words, toy_set):
 
 
 def test_one_convolution_may_feed_two_normalizations(toy_set):
-    assert (
-        convolution_of_norm(Several("one convolution"), toy_set(1).images)
-        == {"norm": "a", "other": "a"}
-        == {name: "a" for name in maskable(Several("one convolution"))}
-    )
+    model = Several("one convolution")
+    pairs = convolution_of_norm(model, toy_set(1).images)
+    assert pairs == {"norm": "a", "other": "a"} and list(pairs) == list(maskable(model))
 
 
 @pytest.mark.parametrize("arch", ["vit", "convnext"])
 def test_layer_norms_have_no_kernel(arch, toy_set, rng):
-    model = Architecture(arch=arch, width=4).build(4, 3, torch.zeros(3), torch.ones(3), rng=rng())
+    model = build(arch, rng, width=4)
     with pytest.raises(UserError, match="choose a defense that needs none"):
         convolution_of_norm(model, toy_set(1, size=32).images)
 
 
 def test_without_norms_convolutions_feed_themselves(toy_set, rng):
-    model = Architecture(arch="vgg11", width=4).build(
-        4, 3, torch.zeros(3), torch.ones(3), rng=rng()
-    )
-    assert all(
-        name == convolution
-        for name, convolution in convolution_of_norm(model, toy_set(1, size=32).images).items()
-    )
+    pairs = convolution_of_norm(build("vgg11", rng, width=4), toy_set(1, size=32).images)
+    assert pairs and all(name == convolution for name, convolution in pairs.items())

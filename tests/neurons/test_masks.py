@@ -1,4 +1,4 @@
-"""Masks multiply BatchNorm scales, nothing else; pruning is a mask of zeros made permanent."""
+"""Masks multiply scales and nothing else; pruning makes a mask of zeros permanent."""
 
 import copy
 
@@ -11,12 +11,12 @@ from rnp.models.build import Architecture
 from rnp.neurons.masks import (
     batch_norms,
     bias,
+    forward_masked,
     freeze_statistics,
     maskable,
-    forward_masked,
-    unit_mask,
     prune,
     rank_neurons,
+    unit_mask,
 )
 
 
@@ -25,33 +25,32 @@ def images(toy_set):
     return toy_set(12).as_floats()
 
 
+def build(arch, rng, width):
+    architecture = Architecture(arch=arch, width=width)
+    return architecture.build(4, 3, torch.zeros(3), torch.ones(3), rng=rng())
+
+
+def random_mask(model, rng):
+    mask = unit_mask(model)
+    return {name: torch.rand(len(value), generator=rng()) for name, value in mask.items()}
+
+
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("arch", ["toy", "resnet10", "preactresnet18", "mobilenet_v2"])
-def test_ones_change_nothing(arch, train, toy_model, images, rng):
-    def build():
-        return Architecture(arch=arch, width=2).build(
-            4, 3, torch.zeros(3), torch.ones(3), rng=rng()
-        )
-
-    plain = (toy_model() if arch == "toy" else build()).train(train)
-    under_mask = copy.deepcopy(plain)
-    assert torch.equal(forward_masked(under_mask, images, unit_mask(under_mask)), plain(images))
-    assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), under_mask.buffers())), (
-        "running statistics"
-    )
-    moved = not torch.equal(
-        next(b for n, b in plain.named_buffers() if n.endswith("num_batches_tracked")),
-        torch.tensor(0),
-    )
-    assert moved == train
+def test_a_unit_mask_changes_nothing(arch, train, toy_model, images, rng):
+    plain = (toy_model() if arch == "toy" else build(arch, rng, width=2)).train(train)
+    masked = copy.deepcopy(plain)
+    assert torch.equal(forward_masked(masked, images, unit_mask(masked)), plain(images))
+    buffers = dict(plain.named_buffers())
+    assert all(torch.equal(buffers[name], value) for name, value in masked.named_buffers())
+    passes = next(b for name, b in buffers.items() if name.endswith("num_batches_tracked"))
+    assert passes == int(train)
 
 
 @pytest.mark.parametrize("train", [False, True])
 def test_a_mask_is_a_factor_on_the_scale(train, toy_model, images, rng):
     model = toy_model().train(train)
-    mask = {
-        name: torch.rand(len(value), generator=rng()) for name, value in unit_mask(model).items()
-    }
+    mask = random_mask(model, rng)
     by_hand = copy.deepcopy(model)
     for name, value in mask.items():
         by_hand.get_submodule(name).weight.data *= value
@@ -85,28 +84,19 @@ def test_prune_changes_the_named_channels_of_a_copy(zero_bias, toy_model, unchan
 @pytest.mark.parametrize(
     "mask, order",
     [
-        (
-            {"a": [0.9, 0.1], "b": [0.5, 0.2]},
-            [("a", 1), ("b", 1)],
-        ),  # one channel of each layer stays
-        (
-            {"a": [1, 1, 1], "b": [1, 1]},
-            [("a", 0), ("a", 1), ("b", 0)],
-        ),  # ties: layer order, then index
-        (
-            {"b": [1, 1], "a": [1, 1]},
-            [("b", 0), ("a", 0)],
-        ),  # the model's layer order, not the alphabet's
-        ({"a": [0.0], "b": [0.3, 0.2, 0.2]}, [("b", 1), ("b", 2)]),  # a layer of one channel
+        # One channel of each layer stays.
+        ({"a": [0.9, 0.1], "b": [0.5, 0.2]}, [("a", 1), ("b", 1)]),
+        # Ties: by layer order, then index.
+        ({"a": [1, 1, 1], "b": [1, 1]}, [("a", 0), ("a", 1), ("b", 0)]),
+        # The order of the layers is not alphabetical.
+        ({"b": [1, 1], "a": [1, 1]}, [("b", 0), ("a", 0)]),
+        # A layer of one channel.
+        ({"a": [0.0], "b": [0.3, 0.2, 0.2]}, [("b", 1), ("b", 2)]),
     ],
 )
 def test_ranking(mask, order):
-    assert (
-        rank_neurons(
-            {name: torch.tensor(values, dtype=torch.float) for name, values in mask.items()}
-        )
-        == order
-    )
+    tensors = {name: torch.tensor(values, dtype=torch.float) for name, values in mask.items()}
+    assert rank_neurons(tensors) == order
 
 
 def test_a_small_difference_keeps_its_order():
@@ -129,7 +119,7 @@ def test_maskable_finds_every_batchnorm(toy_model):
 
 
 def family(name: str) -> nn.Module:
-    """Small members of other families: their neurons, if all goes well, are named in FAMILIES."""
+    """A small network of another family; the layers of its neurons are listed in FAMILIES."""
     from torchvision.models import VisionTransformer
     from torchvision.models.convnext import CNBlock, LayerNorm2d
 
@@ -180,11 +170,9 @@ FAMILIES = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_neurons_of_other_families(name, images, rng):
-    """Found, masked by hand and by a mask alike, and pruned channel by channel."""
+    """A mask equals scales multiplied by hand, and single channels are pruned."""
     model = family(name).eval()
-    mask = {
-        layer: torch.rand(len(value), generator=rng()) for layer, value in unit_mask(model).items()
-    }
+    mask = random_mask(model, rng)
     assert list(mask) == FAMILIES[name]
     by_hand = copy.deepcopy(model)
     for layer, value in mask.items():
@@ -193,11 +181,8 @@ def test_neurons_of_other_families(name, images, rng):
     assert torch.allclose(forward_masked(model, images, mask), by_hand(images), atol=1e-6)
     first = FAMILIES[name][0]
     pruned = prune(model, [(first, 2)], zero_bias=True).get_submodule(first)
-    assert (
-        not pruned.weight[2].any()
-        and pruned.weight[1].any()
-        and (bias(pruned) is None or bias(pruned)[2] == 0)
-    )
+    assert not pruned.weight[2].any() and pruned.weight[1].any()
+    assert bias(pruned) is None or bias(pruned)[2] == 0
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -206,19 +191,17 @@ def test_the_whole_method_runs_on_other_families(name, toy_set, rng):
     from rnp.recover import Recover
     from rnp.unlearn import Unlearn
 
-    model, data = family(name).eval(), toy_set(24)
+    model = family(name).eval()
+    data = toy_set(24)
     unlearned = Unlearn(epochs=2, until_collapse=False)(model, data, rng=rng())
     recovered = Recover(steps=2)(unlearned.model, data, rng=rng())
-    pruned = Prune(rule="number", number=2)(model, recovered.mask, data)
-    changed = sum(
-        int((a != b).any(dim=tuple(range(1, a.dim()))).sum()) if a.dim() else 0
-        for a, b in zip(model.parameters(), pruned.model.parameters())
-    )
+    pruned = Prune(rule="number", num_neurons=2)(model, recovered.mask, data)
+    differing = [a != b for a, b in zip(model.parameters(), pruned.model.parameters())]
+    changed = sum(int(d.reshape(len(d), -1).any(1).sum()) for d in differing)
     assert changed == 2 and len(pruned.neurons) == 2
-    skipped = Prune(tolerance=10.0, epsilon=0.99, max_fraction=0.5)(model, recovered.mask, data)
-    assert skipped.chosen.pruned == sum(len(value) for value in recovered.mask.values()) // 2, (
-        "all may go"
-    )
+    anything = Prune(max_loss_increase=10.0, max_accuracy_drop=0.99, max_fraction=0.5)
+    num_neurons = sum(len(value) for value in recovered.mask.values())
+    assert anything(model, recovered.mask, data).chosen.pruned == num_neurons // 2
 
 
 @pytest.mark.parametrize(
@@ -232,17 +215,15 @@ def test_the_whole_method_runs_on_other_families(name, toy_set, rng):
     ],
 )
 def test_neurons_of_whole_architectures(arch, layers, neurons, rng):
-    """By hand: ResNet-18 at width 4 has 4,800 / 16 of the published; VGG-11 43 times its width; a
-    transformer two norms of 16 a block.
+    """By hand: ResNet-18 at width 4 has 1/16 of the published 4,800; VGG-11 has 43 times its width;
+    a transformer has two norms of 16 per block.
     """
-    found = maskable(
-        Architecture(arch=arch, width=4).build(4, 3, torch.zeros(3), torch.ones(3), rng=rng())
-    )
-    assert (len(found), sum(len(layer.weight) for layer in found.values())) == (layers, neurons)
+    scales = [layer.weight for layer in maskable(build(arch, rng, width=4)).values()]
+    assert (len(scales), sum(len(scale) for scale in scales)) == (layers, neurons)
 
 
 class Standardized(nn.Conv2d):
-    """Its kernel has unit deviation whatever its scale, so that no mask on it would do anything."""
+    """Its kernel has unit deviation whatever its scale, so a mask would have no effect."""
 
     def forward(self, x):
         return self._conv_forward(
@@ -263,15 +244,15 @@ def tied(part):
         (lambda: tied("bias"), "layers 1 and 2 share a weight"),
         (
             lambda: nn.Sequential(Standardized(3, 4, 1)),
-            r"layer 0 \(Standardized\) makes its weight anew",
+            r"layer 0 \(Standardized\) recomputes its weight",
         ),
         (
             lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))),
-            "makes its weight anew",
+            "recomputes its weight",
         ),
         (
             lambda: nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 1))),
-            "makes its weight anew",
+            "recomputes its weight",
         ),
     ],
 )
@@ -280,7 +261,7 @@ def test_a_scale_that_is_not_the_layers_own_is_refused(model, words):
         maskable(model())
 
 
-def test_what_batchnorm_remembers_is_asked_of_batchnorm_alone(toy_model):
+def test_running_statistics_require_batchnorm(toy_model):
     assert list(batch_norms(toy_model(), "bnp")) == ["bn1", "bn2"]
     with pytest.raises(
         UserError,
@@ -294,8 +275,5 @@ def test_frozen_statistics_still_train_the_scale(frozen, toy_model, images):
     model = freeze_statistics(toy_model(), frozen)
     before = model.bn1.running_mean.clone()
     model(images).sum().backward()
-    assert (
-        model.training
-        and torch.equal(model.bn1.running_mean, before) == frozen
-        and model.bn1.weight.grad is not None
-    )
+    assert model.training and model.bn1.weight.grad is not None
+    assert torch.equal(model.bn1.running_mean, before) == frozen

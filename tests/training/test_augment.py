@@ -1,4 +1,4 @@
-"""Shifted crops and mirror images, compared with a slow loop."""
+"""Random crops and flips, compared with a slow loop."""
 
 import pytest
 import torch
@@ -45,18 +45,18 @@ def test_every_image_has_its_own_draw(rng):
 
 
 def test_a_negative_crop_is_refused():
-    with pytest.raises(UserError, match="crop must be 0 or more pixels, got -1"):
+    with pytest.raises(UserError, match=r"augment\.crop must be 0 or more, got -1"):
         Augment(crop=-1)
 
 
 @pytest.mark.parametrize(
-    "share, sides",
+    "scale, sides",
     [(1.0, (12, 20)), (0.99, (8, 16)), (0.5, (4, 8)), (2 / 3, (8, 12)), (0.01, (4, 4))],
 )
-def test_smaller_images(share, sides):
+def test_smaller_images(scale, sides):
     """Sides are multiples of four; where nothing changes the images are the same object."""
     images = torch.full((2, 3, 12, 20), 0.25)
-    small = shrink(images, share)
+    small = shrink(images, scale)
     assert small.shape == (2, 3, *sides) and torch.allclose(small, torch.tensor(0.25))
     assert (small is images) == (sides == (12, 20))
 

@@ -1,6 +1,4 @@
-"""Recorded training steps do what plain ones do: that needs a GPU. What cannot be recorded runs as
-it is: that does not.
-"""
+"""Captured training steps equal plain ones (needs a GPU); others run as they are (needs none)."""
 
 import copy
 
@@ -48,27 +46,26 @@ def assert_alike(one, other, *, rel=1e-3):
 
 @needs_gpu
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_recorded_steps_do_what_plain_ones_do(optimizer, toy_model, toy_set, rng):
+def test_captured_steps_equal_plain_ones(optimizer, toy_model, toy_set, rng):
     data = toy_set(44)
     assert_alike(
         train(toy_model(), data, rng, optimizer),
-        train(toy_model(), data, rng, optimizer, graphed=True),
+        train(toy_model(), data, rng, optimizer, cuda_graph=True),
     )
 
 
 @needs_gpu
-@pytest.mark.filterwarnings("default")  # what a compiler says of itself
-def test_compiled_steps_do_too(monkeypatch, toy_model, toy_set, rng):
+@pytest.mark.filterwarnings("default")  # the compiler has warnings of its own
+def test_compiled_steps_equal_plain_ones(monkeypatch, toy_model, toy_set, rng):
     data = toy_set(44)
     plain = train(toy_model(), data, rng)
     monkeypatch.setattr("rnp.training.loop.WORTH_COMPILING", 1)
-    assert_alike(
-        plain, train(toy_model(), data, rng, graphed=True), rel=0.1
-    )  # other kernels, which round to TF32 or do not
+    # Other kernels may round to TF32.
+    assert_alike(plain, train(toy_model(), data, rng, cuda_graph=True), rel=0.1)
 
 
 @needs_gpu
-def test_a_step_that_waits_cannot_be_recorded_and_runs_as_it_is(toy_model, toy_set, rng):
+def test_a_step_that_waits_for_values_is_not_captured(toy_model, toy_set, rng):
     def waiting(model):
         objective = cross_entropy(model)
 
@@ -80,42 +77,40 @@ def test_a_step_that_waits_cannot_be_recorded_and_runs_as_it_is(toy_model, toy_s
 
     data = toy_set(44)
     with pytest.warns(UserWarning, match="slower than it could be"):
-        recorded = train(toy_model(), data, rng, objective=waiting, graphed=True)
-    assert_alike(train(toy_model(), data, rng), recorded)
+        captured = train(toy_model(), data, rng, objective=waiting, cuda_graph=True)
+    assert_alike(train(toy_model(), data, rng), captured)
 
 
 @needs_gpu
-def test_a_recipe_learns_there(toy_model, toy_set, rng):
+def test_train_learns_on_a_gpu(toy_model, toy_set, rng):
     rows = []
     Train(epochs=8, batch_size=8)(toy_model().cuda(), toy_set(84), rng=rng(), on_epoch=rows.append)
     assert rows[-1].accuracy > 0.8
 
 
-@pytest.mark.parametrize("compiles, warned", [(False, 2), (True, 1)])
-def test_what_fails_gives_way_to_plain_steps_and_no_step_is_taken_twice(
-    compiles, warned, monkeypatch, recwarn
+@pytest.mark.parametrize("compiles, warnings", [(False, 2), (True, 1)])
+def test_failures_fall_back_to_plain_steps_and_no_step_runs_twice(
+    compiles, warnings, monkeypatch, recwarn
 ):
-    taken = []
+    steps = []
 
     def plain(images, labels):
-        taken.append(len(images))
+        steps.append(len(images))
         return torch.zeros(()), images.flatten(1), torch.zeros(())
 
     def compiled(images, labels):
         raise RuntimeError("no compiler")
 
-    def aside(self, images, labels):
+    def run_on_side_stream(self, images, labels):
         if self.compiled is plain:
-            raise RuntimeError("no recorder")
+            raise RuntimeError("no capture")
         return self.compiled(images, labels)
 
-    monkeypatch.setattr(CapturedStep, "_run_on_side_stream", aside)
-    advance = CapturedStep(plain if compiles else compiled, plain, (4, 1, 2, 2))
+    monkeypatch.setattr(CapturedStep, "_run_on_side_stream", run_on_side_stream)
+    step = CapturedStep(plain if compiles else compiled, plain, (4, 1, 2, 2))
     for n in (4, 4, 3, 4, 4):
-        _, logits, _ = advance(torch.rand(n, 1, 2, 2), torch.zeros(n, dtype=torch.int64))
+        _, logits, _ = step(torch.rand(n, 1, 2, 2), torch.zeros(n, dtype=torch.int64))
         assert len(logits) == n
-    assert (
-        taken == [4, 4, 3, 4, 4]
-        and [str(each.message).partition(":")[0] for each in recwarn]
-        == ["training is slower than it could be"] * warned
-    )
+    assert steps == [4, 4, 3, 4, 4]
+    messages = [str(warning.message).partition(":")[0] for warning in recwarn]
+    assert messages == ["training is slower than it could be"] * warnings

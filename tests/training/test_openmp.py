@@ -1,4 +1,4 @@
-"""Waiting threads sleep soon in all that we start; what the user has said stands."""
+"""Every entry point makes waiting threads sleep early, unless the user has set otherwise."""
 
 import os
 import subprocess
@@ -17,15 +17,15 @@ os._exit(0)
 """
 
 
-def heard(folder, *command, **user):
-    """What PyTorch would find in the environment when it is loaded."""
+def settings_at_import(folder, *command, **user):
+    """The environment when `command` imports PyTorch, which a stand-in prints."""
     (folder / "torch.py").write_text(TORCH)
-    own = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    env = own | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"} | user
-    done = subprocess.run(
+    inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    env = inherited | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"} | user
+    process = subprocess.run(
         [sys.executable, *command], env=env, cwd=folder, capture_output=True, text=True
     )
-    return done.stdout.strip().splitlines()[-1]
+    return process.stdout.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -37,19 +37,19 @@ def heard(folder, *command, **user):
         ["-c", "from rnp import purify"],
         ["-m", "benchmarks.measure"],
         ["-m", "benchmarks.steps"],
-        ["-m", "benchmarks.architectures"],
+        ["-m", "experiments.architectures"],
         ["-c", "import benchmarks.reference_rnp"],
         ["-m", "pytest", "-s", str(ROOT / "tests/test_types.py")],
     ],
     ids=lambda command: command[1],
 )
 def test_it_is_set_before_torch_is_loaded(command, tmp_path):
-    assert heard(tmp_path, *command) == f"{SPINS} None"
+    assert settings_at_import(tmp_path, *command) == f"{SPINS} None"
 
 
 @pytest.mark.parametrize(
-    "user, found",
+    "user, settings",
     [({"GOMP_SPINCOUNT": "7"}, "7 None"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None ACTIVE")],
 )
-def test_the_user_has_the_last_word(user, found, tmp_path):
-    assert heard(tmp_path, "-m", "stages.benign", **user) == found
+def test_settings_of_the_user_are_kept(user, settings, tmp_path):
+    assert settings_at_import(tmp_path, "-m", "stages.benign", **user) == settings
