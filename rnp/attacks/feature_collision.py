@@ -79,7 +79,7 @@ class FeatureCollision(Attack):
         return poisoned
 
     def collide(self, model: nn.Module, bases: Images, sources: Images) -> Images:
-        """`bases`, changed by up to `epsilon` so that their features approach those of `sources`."""
+        """`bases`, changed by up to `epsilon` so that features approach those of `sources`."""
         device = device_of(model)
         bases = bases.to(device)
         with torch.no_grad():
