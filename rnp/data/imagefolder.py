@@ -52,20 +52,20 @@ class ImageFolder(Dataset):
     ] = 0.2
 
     def load(self, root: Path, *, rng: torch.Generator) -> tuple[ImageSet, ImageSet]:
-        parts = self._scan(root)
-        classes = tuple(parts[0])
-        if len(parts) == 2:
-            (train, train_labels), (test, test_labels) = map(flatten_classes, parts)
-        else:
-            files, labels = flatten_classes(parts[0])
-            train_positions, test_positions = self._split(labels, len(classes), rng)
-            train, train_labels = [files[i] for i in train_positions], labels[train_positions]
-            test, test_labels = [files[i] for i in test_positions], labels[test_positions]
-        train_images, test_images = decode([train, test], self.size)
-        return (
-            ImageSet(train_images, train_labels, classes),
-            ImageSet(test_images, test_labels, classes),
+        scanned = self._scan(root)
+        classes = tuple(scanned[0])
+        parts = [flatten_classes(files) for files in scanned]
+        if len(parts) == 1:
+            files, labels = parts[0]
+            parts = [
+                ([files[i] for i in positions.tolist()], labels[positions])
+                for positions in self._split(labels, len(classes), rng)
+            ]
+        images = decode([files for files, _ in parts], self.size)
+        train, test = (
+            ImageSet(decoded, labels, classes) for decoded, (_, labels) in zip(images, parts)
         )
+        return train, test
 
     def fingerprint(self, root: Path) -> str:
         """A digest of all image files of the folder."""
