@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from rnp.errors import UserError
 from rnp.params.ranges import Hyperparameters
@@ -20,6 +23,7 @@ FAMILIES = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
 class Method(Hyperparameters):
     """The base class of attacks, data sets, defenses and detectors, which are selected by name.
 
@@ -49,6 +53,19 @@ def load(family: str, name: str) -> type[Method]:
     module = importlib.import_module(f"rnp.{FAMILIES[family].replace('/', '.')}.{name}")
     (method,) = methods_in(module)  # one file, one method
     return method
+
+
+def build(family: str, name: str, options: dict[str, Any]) -> Method:
+    """The method `name` with the given hyperparameters.
+
+    Raises: UserError when there is no such method or hyperparameter, or a value is out of range.
+    """
+    method = load(family, name)
+    known = [field.name for field in dataclasses.fields(method)]
+    for option in options:
+        if option not in known:
+            raise UserError(f"unknown option {name}.{option}{suggest(option, known)}")
+    return method(**options)
 
 
 def methods_in(module: ModuleType) -> list[type[Method]]:
