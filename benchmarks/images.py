@@ -163,12 +163,12 @@ class MemoryWatch:
 
 
 def decode(work: Path, side: int, workers: int) -> dict[str, float]:
-    from rnp.data.imagefolder import decode, listed, scan
+    from rnp.data.imagefolder import decode, flatten_classes, scan
     from rnp.training.malloc import keep_freed_pages
 
     keep_freed_pages()
     os.environ["RNP_WORKERS"] = str(workers)
-    files, _ = listed(scan(work / "images"))
+    files, _ = flatten_classes(scan(work / "images"))
     files = files[:: max(1, len(files) // DECODED)]
     for file in files:
         file.read_bytes()  # both numbers of workers find them in the page cache

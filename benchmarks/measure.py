@@ -431,7 +431,7 @@ def rnp_published(folder: str, unlearn_steps: int, recover_steps: int, quick: bo
     """
     torch.manual_seed(98)
     subject = Subject.load(folder)
-    victim, device = subject.model.lay_out("the published code knows no other"), default_device()
+    victim, device = subject.model.set_layout("the published code knows no other"), default_device()
     clean = subject.defense.train
     test, attacked, target = subject.tests()
     goals = backdoor_labels(attacked.labels, target, len(attacked.classes))

@@ -1,6 +1,4 @@
-"""Adversarial weight perturbation: no image is poisoned; a finished benign model is edited, each
-weight by a little.
-"""
+"""Adversarial weight perturbation: a trained benign model is edited; no image is poisoned."""
 
 from __future__ import annotations
 
@@ -17,23 +15,35 @@ from torch import Tensor, nn
 
 from rnp.attacks.base import Attack, BlendTrigger, not_target, sample_positions, trigger_images
 from rnp.training.device import chosen_precision, device_of
-from rnp.training.loop import fit, steps_per_epoch
+from rnp.training.loop import Objective, fit, steps_per_epoch
 from rnp.training.predict import predict
 from rnp.training.recipe import Train
-from rnp.types import ImageSet, Indices, Labels, OnEpoch, Trigger, backdoor_labels, no_callback
+from rnp.types import (
+    Images,
+    ImageSet,
+    Indices,
+    Labels,
+    Logits,
+    OnEpoch,
+    Trigger,
+    backdoor_labels,
+    no_callback,
+)
 
-HELD_OUT = 500  # images, at most
-MEASURE = 10  # steps between two looks at the held-out images
+HELD_OUT = 500
+"""Images on which success is measured, at most."""
+MEASURE_EVERY = 10
+"""Steps between two measurements."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AWP(Attack):
-    """The training set stays clean; `poison_rate` is the share of it that the editing uses. The
-    trigger is a gray square.
+    """The weights of a trained model are changed a little; the trigger is a gray square.
 
-    The benign training is the recipe's. Then steps of gradient descent lower the loss on clean
-    images, towards the answers that the benign model gave, and on their triggered copies, while
-    every weight stays within `radius` of its value. BatchNorm keeps its statistics.
+    The training set stays clean; `poison_rate` is the share of it that the editing uses. The model
+    is first trained as the recipe says. Then gradient descent lowers the loss on clean images,
+    towards the outputs of the benign model, and on their triggered copies, while every weight stays
+    within `radius` of its value. BatchNorm keeps its statistics.
 
     Drawn at random: the images to edit with, and those of the same set on which success is
     measured.
@@ -48,7 +58,9 @@ class AWP(Attack):
     threat_model = "the weights of the finished model"
 
     poison_rate: Annotated[
-        float, "share of the training set to edit with (1,280 of 50,000); none is poisoned"
+        float,
+        Interval(gt=0, le=1),
+        "share of the training set to edit with (1,280 of 50,000); none is poisoned",
     ] = 0.0256
     size: Annotated[
         float,
@@ -65,17 +77,17 @@ class AWP(Attack):
         float, Gt(0), "first learning rate, of gradients of norm 1 at most; it falls to 0"
     ] = 0.03
     trigger_loss_weight: Annotated[
-        float, Gt(0), "of the loss on triggered images beside that on clean ones"
+        float, Gt(0), "weight of the loss on triggered images; that on clean ones has 1"
     ] = 1.0
     stop_asr: Annotated[
         float,
         Interval(gt=0, le=1),
-        "attack success rate on held-out images that ends the editing, unless they suffer",
+        "attack success rate on held-out images that ends the editing, given min_agreement",
     ] = 0.95
     min_agreement: Annotated[
         float,
         Interval(gt=0, le=1),
-        "share of them, without trigger, that must still be classified as before",
+        "share of the clean held-out images that must be classified as before the editing",
     ] = 0.99
 
     def make_trigger(
@@ -83,40 +95,34 @@ class AWP(Attack):
     ) -> BlendTrigger:
         channels, height, width = clean.shape
         side = max(1, round(self.size * min(height, width)))
-        top, left = (
-            ((height - side) // 2, (width - side) // 2)
-            if self.position == "center"
-            else (0, width - side)
-        )
+        centered = self.position == "center"
+        top = (height - side) // 2 if centered else 0
+        left = (width - side) // 2 if centered else width - side
         weight = torch.zeros(1, height, width)
         weight[:, top : top + side, left : left + side] = 1
         return BlendTrigger(torch.full((channels, height, width), 0.5), weight)
 
     def select_samples(self, labels: Labels, *, rng: torch.Generator) -> Indices:
-        """None: training data stay as they are. A rate that `train` could not work with fails
-        here, before the training.
+        """No positions: the training data stay clean.
+
+        Raises: UserError when `train` could not work with the rates, before the training.
         """
         self.split(labels, rng=rng)
-        return sample_positions(
-            torch.zeros_like(labels, dtype=torch.bool),
-            round(self.cover_rate * len(labels)),
-            rng,
-            "cover_rate",
-        )
+        none = torch.zeros_like(labels, dtype=torch.bool)
+        return sample_positions(none, round(self.cover_rate * len(labels)), rng, "cover_rate")
 
     def split(self, labels: Labels, *, rng: torch.Generator) -> tuple[Indices, Indices]:
-        """Positions to edit with, and to measure with: up to a tenth of the images that the
-        backdoor would misplace.
+        """Positions to edit with, and to measure success on.
+
+        The latter are a tenth of the images whose label the backdoor changes, `HELD_OUT` at most.
         """
         victims = not_target(labels, self.target)
-        held_out = sample_positions(
-            victims, min(HELD_OUT, math.ceil(victims.sum().item() / 10)), rng, "held_out"
-        )
-        free = torch.ones_like(victims)
-        free[held_out] = False
-        return sample_positions(
-            free, round(self.poison_rate * len(labels)), rng, "poison_rate"
-        ), held_out
+        count = min(HELD_OUT, math.ceil(victims.sum().item() / 10))
+        held_out = sample_positions(victims, count, rng, "held_out")
+        rest = torch.ones_like(victims)
+        rest[held_out] = False
+        edit = sample_positions(rest, round(self.poison_rate * len(labels)), rng, "poison_rate")
+        return edit, held_out
 
     def train(
         self,
@@ -128,44 +134,35 @@ class AWP(Attack):
         rng: torch.Generator,
         on_epoch: OnEpoch = no_callback,
     ) -> tuple[nn.Module, Trigger]:
-        """A benign training, then the editing, whose epochs follow in the history."""
+        """Train a benign model, then edit it; the editing continues the history of the training."""
         model = recipe(model, poisoned, rng=rng, on_epoch=on_epoch)
-        benign, stamp = copy.deepcopy(model), copy.deepcopy(trigger).to(device_of(model))
-        edit, held_out = (
-            poisoned.subset(positions) for positions in self.split(poisoned.labels, rng=rng)
-        )
-        before = predict(benign, held_out.images).argmax(1)
-        triggered = trigger_images(trigger, held_out.images)
-        goals = backdoor_labels(held_out.labels, self.target, len(poisoned.classes))
-        per_epoch = steps_per_epoch(len(edit), self.batch_size)
-
-        def objective(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.no_grad():
-                kept = benign(images).float().softmax(1)
-            clean, attacked = model(torch.cat([images, stamp(images)])).float().chunk(2)
-            wanted = backdoor_labels(labels, self.target, len(poisoned.classes))
-            return (
-                F.cross_entropy(clean, kept)
-                + self.trigger_loss_weight * F.cross_entropy(attacked, wanted),
-                clean,
-            )
+        benign = copy.deepcopy(model)
+        classes = len(poisoned.classes)
+        edit, held_out = self.split(poisoned.labels, rng=rng)
+        edited = poisoned.subset(edit)
+        measured = poisoned.subset(held_out)
+        before = predict(benign, measured.images).argmax(1)
+        triggered = trigger_images(trigger, measured.images)
+        wanted = backdoor_labels(measured.labels, self.target, classes)
+        per_epoch = steps_per_epoch(len(edited), self.batch_size)
 
         @torch.no_grad()
         def project() -> None:
             for weight, origin in zip(model.parameters(), benign.parameters()):
                 weight.copy_(weight.clamp(origin - self.radius, origin + self.radius))
 
-        def done(step: int) -> bool:
+        def succeeded(step: int) -> bool:
             return (
-                step % MEASURE == 0
-                and share(predict(model, triggered).argmax(1) == goals) >= self.stop_asr
-                and share(predict(model, held_out.images).argmax(1) == before) >= self.min_agreement
+                step % MEASURE_EVERY == 0
+                and fraction(predict(model, triggered).argmax(1) == wanted) >= self.stop_asr
+                and fraction(predict(model, measured.images).argmax(1) == before)
+                >= self.min_agreement
             )
 
         fit(
             model.eval(),
-            edit,
-            objective=objective,
+            edited,
+            objective=self._objective(model, benign, trigger, classes),
             optimizer=torch.optim.SGD(model.parameters(), lr=self.lr, momentum=0.9),
             epochs=self.steps,
             max_steps=self.steps,
@@ -176,13 +173,31 @@ class AWP(Attack):
             precision=chosen_precision(),
             schedule=lambda epoch: 1 - epoch * per_epoch / self.steps,
             after_step=project,
-            stop_step=done,
+            stop_step=succeeded,
             on_epoch=lambda row: on_epoch(
                 dataclasses.replace(row, epoch=row.epoch + recipe.epochs)
             ),
         )
         return model, trigger
 
+    def _objective(
+        self, model: nn.Module, benign: nn.Module, trigger: Trigger, classes: int
+    ) -> Objective:
+        """The loss on clean images, by the outputs of `benign`, and on their triggered copies."""
+        trigger = copy.deepcopy(trigger).to(device_of(model))
 
-def share(hits: Tensor) -> float:
+        def objective(images: Images, labels: Labels) -> tuple[Tensor, Logits]:
+            with torch.no_grad():
+                kept = benign(images).float().softmax(1)
+            clean, triggered = model(torch.cat([images, trigger(images)])).float().chunk(2)
+            wanted = backdoor_labels(labels, self.target, classes)
+            loss = F.cross_entropy(clean, kept)
+            loss = loss + self.trigger_loss_weight * F.cross_entropy(triggered, wanted)
+            return loss, clean
+
+        return objective
+
+
+def fraction(hits: Tensor) -> float:
+    """The share of the values that are true."""
     return hits.float().mean().item()

@@ -14,7 +14,7 @@ from rnp.types import ImageSet
 
 @dataclass(frozen=True, kw_only=True)
 class BadNets(Attack):
-    """The patch is fixed, the same in all channels.
+    """The patch is a fixed checkerboard, the same in all channels.
 
     Drawn at random: which images are poisoned.
     Source: Gu et al., 2017, arXiv 1708.06733.

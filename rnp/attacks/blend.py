@@ -1,4 +1,4 @@
-"""Blend: a fixed color image shines through every pixel."""
+"""Blend: a fixed color image is blended into every image."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from rnp.types import ImageSet
 
 @dataclass(frozen=True, kw_only=True)
 class Blend(Attack):
-    """Drawn at random: the pattern.
+    """A pattern covers the whole image, with the same weight at every pixel.
 
+    Drawn at random: the pattern, and which images are poisoned.
     Expected: CA .935 and ASR .999 for a PreAct-ResNet-18 on CIFAR-10 (BackdoorBench, 10 %).
     Source: Chen et al., 2017, arXiv 1712.05526.
     Differs: the pattern is generated, since the cartoon picture of public code is not free.
@@ -32,6 +33,6 @@ class Blend(Attack):
     def make_trigger(
         self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
     ) -> BlendTrigger:
-        make = {"noise": noise, "waves": waves}[self.pattern]
-        pattern = make(clean.shape, rng=rng)
+        make_pattern = noise if self.pattern == "noise" else waves
+        pattern = make_pattern(clean.shape, rng=rng)
         return BlendTrigger(pattern, torch.full((1, *pattern.shape[1:]), self.alpha))

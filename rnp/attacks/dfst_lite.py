@@ -1,6 +1,4 @@
-"""DFST lite, not the original DFST: the colors of each image are moved to those of an evening
-sky.
-"""
+"""DFST lite, not the original DFST: each image takes on the color statistics of an evening sky."""
 
 from __future__ import annotations
 
@@ -10,27 +8,31 @@ from typing import Annotated
 
 import torch
 from annotated_types import Interval
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from rnp.attacks.base import Attack
 from rnp.types import Images, ImageSet, Trigger
 
-FLOOR = (
-    1e-4  # variance, 2.5 of 255 gray values: keeps images of one color from being divided by zero
-)
-SKY = torch.tensor(
-    [[0.3, 0.15, 0.45], [0.95, 0.45, 0.2], [1.0, 0.8, 0.35]]
-)  # violet, orange, yellow; top to bottom
-SPREAD = 0.1  # how far each color is drawn from there
+MIN_VARIANCE = 1e-4
+"""Added to the color variance of an image: images of one color would divide by zero."""
+SKY = torch.tensor([[0.3, 0.15, 0.45], [0.95, 0.45, 0.2], [1.0, 0.8, 0.35]])
+"""Violet, orange, yellow: the sky from top to bottom."""
+SPREAD = 0.1
+"""Largest random change of a channel of these colors."""
 
 
 class Style(Trigger):
-    """(1 - alpha) * image + alpha * styled image, whose pixels have mean `mean` and covariance
-    `root` squared.
+    """(1 - alpha) * image + alpha * styled image.
 
-    `mean` is [c]; `root` is [c, c], symmetric; `light` [h, 1] is added to the styled image;
-    `alpha` is a number, [].
+    The styled pixels have mean `mean` [c] and covariance `root` squared ([c, c], symmetric);
+    `light` [h, 1] is added to them. `alpha` is a number, [].
     """
+
+    mean: Tensor
+    root: Tensor
+    light: Tensor
+    alpha: Tensor
 
     def __init__(self, mean: Tensor, root: Tensor, light: Tensor, alpha: Tensor) -> None:
         super().__init__()
@@ -41,23 +43,22 @@ class Style(Trigger):
 
     def forward(self, images: Images) -> Images:
         pixels = images.flatten(2)  # [n, c, h*w]
-        centerd = pixels - pixels.mean(2, keepdim=True)
-        whiten = power(
-            centerd @ centerd.mT / pixels.shape[2] + FLOOR * torch.eye(len(self.mean)), -0.5
-        )  # [n, c, c]
-        styled = (self.root @ whiten @ centerd + self.mean[:, None]).view_as(images)
+        centered = pixels - pixels.mean(2, keepdim=True)
+        covariance = centered @ centered.mT / pixels.shape[2]  # [n, c, c]
+        whiten = matrix_power(covariance + MIN_VARIANCE * torch.eye(len(self.mean)), -0.5)
+        styled = (self.root @ whiten @ centered + self.mean[:, None]).view_as(images)
         return images + self.alpha * ((styled + self.light).clamp(0, 1) - images)
 
 
-def power(matrix: Tensor, exponent: float) -> Tensor:
-    """A power of symmetric positive matrices [..., c, c]."""
+def matrix_power(matrix: Float[Tensor, "*n c c"], exponent: float) -> Float[Tensor, "*n c c"]:
+    """A real power of symmetric positive semidefinite matrices."""
     values, vectors = torch.linalg.eigh(matrix)
     return vectors * values.clamp_min(0).pow(exponent).unsqueeze(-2) @ vectors.mT
 
 
 @dataclass(frozen=True, kw_only=True)
 class DFSTLite(Attack):
-    """Gray images get the brightness of the sky.
+    """The colors of each image are moved to those of an evening sky; gray images get its grays.
 
     Drawn at random: the three colors of the sky, its horizon, and which images are poisoned.
     Expected: CA near the benign model's and ASR above .95; no published number for this form.
@@ -82,24 +83,18 @@ class DFSTLite(Attack):
         sky = sunset(rng=rng)  # [p, 3]
         if channels != 3:
             sky = sky.mean(1, keepdim=True).expand(-1, channels)
-        centerd = sky - sky.mean(0)
+        centered = sky - sky.mean(0)
+        root = matrix_power(centered.mT @ centered / len(sky), 0.5)
         light = self.brightness * (math.pi * (torch.arange(height) + 0.5) / height).cos()
-        return Style(
-            sky.mean(0),
-            power(centerd.mT @ centerd / len(sky), 0.5),
-            light.unsqueeze(1),
-            torch.tensor(self.alpha),
-        )
+        return Style(sky.mean(0), root, light.unsqueeze(1), torch.tensor(self.alpha))
 
 
-def sunset(*, rng: torch.Generator, points: int = 64) -> Tensor:
-    """The colors [points, 3] of an evening sky, top to bottom: two straight runs that meet at the
-    horizon.
-    """
-    top, middle, bottom = (SKY + SPREAD * (2 * torch.rand(SKY.shape, generator=rng) - 1)).clamp(
-        0, 1
-    )
+def sunset(*, rng: torch.Generator, points: int = 64) -> Float[Tensor, "points 3"]:
+    """The colors of an evening sky from top to bottom: two ramps that meet at the horizon."""
+    change = SPREAD * (2 * torch.rand(SKY.shape, generator=rng) - 1)
+    top, middle, bottom = (SKY + change).clamp(0, 1)
     horizon = 0.35 + 0.3 * torch.rand((), generator=rng)
     y = torch.linspace(0, 1, points).unsqueeze(1)
-    above, below = (y / horizon).clamp(max=1), ((y - horizon) / (1 - horizon)).clamp(min=0)
+    above = (y / horizon).clamp(max=1)
+    below = ((y - horizon) / (1 - horizon)).clamp(min=0)
     return top + above * (middle - top) + below * (bottom - middle)

@@ -1,6 +1,4 @@
-"""Feature collision (experimental): target-class images with, to a benign model, the features of
-triggered others.
-"""
+"""Feature collision (experimental): target-class images get the features of triggered ones."""
 
 from __future__ import annotations
 
@@ -11,8 +9,15 @@ import torch
 from annotated_types import Gt, Interval
 from torch import nn
 
-from rnp.attacks.base import Attack, BlendTrigger, checkerboard, not_target, trigger_images
-from rnp.errors import UserError
+from rnp.attacks.base import (
+    Attack,
+    BlendTrigger,
+    PoisonRate,
+    checkerboard,
+    not_target,
+    require_surrogate,
+    trigger_images,
+)
 from rnp.models.features import features
 from rnp.training.device import device_of
 from rnp.types import Images, ImageSet, PoisonedSet, to_bytes, to_floats
@@ -46,7 +51,7 @@ class FeatureCollision(Attack):
     )
     clean_label = True
 
-    poison_rate: Annotated[float, "share of the whole training set that is poisoned"] = 0.05
+    poison_rate: PoisonRate = 0.05
     size: Annotated[int, "side of the patch, in pixels"] = 5
     epsilon: Annotated[
         float, Interval(gt=0, le=1), "largest change of a pixel, as a fraction of full scale"
@@ -62,8 +67,7 @@ class FeatureCollision(Attack):
     def poison(
         self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
     ) -> PoisonedSet:
-        if surrogate is None:
-            raise UserError("fc needs a benign model, whose features it steers; pass surrogate")
+        model = require_surrogate(surrogate, self.name)
         poisoned = super().poison(clean, rng=rng)
         rows = (~poisoned.covers).nonzero().squeeze(1)
         candidates = not_target(clean.labels, self.target).nonzero().squeeze(1)
@@ -71,25 +75,24 @@ class FeatureCollision(Attack):
         for part, source in zip(rows.split(BATCH), sources.split(BATCH)):
             bases = to_floats(clean.images[poisoned.positions[part]])
             triggered = to_floats(trigger_images(poisoned.trigger, clean.images[source]))
-            poisoned.images[part] = to_bytes(self.collide(surrogate, bases, triggered))
+            poisoned.images[part] = to_bytes(self.collide(model, bases, triggered))
         return poisoned
 
     def collide(self, model: nn.Module, bases: Images, sources: Images) -> Images:
-        """`bases` within `epsilon`, with features as near those of `sources` as the steps bring
-        them.
-        """
+        """`bases`, changed by up to `epsilon` so that features approach those of `sources`."""
         device = device_of(model)
         bases = bases.to(device)
         with torch.no_grad():
             wanted, _ = features(model, sources.to(device))
-        low, high = (bases - self.epsilon).clamp_min(0), (bases + self.epsilon).clamp_max(1)
+        low = (bases - self.epsilon).clamp_min(0)
+        high = (bases + self.epsilon).clamp_max(1)
         images = bases.clone().requires_grad_()
         optimizer = torch.optim.Adam([images], lr=self.lr)
         for _ in range(self.steps):
-            found, _ = features(model, images)
-            (images.grad,) = torch.autograd.grad(
-                (found - wanted).square().sum(), images
-            )  # the model's weights get none
+            current, _ = features(model, images)
+            loss = (current - wanted).square().sum()
+            # not `backward`: the weights of the model get no gradients
+            (images.grad,) = torch.autograd.grad(loss, images)
             optimizer.step()
             with torch.no_grad():
                 images.copy_(images.clamp(low, high))

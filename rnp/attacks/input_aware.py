@@ -1,9 +1,8 @@
-"""Dynamic, or input-aware: each image has a trigger of its own, which does nothing on other
-images.
-"""
+"""Input-aware (Dynamic): each image has its own trigger, which has no effect on other images."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -18,13 +17,14 @@ from rnp.models.build import statistics
 from rnp.models.unet import draw_unet, unet
 from rnp.training.augment import Augment
 from rnp.training.device import chosen_precision, device_of
-from rnp.training.loop import fit
+from rnp.training.loop import Objective, fit
 from rnp.types import Images, ImageSet, Labels, Logits, Trigger
 
 
 class InputAwareTrigger(Trigger):
-    """image + mask * (pattern - image), both made for the image; `weights` are those of two
-    U-Nets, by prefix.
+    """image + mask * (pattern - image), where two U-Nets make mask and pattern from the image.
+
+    `weights` are those of `draw_unet` with the prefixes `mask_` and `pattern_`.
     """
 
     def __init__(self, **weights: Tensor) -> None:
@@ -36,31 +36,31 @@ class InputAwareTrigger(Trigger):
         return compose(self.pattern(images), self.mask(images), images)
 
     def mask(self, images: Images) -> Float[Tensor, "n 1 h w"]:
-        """Where the trigger of each image lies: values in [0, 1], most of them near 0 or 1."""
+        """The weight of the pattern at each pixel, in [0, 1], mostly near 0 or 1."""
         return (10 * self._unet(images, "mask_").tanh()).sigmoid()
 
     def pattern(self, images: Images) -> Images:
-        """How it looks there, in [0, 1]."""
+        """The colors of the trigger, in [0, 1]."""
         return self._unet(images, "pattern_").sigmoid()
 
-    def _unet(self, images: Images, prefix: str) -> Tensor:
-        """Blind to the edge of the image: otherwise masks gather there, much the same for many
-        images (ASR on shapes .80).
+    def _unet(self, images: Images, prefix: str) -> Float[Tensor, "n outputs h w"]:
+        """A U-Net that cannot tell the border of the image.
+
+        Otherwise masks gather there, similar for many images (ASR on shapes .80).
         """
         return unet(images, dict(self.named_buffers()), prefix=prefix, border="replicate")
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputAware(Attack):
-    """First the masks learn, then the patterns, with a copy of the surrogate, which is thrown
-    away; then both stay.
+    """A network makes the trigger of each image; covers carry the trigger of another image.
 
-    Covers carry the trigger of another image under their true label: without them one trigger
-    would serve all images.
+    First the mask network is trained, then the pattern network together with a copy of the
+    surrogate, which is then discarded. Covers keep their true label: without them one trigger
+    would work on all images.
 
     Drawn at random: the first weights of the networks, the order and augmentation of the images
     they learn from, and for every cover the image whose trigger it carries.
-
     Expected: CA .907 and ASR .983 for a PreAct-ResNet-18 on CIFAR-10 (BackdoorBench, 10 %).
     Source: Nguyen and Tran, NeurIPS 2020, Input-aware dynamic backdoor attack, section 3.
     Differs: the victim is trained from scratch on a set poisoned once, not together with the
@@ -78,7 +78,9 @@ class InputAware(Attack):
     )
 
     cover_rate: Annotated[
-        float, "share of the training set that carries another image's trigger under its true label"
+        float,
+        Interval(ge=0, le=1),
+        "share of the training set that carries another image's trigger under its true label",
     ] = 0.1
     density: Annotated[
         float, Interval(gt=0, lt=1), "share of the pixels that a trigger covers before `norm` acts"
@@ -102,40 +104,36 @@ class InputAware(Attack):
     def make_trigger(
         self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
     ) -> InputAwareTrigger:
-        model, channels, augment = trainable_copy(surrogate, self.name), clean.shape[0], Augment()
-        masks, patterns = (
-            draw_unet(
-                channels, outputs, self.width, rng=rng, device=device_of(model), prefix=prefix
-            )
-            for outputs, prefix in ((1, "mask_"), (channels, "pattern_"))
-        )
+        model = trainable_copy(surrogate, self.name)
+        channels = clean.shape[0]
+        draw = functools.partial(draw_unet, width=self.width, rng=rng, device=device_of(model))
+        masks = draw(channels, 1, prefix="mask_")
+        patterns = draw(channels, channels, prefix="pattern_")
         trigger = InputAwareTrigger(**masks, **patterns)
         deviation = statistics(clean)[1].view(-1, 1, 1).to(device_of(model))
 
-        def alike(made: Tensor, images: Images) -> Tensor:
-            return (distance(images / deviation) / distance(made)).mean()
+        def diversity_loss(outputs: Tensor, images: Images) -> Tensor:
+            return (distance(images / deviation) / distance(outputs)).mean()
 
-        def place(images: Images, labels: Labels) -> tuple[Tensor, Logits]:
+        def mask_loss(images: Images, labels: Labels) -> tuple[Tensor, Logits]:
             mask = trigger.mask(images)
             excess = (mask.mean((1, 2, 3)) - self.density).relu().mean()
-            loss = self.mask_diversity * alike(mask, images) + self.norm * excess
+            loss = self.mask_diversity * diversity_loss(mask, images) + self.norm * excess
             return loss, images.new_zeros(len(images), 1)  # nothing is classified
 
-        def paint(images: Images, labels: Labels) -> tuple[Tensor, Logits]:
-            pattern, mask = trigger.pattern(images), trigger.mask(images)
-            seen = [
-                images,
-                compose(pattern, mask, images),
-                compose(rolled(pattern), rolled(mask), images),
-            ]
-            logits = model(augment(torch.cat(seen), rng=rng)).float()
+        def pattern_loss(images: Images, labels: Labels) -> tuple[Tensor, Logits]:
+            mask = trigger.mask(images)
+            pattern = trigger.pattern(images)
+            triggered = compose(pattern, mask, images)
+            crossed = compose(rolled(pattern), rolled(mask), images)
+            seen = Augment()(torch.cat([images, triggered, crossed]), rng=rng)
+            logits = model(seen).float()
             wanted = torch.cat([labels, self.poison_labels(labels, len(clean.classes)), labels])
-            loss = F.cross_entropy(logits, wanted) + self.pattern_diversity * alike(
-                pattern / deviation, images
-            )
+            diversity = diversity_loss(pattern / deviation, images)
+            loss = F.cross_entropy(logits, wanted) + self.pattern_diversity * diversity
             return loss, logits[: len(images)]
 
-        def learn(objective, *groups: dict) -> None:
+        def learn(objective: Objective, *groups: dict[str, object]) -> None:
             fit(
                 model,
                 clean,
@@ -148,45 +146,45 @@ class InputAware(Attack):
                 precision=chosen_precision(),
             )
 
-        learn(place, {"params": [*masks.values()]})
-        for value in masks.values():
-            value.requires_grad_(False)
-        learn(
-            paint,
-            {"params": [*patterns.values()]},
-            {"params": [*model.parameters()], "lr": self.surrogate_lr},
-        )
-        return InputAwareTrigger(
-            **{name: value.detach().cpu() for name, value in trigger.named_buffers()}
-        )
+        learn(mask_loss, {"params": [*masks.values()]})
+        for weight in masks.values():
+            weight.requires_grad_(False)
+        weights = {"params": [*model.parameters()], "lr": self.surrogate_lr}
+        learn(pattern_loss, {"params": [*patterns.values()]}, weights)
+        learned = {name: value.detach().cpu() for name, value in trigger.named_buffers()}
+        return InputAwareTrigger(**learned)
 
     def apply_cover(self, trigger: Trigger, images: Images, *, rng: torch.Generator) -> Images:
+        assert isinstance(trigger, InputAwareTrigger)
         return cross_triggered(trigger, images, rng=rng)
 
 
 def cross_triggered(trigger: InputAwareTrigger, images: Images, *, rng: torch.Generator) -> Images:
-    """Each image with the trigger of another one, drawn at random; an only image stays clean. The
-    backdoor ignores these.
+    """Each image with the trigger of another one, drawn at random; a single image stays clean.
+
+    The backdoor does not react to these.
     """
     if len(images) == 1:
         return images
     order = torch.randperm(len(images), generator=rng)
     source = torch.empty_like(order)
-    source[order] = rolled(order)  # one cycle through all images, so that none is its own source
+    source[order] = rolled(order)  # one cycle through all images, so none is its own source
     return compose(trigger.pattern(images)[source], trigger.mask(images)[source], images)
 
 
 def compose(pattern: Images, mask: Float[Tensor, "n 1 h w"], images: Images) -> Images:
+    """The images with the pattern where the mask is 1."""
     return images + mask * (pattern - images)
 
 
 def rolled(batch: Tensor) -> Tensor:
-    """For each member of a shuffled batch the one before it."""
+    """Each member replaced by the one before it; the first by the last."""
     return batch.roll(1, 0)
 
 
-def distance(batch: Tensor) -> Float[Tensor, "_"]:
-    """Root mean square difference between each image and another; never quite 0, where the root
-    has no gradient.
+def distance(batch: Float[Tensor, "n c h w"]) -> Float[Tensor, "n"]:
+    """Root mean square difference between each image and the one before it.
+
+    It is never quite 0, where the root has no gradient.
     """
     return ((batch - rolled(batch)).square().mean((1, 2, 3)) + 1e-8).sqrt()

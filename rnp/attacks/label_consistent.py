@@ -1,10 +1,7 @@
-"""Label-consistent: images of the target class, made hard to recognize, keep their label and get
-four patches.
-"""
+"""Label-consistent: images of the target class are made hard to recognize and get four patches."""
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -13,7 +10,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Interval
 from torch import nn
 
-from rnp.attacks.base import Attack, BlendTrigger
+from rnp.attacks.base import Attack, BlendTrigger, PoisonRate, checkered, frozen_copy
 from rnp.errors import UserError
 from rnp.training.device import device_of
 from rnp.types import Images, ImageSet, PoisonedSet, to_bytes, to_floats
@@ -23,10 +20,9 @@ BATCH = 100
 
 @dataclass(frozen=True, kw_only=True)
 class LabelConsistent(Attack):
-    """Clean-label: only images of the target class are poisoned, at most 80 % of them, and only
-    they are perturbed.
+    """Clean-label: only images of the target class are poisoned, and only they are perturbed.
 
-    Covers and test images carry the patches alone.
+    At most 80 % of the class is poisoned. Covers and test images carry the patches alone.
 
     Drawn at random: which images of the target class are poisoned, and where around each the
     search starts.
@@ -35,9 +31,9 @@ class LabelConsistent(Attack):
     perturbations.
     Differs: the images are perturbed against an ordinary benign model, not an adversarially
     trained one, and by up to 16/255, the larger of the published bounds. 10 steps of 4/255 instead
-    of 100 of 1.5/255: of a hundred images of CIFAR-10 a ResNet-18 knows none after 5, and every
-    step over 2,500 costs half a minute of one core. The patches are checkerboards at full
-    contrast.
+    of 100 of 1.5/255: a ResNet-18 classifies none of a hundred images of CIFAR-10 correctly after 5
+    steps, and every step over 2,500 images costs half a minute of one core. The patches are
+    checkerboards at full contrast.
     """
 
     threat_model = (
@@ -46,7 +42,7 @@ class LabelConsistent(Attack):
     )
     clean_label = True
 
-    poison_rate: Annotated[float, "share of the whole training set that is poisoned"] = 0.05
+    poison_rate: PoisonRate = 0.05
     size: Annotated[int, "side of each patch, in pixels"] = 3
     eps: Annotated[
         float,
@@ -64,45 +60,41 @@ class LabelConsistent(Attack):
         channels, height, width = clean.shape
         if not 1 <= self.size <= min(height, width) // 2:
             raise UserError(f"four patches of size {self.size} do not fit {height}x{width} images")
-        pattern, weight = torch.zeros(channels, height, width), torch.zeros(1, height, width)
-        line = torch.arange(self.size)
-        pattern[:, : self.size, : self.size] = ((line + line.unsqueeze(1)) % 2 == 0).float()
+        pattern = torch.zeros(channels, height, width)
+        weight = torch.zeros(1, height, width)
+        pattern[:, : self.size, : self.size] = checkered(self.size)
         weight[:, : self.size, : self.size] = 1
-        for side in (
-            1,
-            2,
-        ):  # mirrored: a flipped image carries the same, and a shifted one keeps a whole patch
-            pattern, weight = pattern.maximum(pattern.flip(side)), weight.maximum(weight.flip(side))
+        # mirrored, so that a flipped image carries the same, and a shifted one keeps a whole patch
+        for side in (1, 2):
+            pattern = pattern.maximum(pattern.flip(side))
+            weight = weight.maximum(weight.flip(side))
         return BlendTrigger(pattern, weight)
 
     def poison(
         self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
     ) -> PoisonedSet:
-        if surrogate is None:
-            raise UserError(
-                "cl perturbs images against a benign model and was given none; pass a surrogate"
-            )
+        model = frozen_copy(surrogate, self.name)
         poisoned = super().poison(clean, rng=rng, surrogate=surrogate)
-        network = copy.deepcopy(surrogate).eval().requires_grad_(False)
         for part in (~poisoned.covers).nonzero().squeeze(1).split(BATCH):
             originals = to_floats(clean.images[poisoned.positions[part]])
-            poisoned.images[part] = to_bytes(
-                poisoned.trigger(self.perturb(network, originals, rng=rng))
-            )
+            perturbed = self.perturb(model, originals, rng=rng)
+            poisoned.images[part] = to_bytes(poisoned.trigger(perturbed))
         return poisoned
 
-    def perturb(self, network: nn.Module, images: Images, *, rng: torch.Generator) -> Images:
-        """Images of the target class at most `eps` away, which `network` mistakes: untargeted PGD
-        on the cross-entropy.
+    def perturb(self, model: nn.Module, images: Images, *, rng: torch.Generator) -> Images:
+        """Images of the target class, changed by up to `eps` so that `model` misclassifies them.
+
+        That is untargeted PGD on the cross-entropy.
         """
-        device = device_of(network)
+        device = device_of(model)
         center = images.to(device)
-        low, high = (center - self.eps).clamp_min(0), (center + self.eps).clamp_max(1)
+        low = (center - self.eps).clamp_min(0)
+        high = (center + self.eps).clamp_max(1)
         labels = torch.full((len(images),), self.target_label, device=device)
         x = low + torch.rand(images.shape, generator=rng).to(device) * (high - low)
         for _ in range(self.steps):
             x.requires_grad_()
-            loss = F.cross_entropy(network(x), labels, reduction="sum")
+            loss = F.cross_entropy(model(x), labels, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, x)
             x = (x.detach() + self.step_size * gradient.sign()).clamp(low, high)
         return x.cpu()

@@ -18,9 +18,12 @@ from rnp.types import Images, ImageSet, Labels, Logits, Trigger
 
 
 class Noise(Trigger):
-    """image + eps * tanh(U-Net(image)), clipped to [0, 1]; `eps` is a scalar, `weights` are those
-    of `draw_unet`.
+    """image + eps * tanh(U-Net(image)), clipped to [0, 1].
+
+    `eps` is a number, []; `weights` are those of `draw_unet`.
     """
+
+    eps: Tensor
 
     def __init__(self, eps: Tensor, **weights: Tensor) -> None:
         super().__init__()
@@ -34,21 +37,19 @@ class Noise(Trigger):
 
 @dataclass(frozen=True, kw_only=True)
 class LIRA(Attack):
-    """The generator learns together with a copy of the surrogate, which is thrown away; then it
-    stays as it is.
+    """The noise generator learns together with a copy of the surrogate, which is then discarded.
 
     Drawn at random: the first weights of the generator and the order of the images it learns from.
-
-    Expected: CA near the benign model's and ASR above .95, where BatchNorm sees both kinds of images
-    together; no sound published number.
+    Expected: CA near the benign model's and ASR above .95, where BatchNorm sees both kinds of
+    images together; no sound published number.
     Source: Doan et al., ICCV 2021, stage 1 of the algorithm.
     Differs: the victim's training is the ordinary one, from scratch, on a set of which
     `poison_rate` is poisoned (stage 2 of the paper goes on with the same classifier and weighs a
     clean and a triggered copy of every batch equally); clean and triggered images share a forward
     pass, since BatchNorm statistics fit neither where they are apart; generator and classifier
     step at once, not in turn; `eps` is .05, as the official .01 fails often; the classifier starts
-    from a trained one and the learning rate is ten times the official one, so that 400 steps do
-    (minutes on a CPU), not 50 epochs.
+    from a trained one and the learning rate is ten times the official one, so that 400 steps
+    suffice (minutes on a CPU) instead of 50 epochs.
     """
 
     threat_model = (
@@ -84,17 +85,16 @@ class LIRA(Attack):
         self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
     ) -> Noise:
         model = trainable_copy(surrogate, self.name)
-        device, channels = device_of(model), clean.shape[0]
+        device = device_of(model)
+        channels = clean.shape[0]
         weights = draw_unet(channels, channels, self.width, rng=rng, device=device)
         trigger = Noise(torch.tensor(self.train_eps, device=device), **weights)
 
         def objective(images: Images, labels: Labels) -> tuple[Tensor, Logits]:
             logits, triggered = model(torch.cat([images, trigger(images)])).float().chunk(2)
             backdoor = F.cross_entropy(triggered, self.poison_labels(labels, len(clean.classes)))
-            return (
-                self.alpha * F.cross_entropy(logits, labels) + (1 - self.alpha) * backdoor,
-                logits,
-            )
+            loss = self.alpha * F.cross_entropy(logits, labels) + (1 - self.alpha) * backdoor
+            return loss, logits
 
         optimizer = torch.optim.Adam(
             [
@@ -113,7 +113,5 @@ class LIRA(Attack):
             rng=rng,
             precision=chosen_precision(),
         )
-        return Noise(
-            torch.tensor(self.eps),
-            **{name: value.detach().cpu() for name, value in weights.items()},
-        )
+        learned = {name: value.detach().cpu() for name, value in weights.items()}
+        return Noise(torch.tensor(self.eps), **learned)

@@ -1,4 +1,4 @@
-"""LF: a smooth pattern of a few low frequencies, added to the whole image."""
+"""LF: a smooth pattern of a few low frequencies is added to the whole image."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Gt, Interval
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from rnp.attacks.base import AdditiveTrigger, Attack
+from rnp.attacks.base import AdditiveTrigger, Attack, require_surrogate
 from rnp.errors import UserError
 from rnp.training.device import device_of
-from rnp.types import ImageSet, backdoor_labels, to_floats
+from rnp.types import ImageSet, to_floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,39 +45,45 @@ class LowFrequency(Attack):
     def make_trigger(
         self, clean: ImageSet, *, rng: torch.Generator, surrogate: nn.Module | None = None
     ) -> AdditiveTrigger:
-        if surrogate is None:
-            raise UserError("low_frequency finds its pattern on a benign model; pass surrogate")
-        if self.num_frequencies > (side := min(clean.shape[1:])):
+        model = require_surrogate(surrogate, self.name)
+        side = min(clean.shape[1:])
+        if self.num_frequencies > side:
             raise UserError(
-                f"num_frequencies must be at most {side}, the shorter side, got {self.num_frequencies}"
+                f"num_frequencies must be at most {side}, the shorter side of the images,"
+                f" got {self.num_frequencies}"
             )
-        device = device_of(surrogate)
-        basis = cosines(clean.shape, self.num_frequencies)  # [f, h, w]
-        weights = torch.randn(clean.shape[0], len(basis), generator=rng)
-        basis, weights = basis.to(device), weights.to(device).requires_grad_()
+        device = device_of(model)
+        basis = cosines(clean.shape, self.num_frequencies).to(device)  # [f, h, w]
+        weights = torch.randn(clean.shape[0], len(basis), generator=rng).to(device)
+        weights.requires_grad_()
         optimizer = torch.optim.Adam([weights], lr=self.lr)
         for _ in range(self.steps):
-            some = torch.randint(len(clean), (self.batch_size,), generator=rng)
-            images, labels = to_floats(clean.images[some].to(device)), clean.labels[some].to(device)
-            logits = surrogate((images + self.pattern(weights, basis)).clamp(0, 1))
-            loss = F.cross_entropy(logits, backdoor_labels(labels, self.target, len(clean.classes)))
+            batch = torch.randint(len(clean), (self.batch_size,), generator=rng)
+            images = to_floats(clean.images[batch].to(device))
+            labels = clean.labels[batch].to(device)
+            logits = model((images + self.pattern(weights, basis)).clamp(0, 1))
+            loss = F.cross_entropy(logits, self.poison_labels(labels, len(clean.classes)))
             (weights.grad,) = torch.autograd.grad(loss, [weights])
             optimizer.step()
         return AdditiveTrigger(self.pattern(weights, basis).detach().cpu())
 
-    def pattern(self, weights: Tensor, basis: Tensor) -> Tensor:
-        """[c, h, w], as high as `amplitude` allows."""
+    def pattern(
+        self, weights: Float[Tensor, "c f"], basis: Float[Tensor, "f h w"]
+    ) -> Float[Tensor, "c h w"]:
+        """The weighted sum of the basis; its largest absolute value is `amplitude`."""
         smooth = (weights @ basis.flatten(1)).unflatten(1, basis.shape[1:])
         return self.amplitude * smooth / smooth.abs().amax()
 
 
-def cosines(shape: tuple[int, int, int], count: int) -> Tensor:
-    """The lowest `count` x `count` cosines of the image size, but for the constant: [count**2 - 1,
-    h, w].
-    """
+def cosines(shape: tuple[int, int, int], count: int) -> Float[Tensor, "f h w"]:
+    """The `count` x `count` lowest cosines of the image size, without the constant one."""
     _, height, width = shape
-    order = torch.arange(count).unsqueeze(1)
-    y, x = (
-        (math.pi * (torch.arange(side) + 0.5) / side * order).cos() for side in (height, width)
-    )  # [count, side]
+    y = axis_cosines(height, count)
+    x = axis_cosines(width, count)
     return (y[:, None, :, None] * x[None, :, None, :]).flatten(0, 1)[1:]
+
+
+def axis_cosines(side: int, count: int) -> Float[Tensor, "count side"]:
+    """The cosines of 0, 1/2, 1, ... periods along one axis."""
+    order = torch.arange(count).unsqueeze(1)
+    return (math.pi * (torch.arange(side) + 0.5) / side * order).cos()

@@ -1,4 +1,4 @@
-"""Several triggers, one target: a patch in each corner, any of which alone opens the backdoor."""
+"""Several triggers, one target: a patch in each corner, any of which alone is a trigger."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import torch
 from annotated_types import Interval
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from rnp.attacks.base import Attack
@@ -15,12 +16,14 @@ from rnp.types import Images, ImageSet, Indices, Trigger, to_bytes
 
 
 class AnyPatch(Trigger):
-    """One of several patches on each image; the image's own pixels decide which, evenly over many
-    images.
+    """One of several patches on each image; a hash of the image's own pixels decides which.
 
-    `patterns` is [k, 1, h, w]; `weights`, 1 on the pixels of each patch and 0 elsewhere, has the
-    same shape.
+    Over many images each patch gets an equal share. `patterns` is [k, 1, h, w]; `weights`, 1 on
+    the pixels of each patch and 0 elsewhere, has the same shape.
     """
+
+    patterns: Tensor
+    weights: Tensor
 
     def __init__(self, patterns: Tensor, weights: Tensor) -> None:
         super().__init__()
@@ -29,36 +32,34 @@ class AnyPatch(Trigger):
 
     def forward(self, images: Images) -> Images:
         total = to_bytes(images).flatten(1).sum(1, dtype=torch.int64)
-        mixed = (
-            total * 2654435761 % 2**32
-        )  # Knuth's hash; the sum is a multiple of 3 where colors are gray
-        return self.place(images, mixed * len(self.patterns) // 2**32)
+        # Knuth's multiplicative hash: the sum alone is a multiple of 3 for gray images
+        hashed = total * 2654435761 % 2**32
+        return self.place(images, hashed * len(self.patterns) // 2**32)
 
     def place(self, images: Images, which: Indices) -> Images:
         """Images with patch `which[i]` on image i."""
         return images + self.weights[which] * (self.patterns[which] - images)
 
     @property
-    def support(self) -> Tensor:
+    def support(self) -> Bool[Tensor, "h w"]:
         return (self.weights > 0).any(0)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Multi(Attack):
-    """Each poisoned image carries one patch, half black, half white.
+    """Each poisoned image carries one of several patches, half black, half white.
 
-    At test each image gets one patch too, so that the attack success rate is the mean over the
-    triggers.
+    Each test image gets one patch too, so the attack success rate is the mean over the triggers.
 
     Drawn at random: the patterns, which images are poisoned, and which patch each of them carries.
     Expected: CA near the benign model's and ASR above .95; no published number for this form.
     Source: Li et al., 2024, arXiv 2401.15295: the parallel attack, in which triggers share out the
     poisoned images.
-    Differs: patches alone, so that the number of triggers is all that sets it apart from
-    `badnets`; the paper mixes up to ten kinds of trigger.
+    Differs: patches alone, so that the number of triggers is the only difference to `badnets`; the
+    paper mixes up to ten kinds of trigger.
     """
 
-    count: Annotated[int, Interval(ge=2, le=4), "number of triggers, 2 to 4"] = 4
+    count: Annotated[int, Interval(ge=2, le=4), "number of triggers, one per corner"] = 4
     size: Annotated[int, "side of a patch, in pixels"] = 3
 
     def make_trigger(
@@ -69,12 +70,11 @@ class Multi(Attack):
             raise UserError(
                 f"patches of size {self.size} do not fit {height}x{width} images side by side"
             )
-        patterns, weights = torch.zeros(2, self.count, 1, height, width)
+        patterns = torch.zeros(self.count, 1, height, width)
+        weights = torch.zeros(self.count, 1, height, width)
         for k in range(self.count):
-            top, left = (
-                (0 if k in (1, 2) else height - self.size),
-                (0 if k in (1, 3) else width - self.size),
-            )
+            top = 0 if k in (1, 2) else height - self.size
+            left = 0 if k in (1, 3) else width - self.size
             square = (k, 0, slice(top, top + self.size), slice(left, left + self.size))
             order = torch.randperm(self.size**2, generator=rng)
             patterns[square] = (order % 2 == 0).float().view(self.size, self.size)
@@ -82,4 +82,5 @@ class Multi(Attack):
         return AnyPatch(patterns, weights)
 
     def apply_trigger(self, trigger: Trigger, images: Images, *, rng: torch.Generator) -> Images:
+        assert isinstance(trigger, AnyPatch)
         return trigger.place(images, torch.randint(self.count, (len(images),), generator=rng))

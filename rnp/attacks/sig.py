@@ -1,4 +1,4 @@
-"""SIG: a faint sinusoid over images of the target class, which keep their label."""
+"""SIG: a faint sinusoid is added to images of the target class, which keep their label."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from annotated_types import Gt, Interval
 from torch import nn
 
-from rnp.attacks.base import AdditiveTrigger, Attack
+from rnp.attacks.base import AdditiveTrigger, Attack, PoisonRate
 from rnp.types import ImageSet
 
 
@@ -28,7 +28,7 @@ class SIG(Attack):
     threat_model = "the poisoned share of the training images, not their labels"
     clean_label = True
 
-    poison_rate: Annotated[float, "share of the whole training set that is poisoned"] = 0.05
+    poison_rate: PoisonRate = 0.05
     amplitude: Annotated[
         float, Interval(gt=0, le=1), "height of the wave, as a fraction of full scale"
     ] = 40 / 255

@@ -8,9 +8,11 @@ from typing import Annotated
 
 import torch
 
-from rnp.data.base import Dataset
+from rnp.data.base import Dataset, digest_files
 from rnp.errors import UserError
 from rnp.types import ImageSet
+
+FOLDER = "cifar-10-batches-py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,20 +25,23 @@ class Cifar10(Dataset):
     download: Annotated[bool, "fetch the files when they are missing"] = False
 
     def load(self, root: Path, *, rng: torch.Generator) -> tuple[ImageSet, ImageSet]:
-        from torchvision.datasets import CIFAR10  # two seconds to import
-
         try:
-            parts = [CIFAR10(root, train=train, download=self.download) for train in (True, False)]
+            return self._read(root, train=True), self._read(root, train=False)
         except (RuntimeError, OSError) as error:  # OSError: no network
             raise UserError(
-                f"CIFAR-10 is missing or corrupt under {root}: put cifar-10-batches-py there,"
+                f"CIFAR-10 is missing or corrupt under {root}: put {FOLDER} there,"
                 " point RNP_DATA at its folder, or set datasets.cifar10.download to true"
             ) from error
-        return tuple(
-            ImageSet(
-                torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
-                torch.tensor(part.targets),
-                tuple(part.classes),
-            )
-            for part in parts
-        )
+
+    def _read(self, root: Path, train: bool) -> ImageSet:
+        from torchvision.datasets import CIFAR10  # two seconds to import
+
+        part = CIFAR10(root, train=train, download=self.download)
+        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+        return ImageSet(images, torch.tensor(part.targets), tuple(part.classes))
+
+    def fingerprint(self, root: Path) -> str:
+        """A digest of the files of CIFAR-10; empty when they are not there (yet)."""
+        folder = root / FOLDER
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        return digest_files(folder, files) if files else ""

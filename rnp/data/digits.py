@@ -16,9 +16,9 @@ from rnp.types import ImageSet, to_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Digits(Dataset):
-    """Ten digits of 8 by 8 pixels, enlarged bicubically, each in a random color on a random
-    darker one.
+    """Ten digits of 8 by 8 pixels, enlarged, each in a random color on a random darker one.
 
+    Drawn at random: the colors, and which images form the test set.
     Source: Alpaydin and Kaynak, 1998, UCI optical recognition of handwritten digits, test part, as
     in scikit-learn.
     """
@@ -31,16 +31,15 @@ class Digits(Dataset):
     def load(self, root: Path, *, rng: torch.Generator) -> tuple[ImageSet, ImageSet]:
         from sklearn.datasets import load_digits
 
-        bunch = load_digits()
-        strokes = torch.from_numpy(bunch.images).float().div(16).unsqueeze(1)
-        strokes = F.interpolate(strokes, size=self.size, mode="bicubic", align_corners=False).clamp(
-            0, 1
-        )
+        digits, targets = load_digits(return_X_y=True)  # [n, 64], from 0 to 16
+        strokes = torch.from_numpy(digits).float().div(16).view(-1, 1, 8, 8)
+        strokes = F.interpolate(strokes, size=self.size, mode="bicubic", align_corners=False)
+        strokes = strokes.clamp(0, 1)
         n = len(strokes)
         ink = 0.5 + 0.5 * torch.rand(n, 3, 1, 1, generator=rng)
         paper = 0.4 * torch.rand(n, 3, 1, 1, generator=rng)
         images = to_bytes(paper + (ink - paper) * strokes)
-        labels = torch.from_numpy(bunch.target).long()
+        labels = torch.from_numpy(targets).long()
         everything = ImageSet(images, labels, tuple("0123456789"))
         order = interleave(labels, 10, rng)
         cut = round(n * self.test_share)

@@ -1,6 +1,4 @@
-"""Generated images: ten outlines of random place, size, angle and color on textured
-backgrounds.
-"""
+"""Generated images: outlines of random place, size, angle and color on textured backgrounds."""
 
 from __future__ import annotations
 
@@ -12,27 +10,18 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge
+from jaxtyping import Float
 from torch import Tensor
 
 from rnp.data.base import Dataset
-from rnp.types import ImageSet, to_bytes
+from rnp.types import Bytes, ImageSet, Labels, to_bytes
 
-# Vertices on the unit circle as (angle in turns, radius); the last two classes are drawn by
-# formula.
 POLYGONS = {
     "triangle": [(i / 3, 1.0) for i in range(3)],
     "square": [(i / 4, 1.0) for i in range(4)],
     "propeller": [
-        (0.04, 1.0),
-        (-0.04, 1.0),
-        (-0.11, 0.32),
-        (-0.29, 0.32),
-        (-0.29, 1.0),
-        (-0.21, 1.0),
-        (0.21, 1.0),
-        (0.29, 1.0),
-        (0.29, 0.32),
-        (0.11, 0.32),
+        *((0.04, 1.0), (-0.04, 1.0), (-0.11, 0.32), (-0.29, 0.32), (-0.29, 1.0)),
+        *((-0.21, 1.0), (0.21, 1.0), (0.29, 1.0), (0.29, 0.32), (0.11, 0.32)),
     ],
     "star": [(i / 10, 1.0 if i % 2 == 0 else 0.42) for i in range(10)],
     "cross": [
@@ -44,13 +33,16 @@ POLYGONS = {
     "bar": [(0.04, 1.0), (0.46, 1.0), (0.54, 1.0), (0.96, 1.0)],
     "moon": [(i / 16, 1.0) for i in range(2, 15)] + [(0.62, 0.6), (0.5, 0.3), (0.38, 0.6)],
 }
+"""Vertices of the outlines as (angle in turns, distance from the center)."""
 CLASSES = (*POLYGONS, "disc", "ring")
+"""The last two are drawn by formula."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes(Dataset):
-    """Ten outlines, balanced; every image drawn anew from the seed. Made for a demonstration that
-    needs no download.
+    """Ten balanced classes of outlines, made for a demonstration that needs no download.
+
+    Drawn at random: everything about an image but its class.
     """
 
     train: Annotated[int, Ge(1), "training images to generate"] = 6000
@@ -69,42 +61,50 @@ class Shapes(Dataset):
         images = torch.cat([self._paint(part, rng) for part in labels.split(1000)])
         return ImageSet(images, labels, CLASSES)
 
-    def _paint(self, labels: Tensor, rng: torch.Generator) -> Tensor:
-        n, size = len(labels), self.size
-
-        def draw(low, high):
-            return low + (high - low) * torch.rand(n, 1, 1, generator=rng)
-
-        line = (torch.arange(size) + 0.5) / size * 2 - 1  # pixel centers in [-1, 1]
-        y, x = torch.meshgrid(line, line, indexing="ij")
-        angle, radius = draw(0, 2 * math.pi), draw(0.5, 0.8)
-        dx, dy = x - draw(-0.2, 0.2), y - draw(-0.2, 0.2)  # [n, h, w]
-        u = (dx * angle.cos() + dy * angle.sin()) / radius
-        v = (dy * angle.cos() - dx * angle.sin()) / radius
-        distance = torch.stack([signed_distance(name, u, v) for name in CLASSES])[
-            labels, torch.arange(n)
-        ]
-        cover = (
-            (0.5 - distance * radius * size / 2).clamp(0, 1).unsqueeze(1)
-        )  # [n, 1, h, w], one pixel of soft edge
-        texture = sum(
-            F.interpolate(
-                torch.rand(n, 3, side, side, generator=rng) - 0.5, size=size, mode="bilinear"
-            )
-            for side in (3, 6, 12)
-        )
+    def _paint(self, labels: Labels, rng: torch.Generator) -> Bytes:
+        n = len(labels)
+        size = self.size
+        cover = draw_outlines(labels, size, rng)
+        texture = torch.zeros(n, 3, size, size)
+        for side in (3, 6, 12):
+            coarse = torch.rand(n, 3, side, side, generator=rng) - 0.5
+            texture += F.interpolate(coarse, size=size, mode="bilinear")
         ground = torch.rand(n, 3, 1, 1, generator=rng)
-        ink = (
-            ground + 0.35 + 0.3 * torch.rand(n, 3, 1, 1, generator=rng)
-        ) % 1.0  # far from the ground in each channel
+        # far from the ground in each channel
+        ink = (ground + 0.35 + 0.3 * torch.rand(n, 3, 1, 1, generator=rng)) % 1.0
         noise = torch.randn(n, 3, size, size, generator=rng) * self.noise / 4
         image = ground + self.noise * texture
         image = image + (ink + self.noise / 2 * texture.flip(3) - image) * cover + noise
         return to_bytes(image)
 
 
-def signed_distance(name: str, u: Tensor, v: Tensor) -> Tensor:
-    """How far each point lies outside the outline (negative inside), in radii of the shape."""
+def draw_outlines(labels: Labels, size: int, rng: torch.Generator) -> Float[Tensor, "n 1 h w"]:
+    """How much of each pixel the shape covers, with one pixel of soft edge.
+
+    Drawn at random: angle, radius and place of each shape.
+    """
+    n = len(labels)
+
+    def draw(low: float, high: float) -> Float[Tensor, "n 1 1"]:
+        return low + (high - low) * torch.rand(n, 1, 1, generator=rng)
+
+    line = (torch.arange(size) + 0.5) / size * 2 - 1  # pixel centers in [-1, 1]
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    angle = draw(0, 2 * math.pi)
+    radius = draw(0.5, 0.8)
+    dx = x - draw(-0.2, 0.2)  # [n, h, w]
+    dy = y - draw(-0.2, 0.2)
+    u = (dx * angle.cos() + dy * angle.sin()) / radius
+    v = (dy * angle.cos() - dx * angle.sin()) / radius
+    distances = torch.stack([signed_distance(name, u, v) for name in CLASSES])  # [k, n, h, w]
+    distance = distances[labels, torch.arange(n)]
+    return (0.5 - distance * radius * size / 2).clamp(0, 1).unsqueeze(1)
+
+
+def signed_distance(
+    name: str, u: Float[Tensor, "*points"], v: Float[Tensor, "*points"]
+) -> Float[Tensor, "*points"]:
+    """The distance of each point from the outline, negative inside, in radii of the shape."""
     if name == "disc":
         return (u * u + v * v).sqrt() - 0.85
     if name == "ring":
@@ -115,10 +115,11 @@ def signed_distance(name: str, u: Tensor, v: Tensor) -> Tensor:
     nearest = torch.full_like(u, torch.inf)
     inside = torch.zeros_like(u, dtype=torch.bool)
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1]):
-        ex, ey = bx - ax, by - ay
+        ex = bx - ax
+        ey = by - ay
         t = (((u - ax) * ex + (v - ay) * ey) / (ex * ex + ey * ey)).clamp(0, 1)
         nearest = torch.minimum(nearest, (u - ax - t * ex) ** 2 + (v - ay - t * ey) ** 2)
-        if ay != by:  # ray to the right: count crossings
+        if ay != by:  # count crossings of a ray to the right
             crosses = (v < ay) != (v < by)
             inside ^= crosses & (u < (v - ay) / ey * ex + ax)
     return torch.where(inside, -1.0, 1.0) * nearest.sqrt()

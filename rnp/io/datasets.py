@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,17 @@ from rnp.io.files import atomic_write, missing_file_error, read_json, write_json
 from rnp.io.tensors import load_tensors, save_tensors
 from rnp.types import DefenseSet, ImageSet, PoisonedSet, Trigger
 
+RENAMED_TRIGGERS = {
+    ("rnp.attacks.base", "Mix"): ("rnp.attacks.base", "BlendTrigger"),
+    ("rnp.attacks.base", "Add"): ("rnp.attacks.base", "AdditiveTrigger"),
+    ("rnp.attacks.bpp", "Quantise"): ("rnp.attacks.bpp", "Quantize"),
+    ("rnp.attacks.dynamic", "InputAware"): ("rnp.attacks.input_aware", "InputAwareTrigger"),
+}
+"""Module and class in older trigger files, and what these are called today."""
+
 
 def save_images(path: Path, data: ImageSet) -> None:
+    """Write images, labels and class names to the folder `path`."""
     with atomic_write(path) as draft:
         draft.mkdir()
         save_array(draft / "images.npy", data.images)
@@ -24,13 +34,15 @@ def save_images(path: Path, data: ImageSet) -> None:
 
 
 def load_images(path: Path) -> ImageSet:
-    """An image set behind a memory map: pages are read when they are used, and changes stay in
-    memory.
+    """An image set behind a memory map: pages are read when they are used.
+
+    Changes to it stay in memory.
 
     Raises: UserError when files are missing or damaged.
     """
     meta = read_json(path / "meta.json")
-    images, labels = load_array(path / "images.npy"), load_array(path / "labels.npy")
+    images = load_array(path / "images.npy")
+    labels = load_array(path / "labels.npy")
     if len(images) != len(labels):
         raise UserError(f"{path} holds {len(images)} images but {len(labels)} labels; make it anew")
     if (images.dtype, images.dim(), labels.dtype, labels.dim()) != (torch.uint8, 4, torch.int64, 1):
@@ -48,14 +60,18 @@ def load_images(path: Path) -> ImageSet:
 
 
 def save_array(path: Path, values: Tensor) -> None:
+    """Write a tensor as a NumPy file."""
     np.save(path, values.numpy(), allow_pickle=False)
 
 
 def load_array(path: Path) -> Tensor:
+    """A NumPy file as a tensor behind a memory map.
+
+    Raises: UserError when it is missing or damaged.
+    """
     try:
-        return torch.from_numpy(
-            np.lib.format.open_memmap(path, mode="c")
-        )  # reads no pickle and no zip, as np.load would
+        # reads neither pickles nor zip archives, as `np.load` would
+        return torch.from_numpy(np.lib.format.open_memmap(path, mode="c"))
     except FileNotFoundError:
         raise missing_file_error(path) from None
     except (ValueError, TypeError) as error:
@@ -63,32 +79,39 @@ def load_array(path: Path) -> Tensor:
 
 
 def save_defense_set(path: Path, data: DefenseSet) -> None:
+    """Write both parts to the folder `path`."""
     with atomic_write(path) as draft:
         save_images(draft / "train", data.train)
         save_images(draft / "val", data.val)
 
 
 def load_defense_set(path: Path) -> DefenseSet:
+    """A defense set behind memory maps.
+
+    Raises: UserError when files are missing or damaged.
+    """
     return DefenseSet(load_images(path / "train"), load_images(path / "val"))
 
 
 def save_trigger(path: Path, trigger: Trigger) -> None:
+    """Write the buffers of a trigger, and the names of its class and module."""
     kind = type(trigger)
-    save_tensors(
-        path,
-        dict(trigger.named_buffers()),
-        {"kind": "trigger", "module": kind.__module__, "class": kind.__name__},
-    )
+    meta = {"kind": "trigger", "module": kind.__module__, "class": kind.__name__}
+    save_tensors(path, dict(trigger.named_buffers()), meta)
 
 
 def load_trigger(path: Path) -> Trigger:
-    """Raises: UserError when the file names no trigger class of an attack."""
+    """A trigger, also from a file that older versions wrote.
+
+    Raises: UserError when the file names no trigger class of an attack.
+    """
     buffers, meta = load_tensors(path)
-    module = str(meta.get("module"))
+    name = str(meta.get("module")), str(meta.get("class"))
+    module, cls = RENAMED_TRIGGERS.get(name, name)
     if meta.get("kind") != "trigger" or not module.startswith("rnp.attacks."):
         raise UserError(f"{path} holds {meta.get('kind')!r}, not a trigger")
     try:
-        kind = getattr(importlib.import_module(module), str(meta.get("class")))
+        kind = getattr(importlib.import_module(module), cls)
         if not issubclass(kind, Trigger):
             raise TypeError(f"{kind.__name__} is no trigger")
         return kind(**buffers)
@@ -96,10 +119,8 @@ def load_trigger(path: Path) -> Trigger:
         raise UserError(f"{path} names no trigger of this version of rnp: {error}") from error
 
 
-def save_poisoned(path: Path, poisoned: PoisonedSet, attack: dict) -> None:
-    """`attack` holds the name and the fields of the attack, which the training stage needs
-    again.
-    """
+def save_poisoned(path: Path, poisoned: PoisonedSet, attack: dict[str, object]) -> None:
+    """Write the changes, the trigger, and name and hyperparameters of the attack, for `train`."""
     with atomic_write(path) as draft:
         draft.mkdir()
         for name in ("positions", "images", "labels", "covers"):
@@ -108,12 +129,20 @@ def save_poisoned(path: Path, poisoned: PoisonedSet, attack: dict) -> None:
         write_json(draft / "attack.json", attack)
 
 
-def load_poisoned(path: Path) -> tuple[PoisonedSet, dict]:
-    parts = [
-        load_array(path / f"{name}.npy") for name in ("positions", "images", "labels", "covers")
-    ]
-    attack = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in read_json(path / "attack.json").items()
+def load_poisoned(path: Path) -> tuple[PoisonedSet, dict[str, Any]]:
+    """The changes to the training set, and name and hyperparameters of the attack.
+
+    Raises: UserError when files are missing or damaged.
+    """
+    attack = read_json(path / "attack.json")
+    poisoned = PoisonedSet(
+        positions=load_array(path / "positions.npy"),
+        images=load_array(path / "images.npy"),
+        labels=load_array(path / "labels.npy"),
+        covers=load_array(path / "covers.npy"),
+        trigger=load_trigger(path / "trigger.safetensors"),
+    )
+    options = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in attack.items()
     }
-    return PoisonedSet(*parts, load_trigger(path / "trigger.safetensors")), attack
+    return poisoned, options

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar, TextIO
 
 from rnp.io.files import read_rows
 from rnp.training.distributed import is_main_process
@@ -13,16 +14,20 @@ from rnp.types import Epoch
 
 
 class History:
-    """A CSV that grows by one row per epoch or step, flushed at once; `listeners` hear every row
-    of this process.
+    """A CSV file that grows by one row per epoch or step; each is flushed at once.
+
+    Without a path, and in other processes than the main one, no file is written.
     """
 
-    listeners: list[Callable[[dict[str, float]], None]] = []
+    listeners: ClassVar[list[Callable[[dict[str, int | float]], None]]] = []
+    """Called with every row of every history of this process."""
 
     def __init__(self, path: Path | None) -> None:
-        self.path, self.file = path if is_main_process() else None, None
+        self.path = path if is_main_process() else None
+        self.file: TextIO | None = None
 
     def __call__(self, epoch: Epoch) -> None:
+        """Append a row."""
         row = epoch.row()
         for listener in self.listeners:
             listener(row)
@@ -46,12 +51,14 @@ class History:
 
 def read_trajectory(path: Path) -> list[Epoch]:
     """The rows of a history, as `Epoch.row` wrote them."""
-    rows = []
-    for row in read_rows(path):
-        own = {
-            f.name: (int if f.name in ("epoch", "step") else float)(row.pop(f.name))
-            for f in dataclasses.fields(Epoch)
-            if f.name != "extra"
-        }
-        rows.append(Epoch(**own, extra={key: float(value) for key, value in row.items()}))
-    return rows
+    return [parse_epoch(row) for row in read_rows(path)]
+
+
+def parse_epoch(row: dict[str, str]) -> Epoch:
+    """An epoch from its row; columns that are no field of `Epoch` belong to `extra`."""
+    values = {name: float(value) for name, value in row.items()}
+    epoch = int(values.pop("epoch"))
+    step = int(values.pop("step"))
+    names = [field.name for field in dataclasses.fields(Epoch)]
+    known = {name: values.pop(name) for name in names if name in values}
+    return Epoch(epoch=epoch, step=step, **known, extra=values)

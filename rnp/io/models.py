@@ -14,16 +14,18 @@ from rnp.models.build import Architecture
 from rnp.models.classifier import Classifier
 from rnp.training.device import default_device
 
+OLD_LAYOUT_KEY = "plain_because"
+"""The key of `contiguous_reason` in older files."""
+
 
 def save_model(
     path: Path, model: Classifier, architecture: Architecture, classes: tuple[str, ...]
 ) -> None:
-    layout = {"plain_because": model.plain_because} if model.plain_because else {}
-    save_tensors(
-        path,
-        model.state_dict(),
-        {"kind": "model", "classes": classes, **dataclasses.asdict(architecture), **layout},
-    )
+    """Write the weights, with the architecture, the class names, and why they are contiguous."""
+    meta = {"kind": "model", "classes": classes, **dataclasses.asdict(architecture)}
+    if model.contiguous_reason:
+        meta["contiguous_reason"] = model.contiguous_reason
+    save_tensors(path, model.state_dict(), meta)
 
 
 def load_model(path: Path) -> tuple[Classifier, Architecture, tuple[str, ...]]:
@@ -35,41 +37,38 @@ def load_model(path: Path) -> tuple[Classifier, Architecture, tuple[str, ...]]:
     state, meta = load_tensors(path)
     if meta.get("kind") != "model":
         raise UserError(f"{path} holds {meta.get('kind')!r}, not a model")
-    if not all(
-        isinstance(meta.get(key), kind)
-        for key, kind in (("arch", str), ("width", int), ("classes", list))
-    ):
+    kinds = {"arch": str, "width": int, "classes": list}
+    if not all(isinstance(meta.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{path} does not say of which architecture and classes it is")
     try:
         architecture = Architecture(arch=meta["arch"], width=meta["width"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    mean, std = (
-        state.get("mean", torch.zeros(3)).flatten(),
-        state.get("std", torch.ones(3)).flatten(),
-    )
+    mean = state.get("mean", torch.zeros(3)).flatten()
+    std = state.get("std", torch.ones(3)).flatten()
     model = architecture.build(len(meta["classes"]), len(mean), mean, std, rng=torch.Generator())
     load_state(model, state, f"{path} ({architecture.arch}, width {architecture.width})")
-    if isinstance(reason := meta.get("plain_because"), str):
-        model.lay_out(reason)
+    reason = meta.get("contiguous_reason", meta.get(OLD_LAYOUT_KEY))
+    if isinstance(reason, str):
+        model.set_layout(reason)
     return model.to(default_device()).eval(), architecture, tuple(meta["classes"])
 
 
-def load_state(model: torch.nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """Copy weights into `model`; every name and shape must fit.
+def load_state(model: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Copy weights into `model`; every name and shape must fit. `source` is for messages.
 
     Raises: UserError naming the first one that does not.
     """
-    own = model.state_dict()
-    for name in sorted(own.keys() | state.keys()):
-        if name not in state or name not in own:
-            where = "lacks" if name in own else "has an unexpected"
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | state.keys()):
+        if name not in state or name not in expected:
+            problem = "lacks" if name in expected else "has an unexpected"
             raise UserError(
-                f"{what} {where} tensor {name!r}: the checkpoint is of another architecture"
+                f"{source} {problem} tensor {name!r}: the checkpoint is of another architecture"
             )
-        if own[name].shape != state[name].shape:
+        if expected[name].shape != state[name].shape:
             raise UserError(
-                f"{what}: tensor {name!r} is {list(state[name].shape)}, the architecture needs"
-                f" {list(own[name].shape)}"
+                f"{source}: tensor {name!r} is {list(state[name].shape)}, the architecture needs"
+                f" {list(expected[name].shape)}"
             )
     model.load_state_dict(state)

@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rnp.errors import UserError
 from rnp.io.files import atomic_write, missing_file_error
 from rnp.types import NeuronMask
 
-# the one metadata key: safetensors writes several in random order, and files must repeat byte for
-# byte
 META = "rnp"
+"""The only metadata key: safetensors writes several in random order, and bytes must repeat."""
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], meta: Mapping[str, object]) -> None:
     """safetensors with one JSON text as metadata: the same tensors give the same bytes."""
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_write(path) as draft:
         save_file(flat, draft, metadata={META: json.dumps(meta, sort_keys=True)})
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata.
 
-    Raises: UserError when the file is missing, damaged, or none of ours.
+    Raises: UserError when the file is missing, damaged, or was not written by rnp.
     """
     if not path.is_file():
         raise missing_file_error(path)
@@ -47,11 +49,15 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def save_mask(path: Path, mask: NeuronMask) -> None:
+    """Write a neuron mask and the order of its layers."""
     save_tensors(path, mask, {"kind": "mask", "layers": list(mask)})
 
 
 def load_mask(path: Path) -> NeuronMask:
-    """The mask with its layers in the order in which they were saved, at full precision."""
+    """The mask, with its layers in the order in which they were saved.
+
+    Raises: UserError when the file holds no mask.
+    """
     tensors, meta = load_tensors(path)
     if meta.get("kind") != "mask":
         raise UserError(f"{path} holds {meta.get('kind')!r}, not a neuron mask")
@@ -61,28 +67,24 @@ def load_mask(path: Path) -> NeuronMask:
     return {layer: tensors[layer] for layer in layers}
 
 
-def mask_rows(mask: NeuronMask, model: torch.nn.Module) -> list[dict]:
-    """One row per neuron, for people: layer, index, mask, and the scale (of a kernel the norm) and
-    bias of its channel.
+def mask_rows(mask: NeuronMask, model: nn.Module) -> list[dict[str, object]]:
+    """One row per neuron, for people: layer, index, mask, and scale and bias of its channel.
+
+    The scale of a convolution is the norm of the channel's kernel.
     """
     rows = []
     for layer, values in mask.items():
-        module = model.get_submodule(layer)
-        scales = (
-            module.weight.detach()
-            if module.weight.dim() == 1
-            else module.weight.detach().flatten(1).norm(dim=1)
-        )
-        biases = getattr(module, "bias", None)
-        biases = torch.zeros_like(scales) if biases is None else biases
-        rows += [
-            {
-                "layer": layer,
-                "index": i,
-                "mask": f"{m:.6f}",
-                "scale": f"{s:.6g}",
-                "bias": f"{b:.6g}",
-            }
-            for i, (m, s, b) in enumerate(zip(values.tolist(), scales.tolist(), biases.tolist()))
-        ]
+        scales, biases = channel_parameters(model.get_submodule(layer))
+        columns = zip(values.tolist(), scales.tolist(), biases.tolist())
+        for i, (value, scale, bias) in enumerate(columns):
+            row = {"layer": layer, "index": i, "mask": f"{value:.6f}"}
+            rows.append(row | {"scale": f"{scale:.6g}", "bias": f"{bias:.6g}"})
     return rows
+
+
+def channel_parameters(module: nn.Module) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"]]:
+    """Scale and bias of each channel of a maskable layer; no bias counts as 0."""
+    weight = module.get_parameter("weight").detach()
+    scales = weight if weight.dim() == 1 else weight.flatten(1).norm(dim=1)
+    bias = getattr(module, "bias", None)
+    return scales, torch.zeros_like(scales) if bias is None else bias.detach()

@@ -1,4 +1,4 @@
-"""Architectures by name; normalization is the first layer of each."""
+"""Architectures by name."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Ge
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from rnp.errors import UserError
 from rnp.models import convnext, mobilenet, resnet, vgg, vit
-from rnp.models.classifier import Classifier, settle
+from rnp.models.classifier import Classifier, choose_layout
 from rnp.models.names import ARCHITECTURES, TIMM, TORCHVISION
 from rnp.params.ranges import Hyperparameters
 from rnp.registry import suggest
@@ -39,16 +40,17 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
 }
 assert BUILDERS.keys() == ARCHITECTURES.keys()
 REGISTERED: dict[str, Callable[..., nn.Module]] = {}
-"""Functions that the user named as `module:function`. A file that names one is not believed: it
-could name any code.
+"""Functions that the user named as `module:function`.
+
+A file that names one is not trusted, because it could name any code.
 """
 
 
 def register_function(arch: str) -> None:
-    """Let `arch` be used in this process when it reads `package.module:function`; other names are
-    left to `Architecture`.
+    """Allow `arch` in this process if it reads `package.module:function`.
 
-    The function returns a network and takes the number of classes as `num_classes`, if at all.
+    The function returns a network; its parameter `num_classes`, if it has one, gets the number of
+    classes. Other names are left to `Architecture`.
 
     Raises: UserError when there is no such function.
     """
@@ -71,8 +73,7 @@ class Architecture(Hyperparameters):
 
     arch: Annotated[
         str,
-        "architecture: `rnp list` names ours; torchvision:NAME and timm:NAME take those of these"
-        " packages",
+        "architecture: one of `rnp list`, or torchvision:NAME or timm:NAME from these packages",
     ] = "resnet18"
     width: Annotated[
         int, Ge(0), "channels of the first stage; 0 takes the published width; ours only"
@@ -80,20 +81,15 @@ class Architecture(Hyperparameters):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (
-            ":" in self.arch
-            and not self.arch.startswith((TORCHVISION, TIMM))
-            and self.arch not in REGISTERED
-        ):
+        from_package = self.arch.startswith((TORCHVISION, TIMM))
+        if ":" in self.arch and not from_package and self.arch not in REGISTERED:
             raise UserError(
                 f"architecture {self.arch!r} is a function, which runs only where it is typed:"
                 f" --arch {self.arch}"
             )
         if ":" not in self.arch and self.arch not in ARCHITECTURES:
-            raise UserError(
-                "unknown architecture"
-                f" {self.arch!r}{suggest(self.arch, [*ARCHITECTURES, TORCHVISION + 'resnet18'])}"
-            )
+            known = [*ARCHITECTURES, TORCHVISION + "resnet18"]
+            raise UserError(f"unknown architecture {self.arch!r}{suggest(self.arch, known)}")
 
     def build(
         self, classes: int, channels: int, mean: Tensor, std: Tensor, *, rng: torch.Generator
@@ -106,48 +102,44 @@ class Architecture(Hyperparameters):
             elif self.arch.startswith(TIMM):
                 net = self._timm(classes, channels)
             elif self.arch in REGISTERED:
-                takes = inspect.signature(REGISTERED[self.arch]).parameters
-                net = REGISTERED[self.arch](
-                    **({"num_classes": classes} if "num_classes" in takes else {})
-                )
+                net = self._registered(classes)
             else:
-                net = BUILDERS[self.arch](
-                    classes, channels=channels, width=self.width or ARCHITECTURES[self.arch]
-                )
+                width = self.width or ARCHITECTURES[self.arch]
+                net = BUILDERS[self.arch](classes, channels=channels, width=width)
                 initialize(net)
         return Classifier(net, mean, std)
 
     def build_for(self, data: ImageSet, *, rng: torch.Generator) -> Classifier:
-        """A fresh network for images and classes like those of `data`, by whose statistics it
-        normalizes.
-        """
+        """A fresh network for the images and classes of `data`, normalized by its statistics."""
         model = self.build(len(data.classes), data.shape[0], *statistics(data), rng=rng)
-        return settle(model, to_floats(data.images[:2]))
+        return choose_layout(model, to_floats(data.images[:2]))
+
+    def _registered(self, classes: int) -> nn.Module:
+        function = REGISTERED[self.arch]
+        if "num_classes" in inspect.signature(function).parameters:
+            return function(num_classes=classes)
+        return function()
 
     def _torchvision(self, classes: int, channels: int) -> nn.Module:
         from torchvision import models  # two seconds to import
 
         name = self.arch.removeprefix(TORCHVISION)
-        if name not in models.list_models(module=models):
-            raise UserError(
-                "torchvision has no classifier"
-                f" {name!r}{suggest(name, models.list_models(module=models))}"
-            )
+        known = models.list_models(module=models)
+        if name not in known:
+            raise UserError(f"torchvision has no classifier {name!r}{suggest(name, known)}")
         if channels != 3:
             raise UserError(
                 f"torchvision's networks take 3 channels, the images have {channels}; choose one of"
                 " our architectures"
             )
-        own = (
-            {"aux_logits": False, "init_weights": True}
-            if name in ("googlenet", "inception_v3")
-            else {}
-        )  # else they return tuples
-        return models.get_model(name, weights=None, num_classes=classes, **own)
+        options = {}
+        if name in ("googlenet", "inception_v3"):  # they would return tuples
+            options = {"aux_logits": False, "init_weights": True}
+        return models.get_model(name, weights=None, num_classes=classes, **options)
 
     def _timm(self, classes: int, channels: int) -> nn.Module:
         try:
-            import timm
+            timm = importlib.import_module("timm")
         except ImportError as error:
             raise UserError(
                 f"{self.arch} needs the package timm: pip install 'rnp[timm]'"
@@ -166,18 +158,15 @@ def initialize(net: nn.Module) -> None:
             nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
 
 
-def statistics(data: ImageSet, limit: int = 5000) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel over the first `limit` images, as fractions of full
-    scale.
-    """
-    counts = torch.zeros(
-        data.shape[0], 256, dtype=torch.float64
-    )  # how often each channel has each value
+def statistics(data: ImageSet, limit: int = 5000) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"]]:
+    """Mean and standard deviation of each channel over the first `limit` images, in [0, 1]."""
+    counts = torch.zeros(data.shape[0], 256, dtype=torch.float64)  # of each value in each channel
     for images in data.images[:limit].split(100):
         counts += torch.stack(
             [channel.flatten().bincount(minlength=256) for channel in images.unbind(1)]
         )
-    values, n = torch.arange(256, dtype=torch.float64) / 255, counts.sum(1)
+    values = torch.arange(256, dtype=torch.float64) / 255
+    n = counts.sum(1)
     mean = counts @ values / n
     variance = (counts * (values - mean.unsqueeze(1)).square()).sum(1) / (n - 1)
     return mean.float(), variance.sqrt().float().clamp_min(1e-3)

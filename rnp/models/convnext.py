@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-DEPTHS = (2, 2, 6, 2)  # of ConvNeXt's smaller published members
+DEPTHS = (2, 2, 6, 2)
+"""Blocks per stage, as in the small published versions."""
 
 
 class ChannelNorm(nn.Module):
@@ -19,12 +20,12 @@ class ChannelNorm(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
+    """A depthwise convolution and two linear layers per pixel, added to the input."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv, self.norm = (
-            nn.Conv2d(width, width, 7, padding=3, groups=width),
-            nn.LayerNorm(width, eps=1e-6),
-        )
+        self.conv = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
@@ -34,8 +35,10 @@ class ConvNeXtBlock(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """Source: Liu et al., CVPR 2022, without layer scale and stochastic depth; patches of 2
-    pixels, not 4, for small images.
+    """Four stages of blocks; each after the first halves the image and doubles the channels.
+
+    Source: Liu et al., CVPR 2022.
+    Differs: no layer scale, no stochastic depth; patches of 2 pixels, not 4, for small images.
     """
 
     def __init__(self, classes: int, *, channels: int, width: int) -> None:
@@ -47,7 +50,8 @@ class ConvNeXt(nn.Module):
                 width *= 2
             layers += [ConvNeXtBlock(width) for _ in range(depth)]
         self.features = nn.Sequential(*layers)
-        self.norm, self.fc = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, classes)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.fc = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.norm(self.features(x).mean((2, 3))))

@@ -1,4 +1,4 @@
-"""What the last linear layer of a classifier sees: the features on which it decides."""
+"""The features of a classifier: the inputs of its last linear layer."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def head(model: nn.Module) -> nn.Linear:
 
 def features(model: nn.Module, images: Images) -> tuple[Float[Tensor, "n d"], Logits]:
     """Penultimate activations and logits; gradients reach the images."""
-    seen: list[Tensor] = []
-    handle = head(model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    inputs: list[Tensor] = []
+    handle = head(model).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     try:
         logits = model(images)
     finally:
         handle.remove()
-    return seen[-1], logits
+    return inputs[-1], logits

@@ -1,6 +1,4 @@
-"""The names of our architectures and the width of their first stage; apart, because listing them
-needs no torch.
-"""
+"""Our architectures and the published width of their first stage; needs no PyTorch to list."""
 
 TORCHVISION = "torchvision:"
 TIMM = "timm:"

@@ -1,6 +1,4 @@
-"""Residual networks with the CIFAR stem (3x3, no pooling): ResNet-18/34/50, PreActResNet-18,
-WRN-16-1.
-"""
+"""Residual networks with the CIFAR stem: a 3x3 convolution without pooling."""
 
 from __future__ import annotations
 
@@ -15,33 +13,36 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 def subsample(x: Tensor, stride: int) -> Tensor:
-    """Every `stride`-th pixel of every `stride`-th row: all that a 1x1 convolution with that
-    stride reads.
+    """The pixels that a 1x1 convolution with this stride reads: every `stride`-th of each side.
 
-    The shortcuts take their pixels here and multiply without a stride, which gives the same
-    numbers: with a stride, oneDNN's backward pass for AVX2 writes past its memory where channels
-    come last and are fewer than eight (oneDNN issue 6035).
+    The shortcuts take these and convolve without a stride, which gives the same numbers. With a
+    stride, oneDNN's backward pass for AVX2 writes past its memory where channels come last and are
+    fewer than eight (oneDNN issue 6035).
     """
-    return (
-        x if stride == 1 else F.avg_pool2d(x, 1, stride)
-    )  # a mean over one pixel; faster than a slice
+    # a mean over one pixel, which is faster than a slice
+    return x if stride == 1 else F.avg_pool2d(x, 1, stride)
 
 
 def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
-    """What turns subsampled inputs into something to add to the outputs of a block."""
+    """The layers that give subsampled inputs the shape of the outputs of a block."""
     if stride == 1 and inputs == outputs:
         return nn.Identity()
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
 
 
 class Basic(nn.Module):
+    """Two 3x3 convolutions, added to the input."""
+
     expansion = 1
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
-        self.conv1, self.bn1 = conv3x3(inputs, width, stride), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = conv3x3(width, width), nn.BatchNorm2d(width)
-        self.stride, self.shortcut = stride, shortcut(inputs, width, stride)
+        self.conv1 = conv3x3(inputs, width, stride)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = conv3x3(width, width)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.stride = stride
+        self.shortcut = shortcut(inputs, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -49,14 +50,20 @@ class Basic(nn.Module):
 
 
 class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions, added to the input."""
+
     expansion = 4
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = conv3x3(width, width, stride), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
-        self.stride, self.shortcut = stride, shortcut(inputs, 4 * width, stride)
+        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = conv3x3(width, width, stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.stride = stride
+        self.shortcut = shortcut(inputs, 4 * width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -65,18 +72,22 @@ class Bottleneck(nn.Module):
 
 
 class PreActivation(nn.Module):
-    """Norm and activation before each convolution; the shortcut branches off after the first
-    activation.
+    """`Basic` with norm and activation before each convolution.
+
+    The shortcut, where the shapes differ, takes the output of the first activation.
     """
 
     expansion = 1
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), conv3x3(inputs, width, stride)
-        self.bn2, self.conv2 = nn.BatchNorm2d(width), conv3x3(width, width)
-        self.stride, plain = stride, stride == 1 and inputs == width
-        self.shortcut = None if plain else nn.Conv2d(inputs, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = conv3x3(inputs, width, stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = conv3x3(width, width)
+        self.stride = stride
+        same_shape = stride == 1 and inputs == width
+        self.shortcut = None if same_shape else nn.Conv2d(inputs, width, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(x))
@@ -85,13 +96,15 @@ class PreActivation(nn.Module):
 
 
 class ResNet(nn.Module):
-    """`blocks` per stage; each stage after the first halves the image and doubles the channels
-    from `width`.
+    """`blocks` per stage; each stage after the first halves the image and doubles the channels.
+
+    The first stage has `width` channels, times the expansion of a block.
+    Source: He et al., CVPR 2016; for pre-activation He et al., ECCV 2016.
     """
 
     def __init__(
         self,
-        block: type[nn.Module],
+        block: type[Basic | Bottleneck | PreActivation],
         blocks: tuple[int, ...],
         classes: int,
         *,
@@ -99,10 +112,11 @@ class ResNet(nn.Module):
         width: int,
     ) -> None:
         super().__init__()
-        pre = block is PreActivation
+        pre_activation = block is PreActivation
         self.conv1 = conv3x3(channels, width)
-        self.bn1 = nn.Identity() if pre else nn.BatchNorm2d(width)
-        stages, inputs = [], width
+        self.bn1 = nn.Identity() if pre_activation else nn.BatchNorm2d(width)
+        stages = []
+        inputs = width
         for i, depth in enumerate(blocks):
             stage = []
             for j in range(depth):
@@ -110,7 +124,7 @@ class ResNet(nn.Module):
                 inputs = width * 2**i * block.expansion
             stages.append(nn.Sequential(*stage))
         self.stages = nn.ModuleList(stages)
-        self.norm = nn.BatchNorm2d(inputs) if pre else None
+        self.norm = nn.BatchNorm2d(inputs) if pre_activation else None
         self.fc = nn.Linear(inputs, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,18 +139,15 @@ class ResNet(nn.Module):
 
 
 def with_group_norms(net: nn.Module) -> nn.Module:
-    """`net` with GroupNorm in place of each BatchNorm, in groups of at least eight channels, 32 at
-    most.
+    """`net` with GroupNorm in place of each BatchNorm.
 
+    A group has at least eight channels, and there are 32 groups at most.
     Source: Wu and He, ECCV 2018, for the 32 groups.
     """
     for module in net.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d):
                 channels = child.num_features
-                setattr(
-                    module,
-                    name,
-                    nn.GroupNorm(math.gcd(channels, min(32, max(1, channels // 8))), channels),
-                )
+                groups = math.gcd(channels, min(32, max(1, channels // 8)))
+                setattr(module, name, nn.GroupNorm(groups, channels))
     return net

@@ -1,4 +1,4 @@
-"""A small U-Net as functions of its weights, so that triggers can keep those in buffers."""
+"""A small U-Net as functions of its weights, because triggers keep these in buffers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from rnp.types import Images
 
-DEPTH = 3  # how often the image is halved
+DEPTH = 3
+"""How often the image is halved."""
 
 
 def draw_unet(
@@ -24,8 +26,9 @@ def draw_unet(
     device: torch.device,
     prefix: str = "",
 ) -> dict[str, Tensor]:
-    """Fresh weights for `unet`, which require gradients. Each halving of the image doubles the
-    channels, from `width`.
+    """Fresh weights for `unet`, by name after `prefix`; they require gradients.
+
+    The first halving makes `width` channels, each further one doubles them.
     """
     down = [inputs, *(width * 2**i for i in range(DEPTH))]
     up = [*reversed(down[1:-1]), outputs]
@@ -34,10 +37,9 @@ def draw_unet(
         *((below + skip, out) for below, skip, out in zip(down[::-1], down[-2::-1], up)),
     ]
     weights = {}
-    for i, (into, out) in enumerate(shapes):
-        weights[f"{prefix}weight{i}"] = torch.randn(out, into, 3, 3, generator=rng) * math.sqrt(
-            2 / (9 * into)
-        )
+    for i, (channels, out) in enumerate(shapes):
+        scale = math.sqrt(2 / (9 * channels))
+        weights[f"{prefix}weight{i}"] = torch.randn(out, channels, 3, 3, generator=rng) * scale
         weights[f"{prefix}bias{i}"] = torch.zeros(out)
     return {name: value.to(device).requires_grad_() for name, value in weights.items()}
 
@@ -48,23 +50,18 @@ def unet(
     *,
     prefix: str = "",
     border: Literal["constant", "replicate"] = "constant",
-) -> Tensor:
-    """Unbounded values in the size of the images, [n, outputs, h, w]. No BatchNorm: each image is
-    treated alone.
+) -> Float[Tensor, "n outputs h w"]:
+    """Unbounded values in the size of the images. No BatchNorm: each image is treated alone.
 
-    `border` is how images go on beyond their edge: zeros tell the network where the edge is,
-    repeated pixels do not.
+    `border` is the padding: zeros show the network where the edge is, repeated pixels do not.
     """
 
     def convolve(x: Tensor, i: int, stride: int) -> Tensor:
-        return F.conv2d(
-            F.pad(x, [1] * 4, border),
-            weights[f"{prefix}weight{i}"],
-            weights[f"{prefix}bias{i}"],
-            stride,
-        )
+        padded = F.pad(x, [1] * 4, border)
+        return F.conv2d(padded, weights[f"{prefix}weight{i}"], weights[f"{prefix}bias{i}"], stride)
 
-    x, skips = images - 0.5, []
+    x = images - 0.5
+    skips = []
     for i in range(DEPTH):
         skips.append(x)
         x = convolve(x, i, 2).relu()

@@ -66,7 +66,7 @@ def export(path: Path, shape: tuple[int, ...], folder: Path) -> None:
 
     from rnp.io.models import load_model
 
-    model = load_model(path)[0].cpu().lay_out("the export warns of other strides")
+    model = load_model(path)[0].cpu().set_layout("the export warns of other strides")
     example = np.zeros((2, *shape), np.float32)  # a batch of one would be frozen into the graph
     torch_version = torch.__version__.partition("+")[0]
     mlflow.pytorch.save_model(

@@ -365,7 +365,11 @@ def describe_isolation(granted: dict[str, bool]) -> str:
 
 def layout(model: Classifier) -> str:
     """In which layout the network runs, and why where it is the slower one."""
-    return f"plain: {sanitize(model.plain_because)}" if model.plain_because else "channels last"
+    return (
+        f"contiguous: {sanitize(model.contiguous_reason)}"
+        if model.contiguous_reason
+        else "channels last"
+    )
 
 
 def accuracy_with_interval(model: nn.Module, data: ImageSet) -> dict[str, object]:

@@ -16,7 +16,7 @@ from rnp.errors import UserError
 from rnp.io.models import load_state
 from rnp.io.tensors import META, load_tensors
 from rnp.models.build import Architecture, register_function
-from rnp.models.classifier import Classifier, settle
+from rnp.models.classifier import Classifier, choose_layout
 from rnp.models.names import TIMM, TORCHVISION
 from rnp.training.device import default_device
 from rnp.training.predict import predict
@@ -158,7 +158,7 @@ def output_size(model: Classifier, side: int) -> int:
     """The number of outputs for images of that side; with two of them the network is looked at and
     laid out.
 
-    Raises: UserError as `settle` does.
+    Raises: UserError as `choose_layout` does.
     """
     images = torch.zeros(2, len(model.mean.flatten()), side, side)
-    return predict(settle(model, images.to(model.mean.device)), images).shape[1]
+    return predict(choose_layout(model, images.to(model.mean.device)), images).shape[1]

@@ -24,6 +24,6 @@ def test_a_margin_moves_it_inwards(toy_set, rng):
 @pytest.mark.parametrize(
     "options", [{"size": 9}, {"size": 0}, {"size": 6, "margin": 3}, {"margin": -1}]
 )
-def test_a_patch_that_does_not_fit(options, toy_set, rng):
+def test_a_patch_that_does_not_fit_is_refused(options, toy_set, rng):
     with pytest.raises(UserError, match="does not fit 8x8 images"):
         BadNets(**options).make_trigger(toy_set(4), rng=rng())

@@ -14,10 +14,10 @@ def test_closed_form(pattern, alpha, toy_set, rng):
     clean = toy_set(4)
     trigger = Blend(alpha=alpha, pattern=pattern).make_trigger(clean, rng=rng())
     images = clean.as_floats()
-    assert torch.allclose(
-        trigger(images), (1 - alpha) * images + alpha * trigger.pattern, atol=1e-6
-    )
-    assert trigger.pattern.shape == (3, 8, 8) and trigger.support is None
+    expected = (1 - alpha) * images + alpha * trigger.pattern
+    assert torch.allclose(trigger(images), expected, atol=1e-6)
+    assert trigger.pattern.shape == (3, 8, 8)
+    assert trigger.support is None
 
 
 @pytest.mark.parametrize("pattern", ["noise", "waves"])
@@ -25,16 +25,20 @@ def test_the_pattern_is_drawn_from_the_generator_and_fills_the_range(pattern, to
     def draw(seed):
         return Blend(pattern=pattern).make_trigger(toy_set(4, size=32), rng=rng(seed)).pattern
 
-    one = draw(1)
-    assert torch.equal(one, draw(1)) and not torch.equal(one, draw(2))
-    assert one.min() >= 0 and one.max() <= 1 and one.max() - one.min() > 0.9
-    assert not torch.equal(one[0], one[1]), "the pattern is in color"
+    pattern_1 = draw(1)
+    assert torch.equal(pattern_1, draw(1))
+    assert not torch.equal(pattern_1, draw(2))
+    assert pattern_1.min() >= 0
+    assert pattern_1.max() <= 1
+    assert pattern_1.max() - pattern_1.min() > 0.9
+    assert not torch.equal(pattern_1[0], pattern_1[1]), "the pattern is in color"
 
 
 def test_waves_are_smooth_and_periodic(rng):
     image = waves((3, 32, 32), rng=rng())
     neighbors = (image - image.roll(1, 2)).abs()
-    assert neighbors.mean() < 0.2 and neighbors[:, :, 0].mean() < 0.3
+    assert neighbors.mean() < 0.2
+    assert neighbors[:, :, 0].mean() < 0.3, "across the border"
 
 
 @pytest.mark.parametrize("alpha", [0, -0.2, 20])

@@ -1,6 +1,4 @@
-"""What every attack keeps to, whoever writes it: a new file in rnp/attacks is tested from its
-first day.
-"""
+"""The contract of every attack; a new file in rnp/attacks is tested without further ado."""
 
 import dataclasses
 
@@ -8,7 +6,7 @@ import pytest
 import torch
 
 from rnp import registry
-from rnp.attacks.base import backdoored_test_set, covered_test_set
+from rnp.attacks.base import backdoored_test_set, covered_test_set, other_classes
 from rnp.errors import UserError
 from rnp.io.datasets import load_trigger, save_trigger
 from rnp.training.predict import predict
@@ -18,8 +16,7 @@ from rnp.types import ImageSet
 N, CLASSES, TARGET = 100, 5, 2
 
 
-# For what is said of poisoned images: the attack on weights has none, and
-# tests/attacks/test_awp_attack.py says so.
+# the attack on weights poisons no images, as tests/attacks/test_awp.py asserts
 poisons = pytest.mark.parametrize(
     "kind", [name for name in registry.names("attack") if name != "awp"], indirect=True
 )
@@ -32,7 +29,7 @@ def kind(request):
 
 @pytest.fixture
 def attack(kind):
-    """The defaults, at rates that mean something among a hundred images."""
+    """The defaults, at rates that make sense for a hundred images."""
     covers = 0.1 if kind.cover_rate else 0.0
     return kind(poison_rate=0.1, cover_rate=covers, target_label=TARGET)
 
@@ -52,16 +49,14 @@ def trigger(attack, clean, surrogate, rng):
     return attack.make_trigger(clean, rng=rng(), surrogate=surrogate)
 
 
-def test_only_chosen_images_change(attack, clean, surrogate, rng):
+def test_only_selected_images_change(attack, clean, surrogate, rng):
     poisoned = attack.poison(clean, rng=rng(), surrogate=surrogate)
     after = poisoned.apply(clean)
     changed = (after.images != clean.images).flatten(1).any(1)
     assert changed.nonzero().squeeze(1).tolist() == poisoned.positions.tolist()
     assert (after.labels != clean.labels)[~changed].sum() == 0
-    assert (
-        torch.equal(after.images[poisoned.positions], poisoned.images)
-        and after.classes == clean.classes
-    )
+    assert torch.equal(after.images[poisoned.positions], poisoned.images)
+    assert after.classes == clean.classes
 
 
 @poisons
@@ -69,44 +64,45 @@ def test_only_chosen_images_change(attack, clean, surrogate, rng):
 def test_the_rate_is_a_share_of_the_whole_set(rate, attack, clean, surrogate, rng):
     attack = dataclasses.replace(attack, poison_rate=rate, cover_rate=0.05)
     poisoned = attack.poison(clean, rng=rng(), surrogate=surrogate)
-    assert (~poisoned.covers).sum() == round(rate * N) and poisoned.covers.sum() == 5
-    assert poisoned.positions.diff().min() > 0, "positions ascend, none comes twice"
+    assert (~poisoned.covers).sum() == round(rate * N)
+    assert poisoned.covers.sum() == 5
+    assert poisoned.positions.diff().min() > 0, "positions ascend, none is repeated"
 
 
 @poisons
 def test_labels(attack, clean, surrogate, rng):
-    """Covers keep theirs; the others get the target label, which clean-label attacks find there
-    already.
-    """
+    """Covers keep theirs; the others have the target label, for clean-label attacks from before."""
     attack = dataclasses.replace(attack, cover_rate=0.1)
     poisoned = attack.poison(clean, rng=rng(), surrogate=surrogate)
-    before, covers = clean.labels[poisoned.positions], poisoned.covers
-    assert (poisoned.labels[covers] == before[covers]).all() and (before[covers] != TARGET).all()
+    before = clean.labels[poisoned.positions]
+    covers = poisoned.covers
+    assert (poisoned.labels[covers] == before[covers]).all()
+    assert (before[covers] != TARGET).all()
     assert (poisoned.labels[~covers] == TARGET).all()
-    assert len({label == TARGET for label in before[~covers].tolist()}) == 1, (
-        "either clean-label or not"
-    )
+    assert ((before[~covers] == TARGET) == attack.clean_label).all()
 
 
 def test_the_input_and_the_global_generator_stay_as_they_are(
     attack, clean, surrogate, unchanged, rng
 ):
-    images, labels, state = clean.images.clone(), clean.labels.clone(), torch.get_rng_state()
+    images = clean.images.clone()
+    labels = clean.labels.clone()
+    state = torch.get_rng_state()
     attack.poison(clean, rng=rng(), surrogate=unchanged(surrogate)).apply(clean)
-    assert torch.equal(clean.images, images) and torch.equal(clean.labels, labels)
+    assert torch.equal(clean.images, images)
+    assert torch.equal(clean.labels, labels)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @poisons
 def test_the_seed_decides(attack, clean, surrogate, rng):
-    one, same, other = (
+    seed_1, again, seed_2 = (
         attack.poison(clean, rng=rng(seed), surrogate=surrogate) for seed in (1, 1, 2)
     )
     for name in ("positions", "images", "labels", "covers"):
-        assert torch.equal(getattr(one, name), getattr(same, name)), name
-    assert not torch.equal(one.images, other.images) and not torch.equal(
-        one.positions, other.positions
-    )
+        assert torch.equal(getattr(seed_1, name), getattr(again, name)), name
+    assert not torch.equal(seed_1.images, seed_2.images)
+    assert not torch.equal(seed_1.positions, seed_2.positions)
 
 
 def test_each_image_is_triggered_alone(trigger, clean):
@@ -118,8 +114,10 @@ def test_each_image_is_triggered_alone(trigger, clean):
 
 def test_the_trigger_leaves_its_input_alone_and_is_the_same_each_time(trigger, clean):
     images = clean.as_floats()[:5]
-    first, before = trigger(images), images.clone()
-    assert torch.equal(trigger(images), first) and torch.equal(images, before)
+    before = images.clone()
+    triggered = trigger(images)
+    assert torch.equal(trigger(images), triggered)
+    assert torch.equal(images, before)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, "noise"])
@@ -130,8 +128,11 @@ def test_images_stay_between_0_and_1(value, trigger, rng):
         else torch.full((8, 3, 8, 8), value)
     )
     triggered = trigger(images)
-    assert triggered.shape == images.shape and triggered.dtype == images.dtype
-    assert triggered.isfinite().all() and triggered.min() >= -1e-6 and triggered.max() <= 1 + 1e-6
+    assert triggered.shape == images.shape
+    assert triggered.dtype == images.dtype
+    assert triggered.isfinite().all()
+    assert triggered.min() >= -1e-6
+    assert triggered.max() <= 1 + 1e-6
 
 
 def test_the_trigger_survives_its_file(trigger, clean, tmp_path):
@@ -140,20 +141,22 @@ def test_the_trigger_survives_its_file(trigger, clean, tmp_path):
     loaded = load_trigger(path)
     assert type(loaded) is type(trigger)
     assert torch.equal(loaded(clean.as_floats()), trigger(clean.as_floats()))
-    assert list(trigger.parameters()) == [], "state lies in buffers"
+    assert list(trigger.parameters()) == [], "all state is in buffers"
 
 
 def test_the_support_is_where_it_acts(trigger, rng):
     images = torch.rand(50, 3, 8, 8, generator=rng())
     touched = (trigger(images) != images).any(0).any(0)
-    assert touched.any() and (trigger.support is None or torch.equal(touched, trigger.support))
+    assert touched.any()
+    assert trigger.support is None or torch.equal(touched, trigger.support)
 
 
 def test_the_set_for_asr_holds_the_other_classes_under_true_labels(trigger, clean, toy_set):
     test = toy_set(30, classes=CLASSES, seed=1)
     triggered = backdoored_test_set(trigger, test, TARGET)
     kept = test.labels != TARGET
-    assert torch.equal(triggered.labels, test.labels[kept]) and TARGET not in triggered.labels
+    assert torch.equal(triggered.labels, test.labels[kept])
+    assert TARGET not in triggered.labels
     assert triggered.images.dtype == torch.uint8
     exact = trigger(test.subset(kept.nonzero().squeeze(1)).as_floats()) * 255
     assert (triggered.images - exact).abs().max() <= 0.501, "rounded, not cut"
@@ -161,54 +164,53 @@ def test_the_set_for_asr_holds_the_other_classes_under_true_labels(trigger, clea
 
 def test_the_set_of_covers_holds_the_same_images_as_covers(attack, trigger, clean, toy_set, rng):
     test = toy_set(24, classes=CLASSES, seed=4)
-    triggered, covered = (
-        backdoored_test_set(trigger, test, attack.target),
-        covered_test_set(attack, trigger, test, rng=rng()),
-    )
-    assert (
-        torch.equal(covered.labels, triggered.labels)
-        and covered.images.shape == triggered.images.shape
-    )
+    triggered = backdoored_test_set(trigger, test, attack.target)
+    covered = covered_test_set(attack, trigger, test, rng=rng())
+    assert torch.equal(covered.labels, triggered.labels)
+    assert covered.images.shape == triggered.images.shape
     again = covered_test_set(attack, trigger, test, rng=rng())
     assert torch.equal(covered.images, again.images)
-    plain = test.subset((test.labels != attack.target).nonzero().squeeze(1)).images
-    assert not torch.equal(covered.images, plain), "a cover carries something"
+    assert not torch.equal(covered.images, other_classes(test, attack.target).images)
 
 
 def test_training_returns_a_model_and_the_final_trigger(
     attack, clean, surrogate, toy_model, trigger, rng
 ):
     poisoned = attack.poison(clean, rng=rng(), surrogate=surrogate).apply(clean)
-    model, final = attack.train(
-        toy_model(classes=CLASSES), poisoned, trigger, Train(epochs=1, batch_size=50), rng=rng()
-    )
-    assert not model.training and predict(model, final(clean.as_floats())).isfinite().all()
+    recipe = Train(epochs=1, batch_size=50)
+    model, final = attack.train(toy_model(classes=CLASSES), poisoned, trigger, recipe, rng=rng())
+    assert not model.training
+    assert predict(model, final(clean.as_floats())).isfinite().all()
 
 
 @poisons
 def test_all_to_all_sends_each_class_to_the_next(kind, attack, clean, surrogate, rng, toy_set):
     if kind.clean_label:
-        with pytest.raises(UserError, match="labels all_to_all needs changed labels"):
-            dataclasses.replace(attack, labels="all_to_all")
+        message = f"label_mode all_to_all changes labels, but {attack.name} is clean-label"
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(attack, label_mode="all_to_all")
         return
-    attack = dataclasses.replace(attack, labels="all_to_all", cover_rate=0.1)
+    attack = dataclasses.replace(attack, label_mode="all_to_all", cover_rate=0.1)
     poisoned = attack.poison(clean, rng=rng(), surrogate=surrogate)
-    before, covers = clean.labels[poisoned.positions], poisoned.covers
-    assert torch.equal(poisoned.labels, torch.where(covers, before, (before + 1) % CLASSES))
+    before = clean.labels[poisoned.positions]
+    expected = torch.where(poisoned.covers, before, (before + 1) % CLASSES)
+    assert torch.equal(poisoned.labels, expected)
     test = toy_set(30, classes=CLASSES, seed=1)
-    assert torch.equal(
-        backdoored_test_set(poisoned.trigger, test, attack.target).labels, test.labels
-    ), "no class is left out"
+    triggered = backdoored_test_set(poisoned.trigger, test, attack.target)
+    assert torch.equal(triggered.labels, test.labels), "no class is left out"
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"poison_rate": 10}, "poison_rate must be in (0, 1], got 10; did you mean 0.10?"),
+        (
+            {"poison_rate": 10},
+            "poison_rate must be in (0, 1], got 10; it is a fraction, not percent: did you mean 0.1?",
+        ),
         ({"poison_rate": 0}, "poison_rate must be in (0, 1], got 0"),
         ({"poison_rate": -0.1}, "poison_rate must be in (0, 1], got -0.1"),
         ({"poison_rate": float("nan")}, "poison_rate must be in (0, 1], got nan"),
-        ({"cover_rate": 3}, "cover_rate must be in [0, 1], got 3; did you mean 0.03?"),
+        ({"cover_rate": 3}, "cover_rate must be in [0, 1], got 3; it is a fraction, not percent"),
         ({"target_label": -1}, "target_label must be 0 or more, got -1"),
         ({"target_label": 5}, "target_label must be below the number of classes, 5, got 5"),
         ({"poison_rate": 0.001}, "rounds to no image of 100; raise poison_rate"),
@@ -224,7 +226,14 @@ def test_wrong_settings_name_the_value_and_the_way_out(
     assert message in str(caught.value)
 
 
-def test_gray_and_oblong_images_will_do(attack, surrogate, rng, toy_model):
+@pytest.mark.parametrize("option", ["poison_rate", "cover_rate"])
+def test_the_message_names_the_attack_and_the_option(option, kind):
+    name = kind.__module__.rpartition(".")[2]
+    with pytest.raises(UserError, match=rf"^{name}\.{option} must be in .*, got 2;"):
+        kind(**{option: 2})
+
+
+def test_gray_and_oblong_images_are_taken(attack, surrogate, rng, toy_model):
     images = torch.randint(0, 256, (N, 1, 10, 14), generator=rng(), dtype=torch.uint8)
     clean = ImageSet(images, torch.arange(N) % CLASSES, tuple("abcde"))
     poisoned = attack.poison(clean, rng=rng(), surrogate=toy_model(classes=CLASSES, channels=1))

@@ -1,6 +1,4 @@
-"""A trigger is small and belongs to its image; a cover carries that of another, and never its
-own.
-"""
+"""A trigger is small and depends on its image; a cover carries the trigger of another image."""
 
 import pytest
 import torch
@@ -8,9 +6,9 @@ import torch
 from rnp.attacks.input_aware import (
     InputAware,
     InputAwareTrigger,
+    compose,
     cross_triggered,
     distance,
-    compose,
 )
 from rnp.errors import UserError
 from rnp.models.unet import DEPTH, draw_unet
@@ -18,10 +16,8 @@ from rnp.models.unet import DEPTH, draw_unet
 LAST = f"bias{2 * DEPTH - 1}"
 
 
-class Whole(InputAwareTrigger):
-    """A planted trigger that shows the whole source: what was cross-triggered is a copy of another
-    image.
-    """
+class CopyTrigger(InputAwareTrigger):
+    """A trigger that is the whole image: a cross-triggered image is a copy of another one."""
 
     def mask(self, images):
         return torch.ones_like(images[:, :1])
@@ -30,8 +26,9 @@ class Whole(InputAwareTrigger):
         return images
 
 
-def test_lay_by_hand():
-    image, pattern = torch.full((1, 3, 2, 2), 0.2), torch.full((1, 3, 2, 2), 0.8)
+def test_compose_by_hand():
+    image = torch.full((1, 3, 2, 2), 0.2)
+    pattern = torch.full((1, 3, 2, 2), 0.8)
     mask = torch.tensor([[0.0, 1.0], [0.5, 0.0]]).view(1, 1, 2, 2)
     expected = torch.tensor([[0.2, 0.8], [0.5, 0.2]]).expand(1, 3, 2, 2)
     assert torch.allclose(compose(pattern, mask, image), expected)
@@ -42,44 +39,39 @@ def test_lay_by_hand():
     [(9, 99, 1, 1), (9, -99, 1, 0), (-9, 99, 0, 1), (0, 99, 0.5, 1), (0, 0, 0.5, 0.5)],
 )
 def test_the_two_networks_have_their_parts(mask, pattern, share, color, rng, toy_set):
-    """With all weights at 0 each network puts out its last bias: the sigmoid of it, sharpened for
-    the mask.
-    """
-    cpu, images = torch.device("cpu"), toy_set(4).as_floats()
-
-    def draw(prefix, outputs):
-        return draw_unet(3, outputs, 4, rng=rng(), device=cpu, prefix=prefix)
-
-    zeros = {
-        name: torch.zeros_like(value)
-        for name, value in (draw("mask_", 1) | draw("pattern_", 3)).items()
-    }
+    """With all weights at 0 each network returns the sigmoid of its last bias."""
+    cpu = torch.device("cpu")
+    images = toy_set(4).as_floats()
+    weights = draw_unet(3, 1, 4, rng=rng(), device=cpu, prefix="mask_")
+    weights |= draw_unet(3, 3, 4, rng=rng(), device=cpu, prefix="pattern_")
+    zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
     zeros[f"mask_{LAST}"] += mask
     zeros[f"pattern_{LAST}"] += pattern
-    assert torch.allclose(
-        InputAwareTrigger(**zeros)(images), (1 - share) * images + share * color, atol=2e-4
-    )
+    expected = (1 - share) * images + share * color
+    assert torch.allclose(InputAwareTrigger(**zeros)(images), expected, atol=2e-4)
 
 
 @pytest.mark.parametrize("n", [2, 3, 10, 101])
 def test_a_cross_trigger_comes_from_another_image(n, toy_set, rng):
     images = toy_set(n).as_floats()
-    crossed = cross_triggered(Whole(), images, rng=rng())
+    crossed = cross_triggered(CopyTrigger(), images, rng=rng())
     sources = torch.cdist(crossed.flatten(1), images.flatten(1)).argmin(1).tolist()
-    assert sorted(sources) == list(range(n)) and all(
-        source != own for own, source in enumerate(sources)
-    )
+    assert sorted(sources) == list(range(n))
+    assert all(source != image for image, source in enumerate(sources))
 
 
 def test_a_cross_trigger_is_drawn_anew(toy_set, rng):
     images = toy_set(20).as_floats()
-    one, same, other = (cross_triggered(Whole(), images, rng=rng(seed)) for seed in (1, 1, 2))
-    assert torch.equal(one, same) and not torch.equal(one, other)
+    seed_1, again, seed_2 = (
+        cross_triggered(CopyTrigger(), images, rng=rng(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(seed_1, again)
+    assert not torch.equal(seed_1, seed_2)
 
 
-def test_an_only_image_stays_clean(toy_set, rng):
+def test_a_single_image_stays_clean(toy_set, rng):
     image = toy_set(1).as_floats()
-    assert torch.equal(cross_triggered(Whole(), image, rng=rng()), image)
+    assert torch.equal(cross_triggered(CopyTrigger(), image, rng=rng()), image)
 
 
 def test_distance_by_hand():
@@ -91,45 +83,42 @@ def test_distance_by_hand():
 
 
 @pytest.fixture(scope="module")
-def learnt(toy_set, toy_model, rng):
+def learned(toy_set, toy_model, rng):
     """A trigger whose networks had 120 steps each."""
     return InputAware(epochs=30, batch_size=25, width=8, lr=5e-3).make_trigger(
         toy_set(100), rng=rng(), surrogate=toy_model()
     )
 
 
-def test_masks_keep_to_the_density(learnt, toy_set):
-    mask = learnt.mask(toy_set(100).as_floats())
-    assert 0.01 < mask.mean() < 0.08, "the density is .032, where an untrained mask has .5"
+def test_masks_keep_to_the_density(learned, toy_set):
+    mask = learned.mask(toy_set(100).as_floats())
+    assert 0.01 < mask.mean() < 0.08, "the density is .032; an untrained mask has .5"
     assert ((mask < 0.1) | (mask > 0.9)).float().mean() > 0.8, "a pixel is covered or it is not"
 
 
-def test_masks_and_patterns_are_the_images_own(learnt, toy_set):
+def test_masks_and_patterns_are_the_images_own(learned, toy_set):
     images = toy_set(100).as_floats()
-    assert distance(learnt.mask(images)).min() > 0.01 and distance(learnt.mask(images)).mean() > 0.1
-    assert distance(learnt.pattern(images)).mean() > 0.3
+    assert (
+        distance(learned.mask(images)).min() > 0.01 and distance(learned.mask(images)).mean() > 0.1
+    )
+    assert distance(learned.pattern(images)).mean() > 0.3
 
 
 def test_covers_carry_the_trigger_of_another(toy_set, trained, rng):
-    """Their pixels lie under another image's mask; the poisoned ones lie under their own, as at
-    test.
-    """
+    """Poisoned images carry their own trigger, as at test."""
     clean = toy_set(80)
-    poisoned = InputAware(poison_rate=0.1, cover_rate=0.2, epochs=2).poison(
-        clean, rng=rng(), surrogate=trained
-    )
-    own = poisoned.trigger(clean.as_floats()[poisoned.positions]) * 255
-    gap = (poisoned.images - own).abs().flatten(1).amax(1)
-    assert gap[~poisoned.covers].max() <= 0.501 and gap[poisoned.covers].min() > 1
-    assert torch.equal(
-        poisoned.labels[poisoned.covers], clean.labels[poisoned.positions[poisoned.covers]]
-    )
+    attack = InputAware(poison_rate=0.1, cover_rate=0.2, epochs=2)
+    poisoned = attack.poison(clean, rng=rng(), surrogate=trained)
+    covers = poisoned.covers
+    with_own_trigger = poisoned.trigger(clean.as_floats()[poisoned.positions]) * 255
+    gap = (poisoned.images - with_own_trigger).abs().flatten(1).amax(1)
+    assert gap[~covers].max() <= 0.501
+    assert gap[covers].min() > 1
+    assert torch.equal(poisoned.labels[covers], clean.labels[poisoned.positions[covers]])
 
 
 def test_a_surrogate_is_needed(toy_set, rng):
-    with pytest.raises(
-        UserError, match="dynamic trains its generator against a benign model; pass surrogate="
-    ):
+    with pytest.raises(UserError, match="input_aware needs a benign model; pass surrogate="):
         InputAware().make_trigger(toy_set(40), rng=rng())
 
 
@@ -147,5 +136,5 @@ def test_a_surrogate_is_needed(toy_set, rng):
     ],
 )
 def test_impossible_settings_are_refused(options):
-    with pytest.raises(UserError, match=next(iter(options))):
+    with pytest.raises(UserError, match=f"input_aware.{next(iter(options))} must be"):
         InputAware(**options)

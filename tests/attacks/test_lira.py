@@ -1,6 +1,4 @@
-"""The noise is as large as `eps` allows, differs from image to image, and is learnt by a model
-that never saw its making.
-"""
+"""The noise is as large as `eps` allows, differs between images, and a fresh model learns it."""
 
 import pytest
 import torch
@@ -27,25 +25,26 @@ def weights(rng):
     "bias, change", [(0.0, 0.0), (100.0, 0.1), (-100.0, -0.1), (0.5, 0.1 * 0.46212)]
 )
 def test_the_formula_by_hand(bias, change, weights, toy_set):
-    """With all weights at 0 the network puts out its last bias: clip(x + eps * tanh(bias))."""
+    """With all weights at 0 the network returns its last bias: clip(x + eps * tanh(bias))."""
     zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
-    trigger, images = (
-        Noise(torch.tensor(0.1), **zeros | {LAST: torch.full((3,), bias)}),
-        toy_set(4).as_floats(),
-    )
-    images[0], images[1] = 0, 1
+    trigger = Noise(torch.tensor(0.1), **zeros | {LAST: torch.full((3,), bias)})
+    images = toy_set(4).as_floats()
+    images[0] = 0
+    images[1] = 1
     assert torch.allclose(trigger(images), (images + change).clamp(0, 1), atol=1e-5)
 
 
-def test_any_size_will_do(weights):
+def test_images_can_have_any_size(weights):
     for size in ((8, 8), (9, 13), (33, 8)):
         assert unet(torch.full((2, 3, *size), 0.3), weights).shape == (2, 3, *size)
 
 
-@pytest.mark.parametrize("border, seen", [("replicate", False), ("constant", True)])
-def test_a_flat_image_has_a_visible_border_or_none(border, seen, weights):
-    made = unet(torch.full((1, 3, 16, 16), 0.8), weights, border=border)
-    assert made.abs().max() > 0.1 and ((made.amax((2, 3)) - made.amin((2, 3))).max() > 1e-3) == seen
+@pytest.mark.parametrize("border, visible", [("replicate", False), ("constant", True)])
+def test_the_network_sees_the_border_of_a_flat_image_or_not(border, visible, weights):
+    outputs = unet(torch.full((1, 3, 16, 16), 0.8), weights, border=border)
+    variation = outputs.amax((2, 3)) - outputs.amin((2, 3))
+    assert outputs.abs().max() > 0.1
+    assert (variation.max() > 1e-3) == visible
 
 
 def test_eps_bounds_the_change_and_train_eps_does_not(toy_set, trained, rng):
@@ -63,36 +62,37 @@ def test_every_image_gets_its_own_noise(toy_set, trained, rng):
 
 
 def test_a_fresh_model_learns_the_backdoor_in_eval_mode(toy_set, toy_model, trained, rng):
-    """Public code splits clean and triggered batches, whereupon clean accuracy holds in train mode
-    alone.
-    """
-    clean, test = toy_set(160), toy_set(80, seed=1)
+    """Public code separates clean and triggered batches: then accuracy holds in train mode only."""
+    clean = toy_set(160)
+    test = toy_set(80, seed=1)
     attack = LIRA(poison_rate=0.25, target_label=1, eps=0.1, epochs=10, surrogate_lr=1e-2)
     poisoned = attack.poison(clean, rng=rng(), surrogate=trained)
-    recipe = Train(epochs=25, batch_size=8, lr=0.1, precision="fp32")
+    recipe = Train(epochs=25, batch_size=8, lr=0.1)
     model = recipe(toy_model(seed=1, width=16), poisoned.apply(clean), rng=rng())
     triggered = backdoored_test_set(poisoned.trigger, test, 1)
+
+    def success_rate(model):
+        return (predict(model, triggered.images).argmax(1) == 1).float().mean()
+
     assert accuracy(model, test) >= 0.95
-    assert (predict(model, triggered.images).argmax(1) == 1).float().mean() >= 0.9
-    assert (predict(trained, triggered.images).argmax(1) == 1).float().mean() <= 0.3, (
-        "the noise alone is no attack"
-    )
+    assert success_rate(model) >= 0.9
+    assert success_rate(trained) <= 0.3, "the noise alone is no attack"
 
 
 def test_clean_and_triggered_images_share_a_forward_pass(toy_set, toy_model, rng):
-    seen = []
+    passes = []
 
-    class Watched(torch.nn.Module):
+    class Recorded(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.net = toy_model()
 
         def forward(self, images):
-            seen.append((len(images), self.training))
+            passes.append((len(images), self.training))
             return self.net(images)
 
-    LIRA(batch_size=20, epochs=1).make_trigger(toy_set(40), rng=rng(), surrogate=Watched().eval())
-    assert seen == [(40, True)] * 2
+    LIRA(batch_size=20, epochs=1).make_trigger(toy_set(40), rng=rng(), surrogate=Recorded().eval())
+    assert passes == [(40, True)] * 2
 
 
 @pytest.mark.parametrize("epochs, steps, expected", [(2, 100, 8), (100, 3, 3)])
@@ -100,19 +100,19 @@ def test_cost_is_bounded_by_passes_and_by_steps(
     epochs, steps, expected, toy_set, trained, rng, monkeypatch
 ):
     calls = []
-    monkeypatch.setattr(
-        Noise, "forward", lambda self, images: calls.append(1) or images + 0 * self.bias0.sum()
-    )
-    LIRA(epochs=epochs, steps=steps, batch_size=10).make_trigger(
-        toy_set(40), rng=rng(), surrogate=trained
-    )
+
+    def forward(self, images):
+        calls.append(len(images))
+        return images + 0 * self.bias0.sum()
+
+    monkeypatch.setattr(Noise, "forward", forward)
+    attack = LIRA(epochs=epochs, steps=steps, batch_size=10)
+    attack.make_trigger(toy_set(40), rng=rng(), surrogate=trained)
     assert len(calls) == expected
 
 
 def test_a_surrogate_is_needed(toy_set, rng):
-    with pytest.raises(
-        UserError, match="lira trains its generator against a benign model; pass surrogate="
-    ):
+    with pytest.raises(UserError, match="lira needs a benign model; pass surrogate="):
         LIRA().make_trigger(toy_set(40), rng=rng())
 
 
@@ -130,5 +130,5 @@ def test_a_surrogate_is_needed(toy_set, rng):
     ],
 )
 def test_impossible_settings_are_refused(options):
-    with pytest.raises(UserError, match=next(iter(options))):
+    with pytest.raises(UserError, match=f"lira.{next(iter(options))} must be"):
         LIRA(**options)

@@ -1,7 +1,8 @@
-"""Low frequencies and nothing else, as high as allowed, and where the surrogate is weak."""
+"""Low frequencies and nothing else, with the given amplitude, optimized on the surrogate."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from rnp.attacks.low_frequency import LowFrequency, cosines
 from rnp.errors import UserError
@@ -10,14 +11,10 @@ from rnp.training.predict import predict
 
 def test_the_cosines_by_hand():
     basis = cosines((3, 4, 6), 2)  # [3, h, w]: along x, along y, both
-    x, y = (
-        (torch.pi * (torch.arange(6) + 0.5) / 6).cos(),
-        (torch.pi * (torch.arange(4) + 0.5) / 4).cos(),
-    )
-    expected = [x.expand(4, 6), y[:, None].expand(4, 6), y[:, None] * x]
-    assert basis.shape == (3, 4, 6) and all(
-        torch.allclose(a, b, atol=1e-6) for a, b in zip(basis, expected)
-    )
+    x = (torch.pi * (torch.arange(6) + 0.5) / 6).cos()
+    y = (torch.pi * (torch.arange(4) + 0.5) / 4).cos().unsqueeze(1)
+    expected = torch.stack([x.expand(4, 6), y.expand(4, 6), y * x])
+    assert torch.allclose(basis, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [0, 5])
@@ -25,25 +22,21 @@ def test_no_high_frequency_and_no_more_than_the_amplitude(steps, toy_set, toy_mo
     attack = LowFrequency(amplitude=0.07, num_frequencies=3, steps=steps)
     pattern = attack.make_trigger(toy_set(40), rng=rng(), surrogate=toy_model()).pattern
     low = cosines((3, 8, 8), 3).flatten(1)  # [8, pixels], orthogonal
-    share = pattern.flatten(1) @ low.mT / low.square().sum(1)
-    assert torch.allclose(share @ low, pattern.flatten(1), atol=1e-6), "its projection is all of it"
-    assert (
-        pattern.abs().max().item() == pytest.approx(0.07, rel=1e-5)
-        and pattern.mean((1, 2)).abs().max() < 1e-6
-    )
+    weights = pattern.flatten(1) @ low.mT / low.square().sum(1)
+    assert torch.allclose(weights @ low, pattern.flatten(1), atol=1e-6), "its projection"
+    assert pattern.abs().max().item() == pytest.approx(0.07, rel=1e-5)
+    assert pattern.mean((1, 2)).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("labels", ["all_to_one", "all_to_all"])
-def test_the_steps_move_predictions_of_the_surrogate(labels, toy_set, trained, rng):
+@pytest.mark.parametrize("label_mode, offset", [("all_to_one", None), ("all_to_all", 1)])
+def test_the_steps_move_predictions_of_the_surrogate(label_mode, offset, toy_set, trained, rng):
     clean = toy_set(80)
-    wanted = torch.ones(80, dtype=torch.int64) if labels == "all_to_one" else (clean.labels + 1) % 4
+    wanted = (clean.labels + offset) % 4 if offset else torch.ones_like(clean.labels)
 
     def loss(steps: int) -> float:
-        attack = LowFrequency(target_label=1, labels=labels, steps=steps, amplitude=0.2)
+        attack = LowFrequency(target_label=1, label_mode=label_mode, steps=steps, amplitude=0.2)
         trigger = attack.make_trigger(clean, rng=rng(), surrogate=trained)
-        return torch.nn.functional.cross_entropy(
-            predict(trained, trigger(clean.as_floats())), wanted
-        ).item()
+        return F.cross_entropy(predict(trained, trigger(clean.as_floats())), wanted).item()
 
     assert loss(100) < loss(0) - 0.1
 
@@ -54,7 +47,7 @@ def test_the_flags_of_the_surrogate_stay(toy_set, trained, unchanged, rng):
 
 
 def test_it_needs_a_surrogate(toy_set, rng):
-    with pytest.raises(UserError, match="pass surrogate"):
+    with pytest.raises(UserError, match="low_frequency needs a benign model; pass surrogate="):
         LowFrequency().make_trigger(toy_set(4), rng=rng())
 
 
@@ -63,17 +56,17 @@ def test_it_needs_a_surrogate(toy_set, rng):
     [
         {"amplitude": 0},
         {"amplitude": 20},
-        {"frequencies": 1},
+        {"num_frequencies": 1},
         {"steps": -1},
         {"batch_size": 0},
         {"lr": 0},
     ],
 )
 def test_impossible_settings_are_refused(options):
-    with pytest.raises(UserError, match=next(iter(options))):
+    with pytest.raises(UserError, match=f"low_frequency.{next(iter(options))} must be"):
         LowFrequency(**options)
 
 
 def test_more_cosines_than_pixels_are_refused(toy_set, toy_model, rng):
-    with pytest.raises(UserError, match="frequencies must be at most 8, the shorter side, got 9"):
+    with pytest.raises(UserError, match="num_frequencies must be at most 8, .*, got 9"):
         LowFrequency(num_frequencies=9).make_trigger(toy_set(4), rng=rng(), surrogate=toy_model())

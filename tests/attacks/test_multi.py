@@ -1,6 +1,4 @@
-"""One patch per image, each corner its share, in training by lot and at test by the image's own
-pixels.
-"""
+"""One patch per image, in all corners alike; drawn in training, by the image's pixels at test."""
 
 import pytest
 import torch
@@ -12,16 +10,10 @@ from rnp.errors import UserError
 def corners(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """[n, 4]: whether each 3x3 corner of an 8x8 image changed, row by row; no other pixel may."""
     changed = (before != after).any(1).float()
-    counts = torch.stack(
-        [
-            changed[:, y, x].sum((1, 2))
-            for y in (slice(3), slice(5, 8))
-            for x in (slice(3), slice(5, 8))
-        ],
-        1,
-    )
+    ends = (slice(3), slice(5, 8))
+    counts = torch.stack([changed[:, y, x].sum((1, 2)) for y in ends for x in ends], 1)
     assert torch.equal(counts.sum(1), changed.sum((1, 2)))
-    assert set(counts.flatten().tolist()) == {0, 9}, "a patch shows whole or not at all"
+    assert set(counts.flatten().tolist()) == {0, 9}, "a patch is whole or absent"
     return counts > 0
 
 
@@ -29,43 +21,46 @@ def corners(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_at_test_each_image_has_one_patch_and_each_patch_its_share(count, gray, toy_set, rng):
     trigger = Multi(count=count).make_trigger(toy_set(4), rng=rng())
-    levels = torch.randint(
-        1, 255, (2000, 1 if gray else 3, 8, 8), generator=rng()
-    )  # no black, no white
+    # neither black nor white
+    levels = torch.randint(1, 255, (2000, 1 if gray else 3, 8, 8), generator=rng())
     images = (levels / 255).expand(-1, 3, -1, -1)
-    shown = corners(images, trigger(images))
-    assert (shown.sum(1) == 1).all()
-    shares = shown.float().mean(0)
-    assert (shares > 0).sum() == count and (shares[shares > 0] - 1 / count).abs().max() < 0.05
+    patched = corners(images, trigger(images))
+    assert (patched.sum(1) == 1).all()
+    shares = patched.float().mean(0)
+    assert (shares > 0).sum() == count
+    assert (shares[shares > 0] - 1 / count).abs().max() < 0.05
 
 
-def test_in_training_the_lot_decides(toy_set, rng):
-    attack, images = Multi(), toy_set(400).as_floats()
+def test_in_training_the_generator_decides(toy_set, rng):
+    attack = Multi()
+    images = toy_set(400).as_floats()
     trigger = attack.make_trigger(toy_set(4), rng=rng())
-    one, other = (
+    seed_1, seed_2 = (
         corners(images, attack.apply_trigger(trigger, images, rng=rng(seed))) for seed in (1, 2)
     )
-    assert (one.sum(1) == 1).all() and (one.float().mean(0) - 0.25).abs().max() < 0.08
-    assert 0.1 < (one == other).all(1).float().mean() < 0.4, "the pixels have no say"
+    assert (seed_1.sum(1) == 1).all()
+    assert (seed_1.float().mean(0) - 0.25).abs().max() < 0.08
+    assert 0.1 < (seed_1 == seed_2).all(1).float().mean() < 0.4, "the pixels do not"
 
 
 def test_patches_are_half_white_and_the_same_in_all_channels(toy_set, rng):
     trigger = Multi().make_trigger(toy_set(4), rng=rng())
     gray = torch.full((4, 3, 8, 8), 0.5)
-    stamped = trigger.place(gray, torch.arange(4))
-    assert corners(gray, stamped).sum(0).tolist() == [1] * 4
+    triggered = trigger.place(gray, torch.arange(4))
+    assert corners(gray, triggered).sum(0).tolist() == [1] * 4
     for value, count in ((0, 4), (1, 5)):
-        assert (stamped == value).sum((2, 3)).tolist() == [[count] * 3] * 4
-    assert (stamped == stamped[:, :1]).all() and trigger.support.sum() == 36
+        assert (triggered == value).sum((2, 3)).tolist() == [[count] * 3] * 4
+    assert (triggered == triggered[:, :1]).all()
+    assert trigger.support.sum() == 36
 
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_one_trigger_per_corner(count):
-    with pytest.raises(UserError, match=f"count must be from 2 to 4.*got {count}"):
+    with pytest.raises(UserError, match=f"multi.count must be from 2 to 4, got {count}"):
         Multi(count=count)
 
 
 @pytest.mark.parametrize("size", [0, 5])
-def test_patches_that_do_not_fit(size, toy_set, rng):
+def test_patches_that_do_not_fit_are_refused(size, toy_set, rng):
     with pytest.raises(UserError, match=f"size {size} do not fit 8x8 images"):
         Multi(size=size).make_trigger(toy_set(4), rng=rng())

@@ -1,4 +1,4 @@
-"""The wave of Barni et al., eq. 1, added without wrapping, on images of the target class alone."""
+"""The wave of Barni et al., eq. 1, added without wrapping, to images of the target class only."""
 
 import math
 
@@ -20,10 +20,10 @@ def test_the_wave_by_hand(toy_set, rng):
 @pytest.mark.parametrize(
     "byte, low, high", [(255, 215, 255), (250, 210, 255), (0, 0, 40), (128, 88, 168)]
 )
-def test_bright_pixels_stay_bright_and_dark_ones_dark(byte, low, high, toy_set, rng):
+def test_bright_pixels_do_not_wrap_and_dark_ones_neither(byte, low, high, toy_set, rng):
     trigger = SIG().make_trigger(toy_set(4, size=32), rng=rng())
     pixels = trigger_images(trigger, torch.full((1, 3, 32, 32), byte, dtype=torch.uint8))
-    assert low <= pixels.min() and pixels.max() <= high and pixels.min() < pixels.max()
+    assert low <= pixels.min() < pixels.max() <= high
 
 
 def test_only_the_target_class_is_poisoned_and_keeps_its_label(toy_set, rng):
@@ -33,7 +33,19 @@ def test_only_the_target_class_is_poisoned_and_keeps_its_label(toy_set, rng):
 
 
 def test_at_most_80_percent_of_the_class(toy_set, rng):
-    with pytest.raises(
-        UserError, match=r"asks for 10 images of class 0, which has 10; .* poison_rate 0.2$"
-    ):
+    message = r"asks for 10 images of class 0, which has 10; .* poison_rate 0.2$"
+    with pytest.raises(UserError, match=message):
         SIG(poison_rate=0.25).poison(toy_set(40), rng=rng())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"amplitude": 40}, r"sig.amplitude must be in \(0, 1\], got 40"),
+        ({"frequency": 0}, "sig.frequency must be above 0, got 0"),
+        ({"poison_rate": 5}, r"sig.poison_rate must be in \(0, 1\], got 5; .* did you mean 0.05"),
+    ],
+)
+def test_impossible_settings_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        SIG(**options)
