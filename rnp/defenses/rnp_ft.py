@@ -45,17 +45,19 @@ class RNPFT(NCUnlearn):
     `tuning_rounds` rounds; where it leaves none, the result is that of RNP.
 
     Two kinds of labels are suspected: those whose trigger in the given model is abnormally small,
-    as in `nc_unlearn`, and the label to which predictions drift most during unlearning. A suspected
-    label is active while its trigger in the pruned model is smaller than the median trigger of the
-    given model. In the first round the label that `prediction_drift` reports is active in any case,
-    since size says little about a trigger that is no patch.
+    as in `nc_unlearn`, and the label to which predictions drift most during unlearning. At the
+    start of each round a trigger is recovered for each suspected label from the model so far. The
+    label is active if this trigger is smaller than the median trigger of the given model. In the
+    first round the label that `prediction_drift` reports is active in any case, since the size says
+    little about a trigger that is no patch.
 
-    A round fine-tunes against the triggers of the active labels in the given model, in the pruned
-    model and in earlier rounds. The pruned model is the teacher: its outputs for images without
-    trigger are the targets, which costs less clean accuracy than labels do. Half of the images have
-    a rectangle erased, since a recovered trigger resembles one that covers much of the image only
-    poorly. The final weights are interpolated between those of the pruned and of the tuned model,
-    which restores clean accuracy and hardly makes a removed backdoor active again.
+    A round fine-tunes against the triggers of all labels found active so far, those of the given
+    model and those of the rounds, at a tenth of the learning rate of `ft`. The pruned model is the
+    teacher: its outputs for images without trigger are the targets, which costs less clean accuracy
+    than labels do. Half of the images have a rectangle erased, since a recovered trigger is a poor
+    approximation of one that covers much of the image. The final weights are interpolated between
+    those of the pruned and of the tuned model, which restores clean accuracy and hardly makes a
+    removed backdoor active again.
 
     Drawn at random: what RNP, recovering the triggers and fine-tuning draw, from generators that
     depend on the seed of `rng` alone; the state of `rng` does not change.
