@@ -53,6 +53,7 @@ def with_statistics_of(data: ImageSet, model: nn.Module) -> nn.Module:
     """
     copied = copy.deepcopy(model).eval()
     for layer in batch_norms(copied, "bnp").values():
+        assert isinstance(layer, _NormBase)
         layer.train().reset_running_stats()
         layer.momentum = None  # the plain average over batches
     # Batches of nearly equal sizes, since each counts the same in the average.
@@ -61,10 +62,16 @@ def with_statistics_of(data: ImageSet, model: nn.Module) -> nn.Module:
     return copied
 
 
-def divergence(running: _NormBase, clean: _NormBase) -> Tensor:
+def divergence(running: nn.Module, clean: nn.Module) -> Tensor:
     """KL(running || clean) per channel, in nats."""
-    running_variance = running.get_buffer("running_var") + running.eps
-    clean_variance = clean.get_buffer("running_var") + clean.eps
-    shift = running.get_buffer("running_mean") - clean.get_buffer("running_mean")
-    log_ratio = (clean_variance / running_variance).log()
-    return (log_ratio + (running_variance + shift.square()) / clean_variance - 1) / 2
+    mean, variance = statistics(running)
+    clean_mean, clean_variance = statistics(clean)
+    log_ratio = (clean_variance / variance).log()
+    shift = mean - clean_mean
+    return (log_ratio + (variance + shift.square()) / clean_variance - 1) / 2
+
+
+def statistics(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel by which a BatchNorm normalizes in eval mode."""
+    assert isinstance(layer, _NormBase)
+    return layer.get_buffer("running_mean"), layer.get_buffer("running_var") + layer.eps

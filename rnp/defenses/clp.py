@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from rnp.defenses.base import PruningDefense, suspicion_to_score
 from rnp.neurons.convolutions import convolution_of_norm
@@ -44,6 +45,7 @@ class CLP(PruningDefense):
         lipschitz = {}
         for name, layer in layers.items():
             convolution = model.get_submodule(convolutions[name])
+            assert isinstance(layer, _NormBase)
             assert isinstance(convolution, nn.Conv2d)
             kernel = convolution.weight.detach().flatten(2)  # [out, in, kh*kw]
             deviation = (layer.get_buffer("running_var") + layer.eps).sqrt()
