@@ -1,4 +1,4 @@
-"""ANP: prune the channels through which small changes of scales and biases raise the error most."""
+"""ANP: prune the channels through which small changes of scales and biases raise the loss most."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ from rnp.types import DefenseSet, Images, Labels, Logits, NeuronMask, OnEpoch, n
 
 @dataclass(frozen=True, kw_only=True)
 class ANP(PruningDefense):
-    """Adversarial neuron pruning: masks on the scales that withstand the worst relative change of
-    scales and biases.
+    """Adversarial neuron pruning: masks on the scales under the worst change of scales and biases.
+
+    Drawn at random: the order of the images, their augmentation, and the start of each ascent.
 
     Source: Wu and Wang, NeurIPS 2021, "Adversarial neuron pruning purifies backdoored deep models".
     Differs: fewer and smaller steps (the paper: 2,000 of 128 images), since each costs as much as
     1.5 of fine-tuning; neurons are ranked by the mask averaged over the steps, as in RNP, since
-    final masks tie at 0 and 1; the shared rule decides how many neurons go. The paper's own is
-    `prune.rule threshold` and `prune.threshold 0.2`.
+    final masks tie at 0 and 1; the shared rule decides how many neurons are pruned. The paper's
+    own is `prune.rule threshold` and `prune.threshold 0.2`.
     """
 
     epsilon: Annotated[
         float, Interval(ge=0, le=1), "largest change of a scale or bias, as a fraction of it"
     ] = 0.4
     perturb_steps: Annotated[
-        int, Gt(0), "ascent steps that look for the worst change, each epsilon / ascent long"
+        int, Gt(0), "ascent steps towards the worst change, of size epsilon / perturb_steps each"
     ] = 1
     alpha: Annotated[
         float,
         Interval(ge=0, le=1),
-        "weight of the error without change; the error under change has the rest",
+        "weight of the loss without change; the loss under the worst change has 1 - alpha",
     ] = 0.2
     lr: Annotated[float, Gt(0), "learning rate of the masks"] = 0.2
     momentum: Annotated[float, "SGD momentum"] = 0.9
@@ -57,21 +58,18 @@ class ANP(PruningDefense):
         rng: torch.Generator,
         on_epoch: OnEpoch = no_callback,
     ) -> NeuronMask:
-        """The mask averaged over the steps. Drawn at random: images, augmentation and where each
-        ascent starts.
-        """
+        """The mask averaged over the steps."""
         trial = copy.deepcopy(model).requires_grad_(False).train()
         mask = {name: value.requires_grad_() for name, value in unit_mask(trial).items()}
         total = {name: torch.zeros_like(value) for name, value in mask.items()}
 
         def objective(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            worst = self.worst(trial, images, labels, mask, rng)
-            clean, perturbed = (
-                forward_masked(trial, images, mask),
-                changed(trial, images, mask, *worst),
-            )
-            parts = [F.cross_entropy(logits.float(), labels) for logits in (clean, perturbed)]
-            return self.alpha * parts[0] + (1 - self.alpha) * parts[1], clean
+            scales, biases = self.worst_change(trial, images, labels, mask, rng=rng)
+            logits = forward_masked(trial, images, mask)
+            changed_logits = forward_changed(trial, images, mask, scales, biases)
+            loss = F.cross_entropy(logits.float(), labels)
+            changed_loss = F.cross_entropy(changed_logits.float(), labels)
+            return self.alpha * loss + (1 - self.alpha) * changed_loss, logits
 
         @torch.no_grad()
         def clip() -> None:
@@ -95,50 +93,51 @@ class ANP(PruningDefense):
         )
         return {name: (value / self.steps).cpu() for name, value in total.items()}
 
-    def worst(
+    def worst_change(
         self,
         model: nn.Module,
         images: Images,
         labels: Labels,
         mask: NeuronMask,
+        *,
         rng: torch.Generator,
     ) -> tuple[NeuronMask, NeuronMask]:
-        """Changes of scales and biases, in [-epsilon, epsilon], after an ascent by signs from a
-        random start.
+        """Relative changes of scales and of biases, in [-epsilon, epsilon], that raise the loss.
+
+        They are found by an ascent along signs of the gradient, from a random start.
         """
         fixed = {name: value.detach() for name, value in mask.items()}
-
-        def start(value):
-            return (
-                torch.empty(len(value))
-                .uniform_(-self.epsilon, self.epsilon, generator=rng)
-                .to(value.device)
-            )
-
-        scales, biases = (
-            {name: start(value).requires_grad_() for name, value in fixed.items()} for _ in range(2)
-        )
+        scales = self._random_change(fixed, rng)
+        biases = self._random_change(fixed, rng)
         free = [*scales.values(), *biases.values()]
         for _ in range(self.perturb_steps):
-            loss = F.cross_entropy(changed(model, images, fixed, scales, biases).float(), labels)
+            logits = forward_changed(model, images, fixed, scales, biases)
+            loss = F.cross_entropy(logits.float(), labels)
             for value, gradient in zip(free, torch.autograd.grad(loss, free)):
-                value.data.add_(self.epsilon / self.perturb_steps * gradient.sign()).clamp_(
-                    -self.epsilon, self.epsilon
-                )
-        return tuple(
-            {name: value.detach() for name, value in each.items()} for each in (scales, biases)
-        )
+                step = self.epsilon / self.perturb_steps * gradient.sign()
+                value.data.add_(step).clamp_(-self.epsilon, self.epsilon)
+        for value in free:
+            value.requires_grad_(False)
+        return scales, biases
+
+    def _random_change(self, mask: NeuronMask, rng: torch.Generator) -> NeuronMask:
+        """A uniform draw from [-epsilon, epsilon] per neuron, which requires a gradient."""
+        changes = {}
+        for name, value in mask.items():
+            change = torch.empty(len(value)).uniform_(-self.epsilon, self.epsilon, generator=rng)
+            changes[name] = change.to(value.device).requires_grad_()
+        return changes
 
 
-def changed(
+def forward_changed(
     model: nn.Module, images: Images, mask: NeuronMask, scales: NeuronMask, biases: NeuronMask
 ) -> Logits:
     """The forward pass with each scale times (mask + change) and each bias times (1 + change)."""
     values = {}
     for name, layer in maskable(model).items():
-        values[f"{name}.weight"] = layer.weight * broadcast_to_weight(
-            mask[name] + scales[name], layer.weight
-        )
+        weight = model.get_parameter(f"{name}.weight")
+        factor = broadcast_to_weight(mask[name] + scales[name], weight)
+        values[f"{name}.weight"] = weight * factor
         if bias(layer) is not None:
-            values[f"{name}.bias"] = layer.bias * (1 + biases[name])
+            values[f"{name}.bias"] = model.get_parameter(f"{name}.bias") * (1 + biases[name])
     return functional_call(model, values, (images,))

@@ -1,4 +1,18 @@
-"""What a defense is: a model and the defender's clean images in, a repaired model out."""
+"""The interface of a defense: a model and the defender's clean images in, a repaired model out.
+
+A defense is one file in this folder that defines one frozen dataclass. The name of the file is the
+name of the defense, and its fields are the options of `rnp defend`. Which method the author writes
+depends on the base class:
+
+| base class       | you write                           | you get                              |
+|------------------|-------------------------------------|--------------------------------------|
+| `Defense`        | `repair` -> `Repaired`              | sub-command, options, contract tests |
+| `TuningDefense`  | `repair`, which calls `tune`        | also SGD, its schedule and options   |
+| `PruningDefense` | `score` -> `NeuronMask`             | also `repair`, with the sweep        |
+
+A low value of a `NeuronMask` is suspicious. The class docstring names `Source:`, and where they
+apply `Drawn at random:` and `Differs:`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +24,7 @@ from typing import Annotated
 
 import torch
 from annotated_types import Gt
-from torch import nn
+from torch import Tensor, nn
 
 from rnp.prune import Prune, SweepPoint
 from rnp.registry import Method
@@ -20,25 +34,28 @@ from rnp.training.loop import Objective, cross_entropy, fit, steps_per_epoch
 from rnp.types import DefenseSet, ImageSet, NeuronMask, OnEpoch, no_callback
 
 UNLEARNED = "_unlearned"
-"""The end of a name: what is before it names the defense of which this is the variant with the
-unlearned model.
+"""The suffix of a variant that uses the unlearned model; the rest of its name is the defense that
+it is a variant of.
 
-The two draw the same random numbers, so that they differ by the unlearned model alone.
+Both draw the same random numbers, so that they differ by the unlearned model alone.
 """
 
 
 @dataclass(frozen=True)
 class Repaired:
-    """`model` is a new network; `sweep` and `chosen` are there for pruning defenses only."""
+    """The repaired model, and how much was pruned where the defense prunes."""
 
     model: nn.Module
+    """A new network in eval mode, of the same architecture."""
     sweep: list[SweepPoint] = field(default_factory=list)
+    """What each number of pruned neurons does on the defense set; empty if none was tried."""
     chosen: SweepPoint | None = None
+    """The point at which the model was pruned; None for defenses that do not prune."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Defense(Method, ABC):
-    """Repairs a model with clean images alone; it does not learn which attack it faces."""
+    """A method that repairs a model with clean images alone; it does not know the attack."""
 
     @abstractmethod
     def repair(
@@ -49,7 +66,14 @@ class Defense(Method, ABC):
         rng: torch.Generator,
         on_epoch: OnEpoch = no_callback,
     ) -> Repaired:
-        """`model` is left unchanged; everything random comes from `rng`."""
+        """Return a repaired copy of `model`.
+
+        Args:
+            model: The suspicious classifier; it is left unchanged.
+            defense_set: Clean images, which are left unchanged.
+            rng: The source of all random numbers.
+            on_epoch: Called after each epoch of training.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +98,20 @@ class TuningDefense(Defense):
         after_step: Callable[[], None] = lambda: None,
         on_epoch: OnEpoch = no_callback,
     ) -> nn.Module:
-        """Change `model` in place and return it in eval mode. Without an `objective` it is the
-        cross-entropy.
+        """Fine-tune `model` in place and return it in eval mode.
+
+        Drawn at random: the order of the images and their augmentation.
+
+        Args:
+            objective: The loss; cross-entropy by default.
+            steps: Optimizer steps in place of the option `steps`.
         """
-        steps, per_epoch = steps or self.steps, steps_per_epoch(len(clean), self.batch_size)
+        steps = steps or self.steps
+        per_epoch = steps_per_epoch(len(clean), self.batch_size)
+
+        def half_cosine(epoch: float) -> float:
+            return (1 + math.cos(math.pi * min(1.0, epoch * per_epoch / steps))) / 2
+
         fit(
             model.train(),
             clean,
@@ -93,18 +127,14 @@ class TuningDefense(Defense):
             precision=chosen_precision(),
             after_step=after_step,
             on_epoch=on_epoch,
-            schedule=lambda epoch: (
-                (1 + math.cos(math.pi * min(1.0, epoch * per_epoch / steps))) / 2
-            ),
+            schedule=half_cosine,
         )
         return model.eval()
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruningDefense(Defense):
-    """A defense that is a score per neuron; the pruning is shared, so that only the ranking
-    differs.
-    """
+    """A defense that scores neurons; the pruning is shared, so that only the ranking differs."""
 
     prune: Prune = Prune()
 
@@ -117,7 +147,7 @@ class PruningDefense(Defense):
         rng: torch.Generator,
         on_epoch: OnEpoch = no_callback,
     ) -> NeuronMask:
-        """One value per neuron, low = suspicious."""
+        """One value per neuron, low = suspicious; `model` is left unchanged."""
 
     def repair(
         self,
@@ -127,18 +157,19 @@ class PruningDefense(Defense):
         rng: torch.Generator,
         on_epoch: OnEpoch = no_callback,
     ) -> Repaired:
-        pruned = self.prune(
-            model, self.score(model, defense_set, rng=rng, on_epoch=on_epoch), defense_set.all
-        )
+        score = self.score(model, defense_set, rng=rng, on_epoch=on_epoch)
+        pruned = self.prune(model, score, defense_set.all)
         return Repaired(pruned.model, pruned.sweep, pruned.chosen)
 
 
 def suspicion_to_score(values: NeuronMask) -> NeuronMask:
-    """A score from values that are high where suspicious: deviations below the mean of the layer,
-    so that layers compare.
+    """Turn values that are high where suspicious into scores that compare across layers.
+
+    The score of a neuron is the number of standard deviations by which its value is below the mean
+    of its layer.
     """
 
-    def below(value):
+    def below_mean(value: Tensor) -> Tensor:
         return (value.mean() - value) / value.std(correction=0).clamp_min(1e-12)
 
-    return {name: below(value).cpu() for name, value in values.items()}
+    return {name: below_mean(value).cpu() for name, value in values.items()}

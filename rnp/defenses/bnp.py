@@ -1,4 +1,4 @@
-"""BNP: prune the channels whose BatchNorm remembers other inputs than clean images give it."""
+"""BNP: prune the channels whose BatchNorm statistics differ from those of clean images."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from rnp.defenses.base import PruningDefense, suspicion_to_score
-from rnp.neurons.masks import batch_norms, maskable
+from rnp.neurons.masks import batch_norms
 from rnp.training.device import device_of
 from rnp.training.predict import eval_batches
 from rnp.types import DefenseSet, ImageSet, NeuronMask, OnEpoch, no_callback, to_floats
@@ -17,14 +18,15 @@ from rnp.types import DefenseSet, ImageSet, NeuronMask, OnEpoch, no_callback, to
 
 @dataclass(frozen=True, kw_only=True)
 class BNP(PruningDefense):
-    """KL divergence of the running statistics, which saw the poison, from those of clean images,
-    each as a Gaussian.
+    """KL divergence of the running statistics from those of clean images, each as a Gaussian.
+
+    The running statistics include poisoned images. They must be those that training left: after
+    unlearning or fine-tuning they say nothing about the poison.
 
     Source: Zheng et al., NeurIPS 2022, "Pre-activation distributions expose backdoor neurons".
     Differs: clean statistics are of all images of the defender; the shared rule decides how many
-    channels go. The paper's own, all at least u = 3 deviations above the mean of their layer, is
-    `prune.rule threshold` and `prune.threshold -3`. The model must hold the statistics that
-    training left: an unlearned or fine-tuned one tells nothing.
+    channels are pruned. The paper's own, all channels at least u = 3 deviations above the mean of
+    their layer, is `prune.rule threshold` and `prune.threshold -3`.
     """
 
     def score(
@@ -35,34 +37,41 @@ class BNP(PruningDefense):
         rng: torch.Generator,
         on_epoch: OnEpoch = no_callback,
     ) -> NeuronMask:
-        """Deviations below the mean of the layer."""
-        layers = batch_norms(model, "bnp")
-        clean = maskable(with_statistics_of(defense_set.all, model))
+        """Deviations below the mean of the layer; nothing is random."""
+        running = batch_norms(model, "bnp")
+        clean = batch_norms(with_statistics_of(defense_set.all, model), "bnp")
         return suspicion_to_score(
-            {name: divergence(layer, clean[name]) for name, layer in layers.items()}
+            {name: divergence(running[name], clean[name]) for name in running}
         )
 
 
 @torch.no_grad()
 def with_statistics_of(data: ImageSet, model: nn.Module) -> nn.Module:
-    """A copy of `model` whose running statistics are those of `data`, by the normalization that
-    training used.
+    """A copy of `model` whose running statistics are those of `data`.
+
+    Batches are normalized by their own statistics, as in training.
     """
     copied = copy.deepcopy(model).eval()
-    for layer in maskable(copied).values():
+    for layer in batch_norms(copied, "bnp").values():
+        assert isinstance(layer, _NormBase)
         layer.train().reset_running_stats()
         layer.momentum = None  # the plain average over batches
-    for part in data.images.chunk(
-        len(eval_batches(data.images))
-    ):  # of like sizes, since each batch counts alike
-        copied(to_floats(part.to(device_of(copied))))
+    # Batches of nearly equal sizes, since each counts the same in the average.
+    for batch in data.images.chunk(len(eval_batches(data.images))):
+        copied(to_floats(batch.to(device_of(copied))))
     return copied
 
 
 def divergence(running: nn.Module, clean: nn.Module) -> Tensor:
-    """KL(running || clean) per channel, in nats: shift and spread count in deviations of the clean
-    images.
-    """
-    one, other = running.running_var + running.eps, clean.running_var + clean.eps
-    shift = running.running_mean - clean.running_mean
-    return ((other / one).log() + (one + shift.square()) / other - 1) / 2
+    """KL(running || clean) per channel, in nats."""
+    mean, variance = statistics(running)
+    clean_mean, clean_variance = statistics(clean)
+    log_ratio = (clean_variance / variance).log()
+    shift = mean - clean_mean
+    return (log_ratio + (variance + shift.square()) / clean_variance - 1) / 2
+
+
+def statistics(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel by which a BatchNorm normalizes in eval mode."""
+    assert isinstance(layer, _NormBase)
+    return layer.get_buffer("running_mean"), layer.get_buffer("running_var") + layer.eps

@@ -1,4 +1,4 @@
-"""FP: prune the features that clean images excite least, then fine-tune."""
+"""FP: prune the features with the lowest mean activation on clean images, then fine-tune."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from annotated_types import Interval
+from annotated_types import Gt, Interval
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -21,14 +21,17 @@ from rnp.types import DefenseSet, ImageSet, OnEpoch, no_callback, to_floats
 
 @dataclass(frozen=True, kw_only=True)
 class FP(TuningDefense):
-    """Fine-pruning: the channels that feed the classifier, by mean activation; what is pruned
-    stays so in fine-tuning.
+    """Fine-pruning: features pruned by their mean activation stay pruned during fine-tuning.
+
+    Features are the inputs of the classifier at the end.
+
+    Drawn at random: the order of the images and their augmentation.
 
     Source: Liu et al., RAID 2018, "Fine-pruning"; the fine-tuning is that of the defense `ft`, but
     shorter.
-    Differs: a channel is pruned where the classifier reads it, since in a residual network no
-    scale silences it; tolerance on the defender's own images, in absolute terms, where public code
-    takes test images; features one by one.
+    Differs: a feature is pruned by zeroing the classifier's weights for it, since in a residual
+    network no single scale silences it; the tolerance holds on the defender's own images and in
+    absolute terms, where public code uses test images; features are pruned one by one.
     """
 
     max_accuracy_drop: Annotated[
@@ -37,9 +40,9 @@ class FP(TuningDefense):
         "accuracy that pruning may cost on the defense set, as a fraction",
     ] = 0.04
     max_fraction: Annotated[
-        float, Interval(ge=0, lt=1), "share of the features that may be pruned at all"
+        float, Interval(ge=0, lt=1), "largest fraction of the features to prune"
     ] = 0.6
-    steps: Annotated[int, "optimizer steps of the fine-tuning"] = 200
+    steps: Annotated[int, Gt(0), "optimizer steps of the fine-tuning"] = 200
 
     def repair(
         self,
@@ -50,38 +53,39 @@ class FP(TuningDefense):
         on_epoch: OnEpoch = no_callback,
     ) -> Repaired:
         tuned = copy.deepcopy(model).eval()
-        kept, chosen = self.prune(tuned, defense_set.all, self.score(tuned, defense_set, rng=rng))
+        score = self.score(tuned, defense_set, rng=rng)
+        kept, chosen = self.prune(tuned, defense_set.all, score)
 
         @torch.no_grad()
-        def cut() -> None:
+        def zero_pruned() -> None:
             head(tuned).weight.mul_(kept)
 
-        cut()
-        return Repaired(
-            self.tune(tuned, defense_set.train, rng=rng, after_step=cut, on_epoch=on_epoch),
-            chosen=chosen,
-        )
+        zero_pruned()
+        self.tune(tuned, defense_set.train, rng=rng, after_step=zero_pruned, on_epoch=on_epoch)
+        return Repaired(tuned, chosen=chosen)
 
     def score(
         self, model: nn.Module, defense_set: DefenseSet, *, rng: torch.Generator
     ) -> Float[Tensor, "d"]:
-        """One value per feature, the lowest goes first: its mean activation on clean images."""
+        """The mean activation of each feature on clean images; the lowest is pruned first."""
         return penultimate_features(model, defense_set.all).mean(0)
 
     @torch.no_grad()
     def prune(
         self, model: nn.Module, clean: ImageSet, score: Float[Tensor, "d"]
-    ) -> tuple[Tensor, SweepPoint]:
-        """A 0 for each feature that goes and a 1 for the others, and what that does to the
-        accuracy on `clean`.
+    ) -> tuple[Float[Tensor, "d"], SweepPoint]:
+        """A factor per feature, 0 if pruned and 1 if kept, and the point of the sweep on `clean`
+        at which pruning stops.
         """
         values, order = score.sort(stable=True)
-        known, classify = penultimate_features(model, clean), head(model)
-        kept, measure = torch.ones_like(known[0]), SweepMeter(clean.labels)
-        points = [measure(classify(known).cpu(), 0, 0.0)]
+        activations = penultimate_features(model, clean)  # [n, d]
+        classifier = head(model)
+        measure = SweepMeter(clean.labels)
+        kept = torch.ones_like(activations[0])
+        points = [measure(classifier(activations).cpu(), 0, 0.0)]
         for n in range(1, int(self.max_fraction * len(order)) + 1):
             kept[order[n - 1]] = 0
-            points.append(measure(classify(known * kept).cpu(), n, values[n - 1].item()))
+            points.append(measure(classifier(activations * kept).cpu(), n, values[n - 1].item()))
         chosen = last_within_budget(points, self.max_accuracy_drop)
         kept[order[chosen.pruned :]] = 1
         return kept, chosen
@@ -89,8 +93,7 @@ class FP(TuningDefense):
 
 @torch.no_grad()
 def penultimate_features(model: nn.Module, clean: ImageSet) -> Float[Tensor, "n d"]:
-    """What the classifier at the end reads of each image."""
+    """The inputs of the classifier at the end of `model`, for all images of `clean`."""
     device = device_of(model)
-    return torch.cat(
-        [features(model, to_floats(part.to(device)))[0] for part in eval_batches(clean.images)]
-    )
+    batches = eval_batches(clean.images)
+    return torch.cat([features(model, to_floats(batch.to(device)))[0] for batch in batches])

@@ -1,5 +1,5 @@
-"""FP with the unlearned model: prune the features that sleep on clean images and wake when these
-are forgotten, then fine-tune.
+"""FP with the unlearned model: prune features that are dormant on clean images and activate after
+unlearning, then fine-tune.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from rnp.unlearn import Unlearn
 
 @dataclass(frozen=True, kw_only=True)
 class FPUnlearned(FP):
-    """The order of the features is that of the sum of two ranks: by mean activation, as in `fp`,
-    and by its rise in unlearning.
+    """Features are pruned by the sum of two ranks: mean activation, and its rise in unlearning.
 
-    Rise alone leads to the features of the classes to which clean images drift, which clean images
-    need: the tolerance is spent on them. The fine-tuning draws what it draws in `fp`.
+    The rise alone ranks features high that clean images need, namely those of the classes to
+    which predictions drift; pruning would spend the tolerance on them.
+
+    Drawn at random: what unlearning draws, and for the fine-tuning the same numbers as in `fp`.
 
     Source: Liu et al., RAID 2018 (fine-pruning), for the first rank; Li et al., ICML 2023 (RNP),
-    section 3, for what the second rests on: a backdoor outlives the clean features. The union is
-    ours; rise alone was tried on one model (BadNets on `demo`).
+    section 3, for the second: a backdoor outlives the clean features. The combination is ours; the
+    rise alone was tried on one model (BadNets on `demo`).
     """
 
     unlearn: Unlearn = Unlearn(until_collapse=False)
@@ -33,14 +34,13 @@ class FPUnlearned(FP):
     def score(
         self, model: nn.Module, defense_set: DefenseSet, *, rng: torch.Generator
     ) -> Float[Tensor, "d"]:
-        """Lowest first: the sum of the ranks, each from 0."""
+        """The sum of the two ranks, each from 0; the lowest is pruned first."""
         unlearned = self.unlearn(model, defense_set.train, rng=rng.clone_state()).model
-        before, after = (
-            penultimate_features(net, defense_set.all).mean(0) for net in (model, unlearned)
-        )
+        before = penultimate_features(model, defense_set.all).mean(0)
+        after = penultimate_features(unlearned, defense_set.all).mean(0)
         return rank(before) + rank(before - after)
 
 
 def rank(values: Float[Tensor, "d"]) -> Float[Tensor, "d"]:
-    """The place of each value in ascending order, from 0; ties by position."""
+    """The position of each value in ascending order, from 0; ties by index."""
     return values.argsort(stable=True).argsort().float()

@@ -1,4 +1,4 @@
-"""FST: fine-tuning with a fresh classifier that is pushed away from the old one, so that the
+"""FST: fine-tuning with a new classifier that is pushed away from the old one, so that the
 features must shift.
 """
 
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from rnp.defenses.base import Repaired, TuningDefense
@@ -20,10 +20,11 @@ from rnp.types import DefenseSet, OnEpoch, no_callback
 
 @dataclass(frozen=True, kw_only=True)
 class FST(TuningDefense):
-    """Feature shift tuning: cross-entropy + alpha * <w, w_old> for the classifier's weights w,
-    which keep the norm of w_old.
+    """Feature shift tuning: cross-entropy + alpha * <w, w_old>, with the norm of w kept.
 
-    Drawn at random: the fresh classifier, the order of the images and their augmentation.
+    `w` are the weights of the classifier at the end, `w_old` those of the given model.
+
+    Drawn at random: the new classifier, the order of the images and their augmentation.
 
     Source: Min et al., NeurIPS 2023, section 4.
     Differs: length in steps, so that a smaller defense set gets as many; half a cosine; smaller
@@ -33,7 +34,7 @@ class FST(TuningDefense):
     alpha: Annotated[
         float, Ge(0), "weight of the inner product of new and old classifier weights"
     ] = 0.2
-    steps: Annotated[int, "optimizer steps of the fine-tuning"] = 400
+    steps: Annotated[int, Gt(0), "optimizer steps of the fine-tuning"] = 400
 
     def repair(
         self,
@@ -49,33 +50,29 @@ class FST(TuningDefense):
 
         def objective(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             logits = tuned(images)
-            return (
-                F.cross_entropy(logits.float(), labels)
-                + self.alpha * (classifier.weight * old).sum(),
-                logits,
-            )
+            loss = F.cross_entropy(logits.float(), labels)
+            return loss + self.alpha * (classifier.weight * old).sum(), logits
 
         @torch.no_grad()
-        def keep_norm() -> None:
+        def restore_norm() -> None:
             classifier.weight.mul_(old.norm() / classifier.weight.norm())
 
-        reset(classifier, rng)
-        keep_norm()
-        return Repaired(
-            self.tune(
-                tuned,
-                defense_set.train,
-                rng=rng,
-                objective=objective,
-                after_step=keep_norm,
-                on_epoch=on_epoch,
-            )
+        reinitialize(classifier, rng=rng)
+        restore_norm()
+        self.tune(
+            tuned,
+            defense_set.train,
+            rng=rng,
+            objective=objective,
+            after_step=restore_norm,
+            on_epoch=on_epoch,
         )
+        return Repaired(tuned)
 
 
 @torch.no_grad()
-def reset(layer: nn.Linear, rng: torch.Generator) -> None:
-    """PyTorch's own initialization, from `rng`."""
+def reinitialize(layer: nn.Linear, *, rng: torch.Generator) -> None:
+    """Draw the weights anew, by PyTorch's own initialization."""
     bound = layer.in_features**-0.5
     for value in layer.parameters():
         value.copy_(torch.empty(value.shape).uniform_(-bound, bound, generator=rng))

@@ -14,9 +14,11 @@ from rnp.types import DefenseSet, OnEpoch, no_callback
 
 @dataclass(frozen=True, kw_only=True)
 class FT(TuningDefense):
-    """All weights, cross-entropy, SGD on half a cosine.
+    """Fine-tune all weights with cross-entropy and SGD on half a cosine.
 
-    Source: BackdoorBench's `ft` settings (100 epochs, lr .01, cosine), the baseline of Wu et al.,
+    Drawn at random: the order of the images and their augmentation.
+
+    Source: BackdoorBench's `ft` settings (100 epochs, lr 0.01, cosine), the baseline of Wu et al.,
     NeurIPS 2022.
     Differs: length in steps, so that a smaller defense set gets as many; smaller batches, since
     there are fewer images.
@@ -30,6 +32,5 @@ class FT(TuningDefense):
         rng: torch.Generator,
         on_epoch: OnEpoch = no_callback,
     ) -> Repaired:
-        return Repaired(
-            self.tune(copy.deepcopy(model), defense_set.train, rng=rng, on_epoch=on_epoch)
-        )
+        tuned = copy.deepcopy(model)
+        return Repaired(self.tune(tuned, defense_set.train, rng=rng, on_epoch=on_epoch))

@@ -1,4 +1,4 @@
-"""NAD: a fine-tuned copy teaches the model where to look, by the attention maps of its stages."""
+"""NAD: a fine-tuned copy teaches the model through the attention maps of its stages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -19,24 +19,28 @@ from rnp.types import DefenseSet, Images, Logits, OnEpoch, no_callback
 
 @dataclass(frozen=True, kw_only=True)
 class NAD(TuningDefense):
-    """Neural attention distillation: cross-entropy + beta * squared difference of the attention
-    maps.
+    """Neural attention distillation: cross-entropy + beta * squared difference of attention maps.
 
-    The student starts from the victim; the teacher is the victim after plain fine-tuning.
+    The student starts from the given model; the teacher is the given model after plain fine-tuning.
+
+    Drawn at random: the order of the images and their augmentation, first for the teacher, then
+    for the student.
 
     Source: Li et al., ICLR 2021, section 3; mean over pixels and not the sum, as in the public
     code, to which beta belongs.
     Differs: the maps are those of the last layer at each resolution, so that any architecture with
     feature maps has them; one beta for all, since their number varies (public code: 500, 1000,
     1000); step size and weight decay as in BackdoorBench; half a cosine; length in steps.
+
+    Raises: UserError when the model has no feature maps.
     """
 
     beta: Annotated[float, Ge(0), "weight of the attention maps against the cross-entropy"] = 1000.0
     weight_decay: Annotated[float, "SGD weight decay"] = 1e-4
     teacher_steps: Annotated[
-        int, Ge(1), "optimizer steps that make the teacher, by plain fine-tuning"
+        int, Gt(0), "optimizer steps of the teacher, which is fine-tuned without distillation"
     ] = 200
-    steps: Annotated[int, "optimizer steps of the student"] = 400
+    steps: Annotated[int, Gt(0), "optimizer steps of the student"] = 400
 
     def repair(
         self,
@@ -46,64 +50,63 @@ class NAD(TuningDefense):
         rng: torch.Generator,
         on_epoch: OnEpoch = no_callback,
     ) -> Repaired:
-        """`on_epoch` hears of the student only."""
-        teacher, student = self.initial_teacher(model, defense_set, rng=rng), copy.deepcopy(model)
+        """Return the student; `on_epoch` receives its epochs only."""
+        teacher = self.initial_teacher(model, defense_set, rng=rng)
+        student = copy.deepcopy(model)
 
-        def distil(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        def distill(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
-                wanted, _ = attention(teacher, images)
-            maps, logits = attention(student, images)
-            differences = [F.mse_loss(one, other) for one, other in zip(maps, wanted, strict=True)]
-            return (
-                F.cross_entropy(logits.float(), labels)
-                + self.beta * torch.stack(differences).sum(),
-                logits,
-            )
+                targets, _ = attention_maps(teacher, images)
+            maps, logits = attention_maps(student, images)
+            differences = [F.mse_loss(*pair) for pair in zip(maps, targets, strict=True)]
+            loss = F.cross_entropy(logits.float(), labels)
+            return loss + self.beta * torch.stack(differences).sum(), logits
 
         self.tune(teacher, defense_set.train, rng=rng, steps=self.teacher_steps)
-        return Repaired(
-            self.tune(student, defense_set.train, rng=rng, objective=distil, on_epoch=on_epoch)
-        )
+        self.tune(student, defense_set.train, rng=rng, objective=distill, on_epoch=on_epoch)
+        return Repaired(student)
 
     def initial_teacher(
         self, model: nn.Module, defense_set: DefenseSet, *, rng: torch.Generator
     ) -> nn.Module:
-        """A new network, which fine-tuning makes the teacher: a copy of the victim."""
+        """The network that becomes the teacher by fine-tuning: a copy of `model`."""
         return copy.deepcopy(model)
 
 
-def attention(model: nn.Module, images: Images) -> tuple[list[Float[Tensor, "n _"]], Logits]:
-    """One map per resolution, flat and of norm 1: the mean square over the channels of the last
-    feature map; and the logits.
+def attention_maps(model: nn.Module, images: Images) -> tuple[list[Float[Tensor, "n _"]], Logits]:
+    """The attention map at each resolution, and the logits.
 
-    Raises: UserError when no layer puts out a feature map of more than one pixel.
+    A map is the mean square over the channels of the last feature map of that resolution, flat and
+    of norm 1.
+
+    Raises: UserError when no layer outputs a feature map of more than one pixel.
     """
     last: dict[torch.Size, Tensor] = {}
-    maps: set[torch.Size] = set()
-    channels_last: set[torch.Size] = (
-        set()
-    )  # sizes that layers seem to put out whose channels come last
+    convolutional: set[torch.Size] = set()
+    channels_last: set[torch.Size] = set()
 
-    def keep(module: nn.Module, _: tuple, output: object) -> None:
+    def record(module: nn.Module, _: tuple, output: object) -> None:
         if isinstance(output, Tensor) and output.dim() == 4 and output.shape[2:].numel() > 1:
-            last[output.shape[2:]] = output
+            size = output.shape[2:]
+            last[size] = output
+            # Layers that act on the last axis output [n, h, w, c], and `size` is then no
+            # resolution.
             if isinstance(module, nn.Linear | nn.LayerNorm):
-                channels_last.add(output.shape[2:])
+                channels_last.add(size)
             elif isinstance(module, nn.Conv2d):
-                maps.add(output.shape[2:])
+                convolutional.add(size)
 
-    handles = [module.register_forward_hook(keep) for module in model.modules()]
+    handles = [module.register_forward_hook(record) for module in model.modules()]
     try:
         logits = model(images)
     finally:
         for handle in handles:
             handle.remove()
-    last = {shape: output for shape, output in last.items() if shape not in channels_last - maps}
-    if not last:
+    outputs = [output for size, output in last.items() if size not in channels_last - convolutional]
+    if not outputs:
         raise UserError(
-            f"no layer of {type(model).__name__} puts out a feature map, and nad compares those;"
+            f"no layer of {type(model).__name__} outputs a feature map, and nad compares those;"
             " choose a convolutional architecture"
         )
-    return [
-        F.normalize(output.float().square().mean(1).flatten(1)) for output in last.values()
-    ], logits
+    maps = [F.normalize(output.float().square().mean(1).flatten(1)) for output in outputs]
+    return maps, logits

@@ -1,6 +1,4 @@
-"""NAD with the unlearned model: the neurons that it exposes are pruned from the teacher before
-that is fine-tuned.
-"""
+"""NAD with the unlearned model: the teacher starts from the model that RNP has pruned."""
 
 from __future__ import annotations
 
@@ -19,14 +17,15 @@ from rnp.unlearn import Unlearn
 
 @dataclass(frozen=True, kw_only=True)
 class NADUnlearned(NAD):
-    """The teacher is what RNP makes of the victim, after the fine-tuning that `nad` gives its
-    teacher; the student is the victim.
+    """The teacher is the model repaired by RNP and then fine-tuned; the student is the given model.
 
-    Where fine-tuning does not remove a backdoor, the teacher of `nad` has it still, and a student
-    of it keeps its own. Teacher and student draw what they draw in `nad`.
+    Where fine-tuning does not remove a backdoor, the teacher of `nad` keeps it, and so does the
+    student.
+
+    Drawn at random: what RNP draws, and for teacher and student the same numbers as in `nad`.
 
     Source: Li et al., ICLR 2021 (NAD), for the distillation; Li et al., ICML 2023 (RNP), for the
-    teacher. The union is ours.
+    teacher. The combination is ours.
     """
 
     unlearn: Unlearn = Unlearn(until_collapse=False)
@@ -36,5 +35,6 @@ class NADUnlearned(NAD):
     def initial_teacher(
         self, model: nn.Module, defense_set: DefenseSet, *, rng: torch.Generator
     ) -> nn.Module:
+        """A copy of `model`, repaired by RNP."""
         method = RNP(unlearn=self.unlearn, recover=self.recover, prune=self.prune)
         return method.repair(model, defense_set, rng=rng).model

@@ -1,5 +1,5 @@
-"""NC unlearning: find a small trigger for every label, and unlearn those that are abnormally
-small.
+"""NC unlearning: recover a small trigger for every label, and fine-tune against those that are
+abnormally small.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Interval
+from annotated_types import Gt, Interval
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from rnp.defenses.base import Repaired, TuningDefense
@@ -24,33 +25,33 @@ from rnp.types import DefenseSet, Images, ImageSet, OnEpoch, no_callback
 
 @dataclass(frozen=True, kw_only=True)
 class NCUnlearn(TuningDefense):
-    """Fine-tuning on images of which some carry the triggers found, all under their true labels.
+    """Fine-tune on images of which some carry a recovered trigger, all under their true labels.
 
-    A label is suspicious when its mask is smaller than the median by `least_index` robust standard
-    deviations. When none is, the model is returned as it was, and `on_epoch` hears nothing: the
-    backdoor, if there is one, went undetected.
+    A label is suspicious when its mask is smaller than the median by more than `min_index` robust
+    standard deviations. When no label is, a copy of the model is returned and `on_epoch` is never
+    called: the backdoor, if there is one, went undetected.
 
-    Drawn at random: the images of each step, which of them carry which trigger, and their
-    augmentation.
+    Drawn at random: what recovering the triggers draws, the order of the images and their
+    augmentation, and which of them carry which trigger.
 
     Source: Wang et al., S&P 2019 (Neural Cleanse), sections IV and VI.C; a fifth of the images
-    stamped, as there.
-    Differs: a trigger that moves less than half of the images counts as large as the image; sizes
-    are compared by their logarithms, since those of benign labels differ so much that even an
-    empty mask barely reaches an index of 2; length of the fine-tuning in steps.
+    carry a trigger, as there.
+    Differs: a trigger that works on less than half of the images counts as large as the image;
+    sizes are compared by their logarithms, since those of benign labels differ so much that even
+    an empty mask barely reaches an index of 2; length of the fine-tuning in steps.
     """
 
     search: NeuralCleanse = NeuralCleanse()
     min_index: Annotated[float, "anomaly index above which a label is suspicious"] = 2.0
     trigger_fraction: Annotated[
-        float, Interval(gt=0, le=1), "share of the images that carry a trigger in fine-tuning"
+        float, Interval(gt=0, le=1), "fraction of the images that carry a trigger in fine-tuning"
     ] = 0.2
     erase_fraction: Annotated[
         float,
         Interval(ge=0, le=1),
-        "share of the images of which a rectangle is painted over in fine-tuning",
+        "fraction of the images of which a random rectangle is erased in fine-tuning",
     ] = 0.0
-    steps: Annotated[int, "optimizer steps of the fine-tuning"] = 200
+    steps: Annotated[int, Gt(0), "optimizer steps of the fine-tuning"] = 200
 
     def repair(
         self,
@@ -61,12 +62,10 @@ class NCUnlearn(TuningDefense):
         on_epoch: OnEpoch = no_callback,
     ) -> Repaired:
         tuned = copy.deepcopy(model).eval()
-        found = self.suspicious(self.search.recover(model, defense_set.train, rng=rng))
-        return Repaired(
-            self.tune_against(found, tuned, defense_set.train, rng=rng, on_epoch=on_epoch)
-            if found
-            else tuned
-        )
+        triggers = self.suspicious(self.search.recover(model, defense_set.train, rng=rng))
+        if triggers:
+            self.tune_against(triggers, tuned, defense_set.train, rng=rng, on_epoch=on_epoch)
+        return Repaired(tuned)
 
     def tune_against(
         self,
@@ -78,41 +77,33 @@ class NCUnlearn(TuningDefense):
         teacher: nn.Module | None = None,
         on_epoch: OnEpoch = no_callback,
     ) -> nn.Module:
-        """Change `tuned` in place and return it: a share of the images carries one of the triggers
-        each, all keep their labels.
+        """Fine-tune `tuned` in place on images of which some carry one of `triggers`; return it.
 
-        A `teacher`, in eval mode, stands in for the labels with what it says of the images as they
-        were.
+        Args:
+            teacher: A network in eval mode whose outputs for the images without trigger replace
+                their labels.
         """
         device = device_of(tuned)
-        masks, patterns = (
-            torch.stack([getattr(trigger, part) for trigger in triggers]).to(device)
-            for part in ("mask", "pattern")
-        )
+        masks = torch.stack([trigger.mask for trigger in triggers]).to(device)
+        patterns = torch.stack([trigger.pattern for trigger in triggers]).to(device)
 
-        def objective(images: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-            if teacher is not None:
-                with torch.no_grad():
-                    truth = teacher(images).float().softmax(1)
-            which = torch.randint(len(triggers), (len(images),), generator=rng)
-            carriers = (torch.rand(len(images), 1, 1, 1, generator=rng) < self.trigger_fraction).to(
-                device
-            )
+        def objective(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            targets = labels if teacher is None else soft_labels(teacher, images)
+            index = torch.randint(len(triggers), (len(images),), generator=rng)
+            draws = torch.rand(len(images), 1, 1, 1, generator=rng)
+            carriers = (draws < self.trigger_fraction).to(device)
             if self.erase_fraction:
                 images = random_erase(images, self.erase_fraction, rng=rng)
-            logits = tuned(blend(images, carriers * masks[which].unsqueeze(1), patterns[which]))
-            return F.cross_entropy(logits.float(), truth), logits
+            logits = tuned(blend(images, carriers * masks[index].unsqueeze(1), patterns[index]))
+            return F.cross_entropy(logits.float(), targets), logits
 
         return self.tune(tuned, clean, rng=rng, objective=objective, on_epoch=on_epoch)
 
-    def suspicious(self, triggers: list[RecoveredTrigger]) -> list[RecoveredTrigger]:
-        """Those whose mask is far smaller than the median, in logarithms."""
-        sizes = torch.tensor([size(each) for each in triggers])
-        return [
-            each
-            for each, index in zip(triggers, anomaly_index(sizes.log()))
-            if index > self.min_index
-        ]
+    def suspicious(self, triggers: Sequence[RecoveredTrigger]) -> list[RecoveredTrigger]:
+        """The triggers whose mask is far smaller than the median, by logarithms."""
+        sizes = torch.tensor([size(trigger) for trigger in triggers])
+        indices = anomaly_index(sizes.log())
+        return [trigger for trigger, index in zip(triggers, indices) if index > self.min_index]
 
 
 def size(trigger: RecoveredTrigger) -> float:
@@ -122,29 +113,37 @@ def size(trigger: RecoveredTrigger) -> float:
     return trigger.l1 if trigger.success >= 0.5 else float(trigger.mask.numel())
 
 
-def random_erase(images: Images, share: float, *, rng: torch.Generator) -> Images:
-    """New images, a `share` of which, on average, have a rectangle of one color each, random in
-    place, shape and color.
+@torch.no_grad()
+def soft_labels(teacher: nn.Module, images: Images) -> Float[Tensor, "n k"]:
+    """The probabilities that `teacher` assigns to each class."""
+    return teacher(images).float().softmax(1)
+
+
+def random_erase(images: Images, fraction: float, *, rng: torch.Generator) -> Images:
+    """Copies of `images`, of which a random `fraction` have a rectangle of one color each.
+
+    Drawn at random: which images, and the place, shape and color of each rectangle.
 
     Source: Zhong et al., AAAI 2020 (random erasing), with its sizes: 2 to 33 % of the image, sides
     of at most 10 : 3.
     """
     n, c, h, w = images.shape
-    area, ratio, top, left, chosen = torch.rand(5, n, generator=rng)
-    area, ratio = (0.02 + 0.31 * area) * h * w, torch.exp((2 * ratio - 1) * math.log(10 / 3))
-    height, width = (
-        (area * ratio).sqrt().clamp(1, h).floor(),
-        (area / ratio).sqrt().clamp(1, w).floor(),
-    )
-    top, left = (top * (h - height + 1)).floor(), (left * (w - width + 1)).floor()
-    rows, columns = torch.arange(h), torch.arange(w)
-
-    def inside(position, start, extent):
-        return (position >= start.unsqueeze(1)) & (position < (start + extent).unsqueeze(1))
-
-    painted = inside(rows, top, height).unsqueeze(2) & inside(columns, left, width).unsqueeze(
-        1
-    )  # [n, h, w]
-    painted &= (chosen < share)[:, None, None]
+    area_draw, ratio_draw, top_draw, left_draw, choice = torch.rand(5, n, generator=rng)
+    area = (0.02 + 0.31 * area_draw) * h * w
+    ratio = torch.exp((2 * ratio_draw - 1) * math.log(10 / 3))
+    height = (area * ratio).sqrt().clamp(1, h).floor()
+    width = (area / ratio).sqrt().clamp(1, w).floor()
+    rows = in_range(torch.arange(h), (top_draw * (h - height + 1)).floor(), height)
+    columns = in_range(torch.arange(w), (left_draw * (w - width + 1)).floor(), width)
+    erased = rows.unsqueeze(2) & columns.unsqueeze(1)  # [n, h, w]
+    erased &= (choice < fraction)[:, None, None]
     colors = torch.rand(n, c, 1, 1, generator=rng).to(images.device)
-    return torch.where(painted.unsqueeze(1).to(images.device), colors, images)
+    return torch.where(erased.unsqueeze(1).to(images.device), colors, images)
+
+
+def in_range(
+    positions: Int64[Tensor, "p"], start: Float[Tensor, "n"], length: Float[Tensor, "n"]
+) -> Bool[Tensor, "n p"]:
+    """Whether each position is in the range of each row."""
+    end = start + length
+    return (positions >= start.unsqueeze(1)) & (positions < end.unsqueeze(1))

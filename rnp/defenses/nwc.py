@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rnp.defenses.base import PruningDefense
 from rnp.neurons.convolutions import convolution_of_norm
@@ -17,10 +17,12 @@ from rnp.unlearn import Unlearn
 class NWC(PruningDefense):
     """Neuron weight change: the summed absolute change of the kernel that feeds each channel.
 
+    Drawn at random: what unlearning draws.
+
     Source: Lin et al., NeurIPS 2024 (TSBD), arXiv 2405.20291: its first stage.
-    Differs: unlearns as RNP does, so that the rankings of the two compare; whole channels go, by
-    the shared rule, not 70 % of the weights of a fixed share of them; no fine-tuning follows. That
-    second stage would hide what the ranking is worth.
+    Differs: unlearns as RNP does, so that the two rankings compare; whole channels are pruned by
+    the shared rule, not 70 % of the weights of a fixed fraction of them; no fine-tuning follows,
+    since that second stage would hide how good the ranking is.
     """
 
     unlearn: Unlearn = Unlearn(until_collapse=False)
@@ -36,14 +38,15 @@ class NWC(PruningDefense):
         """The change with a minus sign, in the units of the weights."""
         convolutions = convolution_of_norm(model, defense_set.train.images[:1])
         unlearned = self.unlearn(model, defense_set.train, rng=rng, on_epoch=on_epoch).model
-        before, after = (
-            {
-                name: net.get_submodule(convolution).weight.detach()
-                for name, convolution in convolutions.items()
-            }
-            for net in (model, unlearned)
-        )
-        return {
-            name: -(after[name] - before[name]).abs().flatten(1).sum(1).cpu()
-            for name in convolutions
-        }
+        scores = {}
+        for name, convolution in convolutions.items():
+            change = kernel(unlearned, convolution) - kernel(model, convolution)
+            scores[name] = -change.abs().flatten(1).sum(1).cpu()
+        return scores
+
+
+def kernel(model: nn.Module, convolution: str) -> Tensor:
+    """The weights [out, in, kh, kw] of the convolution of that name."""
+    layer = model.get_submodule(convolution)
+    assert isinstance(layer, nn.Conv2d)
+    return layer.weight.detach()

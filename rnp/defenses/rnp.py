@@ -15,25 +15,25 @@ from rnp.types import DefenseSet, OnEpoch, no_callback
 from rnp.unlearn import Unlearn, Unlearned
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RNPResult(Repaired):
-    """The repaired model, with what each of the three steps made."""
+    """The repaired model, and the result of each of the three steps."""
 
-    unlearned: Unlearned | None = None
-    recovered: Recovered | None = None
-    pruned: Pruned | None = None
+    unlearned: Unlearned
+    recovered: Recovered
+    pruned: Pruned
 
 
 @dataclass(frozen=True, kw_only=True)
 class RNP(Defense):
-    """Unlearn the model, recover it by masks alone, prune the neurons whose masks stayed low.
+    """Unlearn the model, recover it through neuron masks, prune the neurons whose masks stay low.
 
-    Drawn at random: what unlearning and recovery draw, each from a generator of its own, which the
-    seed of `rng` determines: with a generator of seed s the result is that of the pipeline's three
-    stages with `seed: s`, bit for bit.
+    Drawn at random: what unlearning and recovery draw, each from a generator of its own that
+    depends on the seed of `rng` alone; the state of `rng` does not change. With `root(seed)` as
+    `rng` the result equals that of the stages unlearn, recover and prune with this seed.
 
     Source: Li et al., ICML 2023, Algorithm 1.
-    Differs: see `Unlearn`, `Recover` and `Prune`.
+    Differs: as `Unlearn`, `Recover` and `Prune` say.
     """
 
     unlearn: Unlearn = Unlearn()
@@ -48,8 +48,14 @@ class RNP(Defense):
         rng: torch.Generator,
         on_epoch: OnEpoch = no_callback,
     ) -> RNPResult:
-        clean = defense_set.train
-        unlearned = self.unlearn(model, clean, rng=child(rng, "unlearn"), on_epoch=on_epoch)
+        """Return a pruned copy of `model`; `on_epoch` receives unlearning, then recovery.
+
+        Raises: NonFiniteLossError when a loss stays non-finite; UserError when `model` has no
+        neurons to mask.
+        """
+        unlearned = self.unlearn(
+            model, defense_set.train, rng=child(rng, "unlearn"), on_epoch=on_epoch
+        )
         return self.repair_from(model, unlearned, defense_set, rng=rng, on_epoch=on_epoch)
 
     def repair_from(
@@ -61,15 +67,15 @@ class RNP(Defense):
         rng: torch.Generator,
         on_epoch: OnEpoch = no_callback,
     ) -> RNPResult:
-        """Recover and prune `model`, which has been unlearned already."""
+        """Recover and prune `model`, of which `unlearned` is the result of unlearning."""
         recovered = self.recover(
             unlearned.model, defense_set.train, rng=child(rng, "recover"), on_epoch=on_epoch
         )
         pruned = self.prune(model, recovered.mask, defense_set.all)
         return RNPResult(
-            pruned.model,
-            pruned.sweep,
-            pruned.chosen,
+            model=pruned.model,
+            sweep=pruned.sweep,
+            chosen=pruned.chosen,
             unlearned=unlearned,
             recovered=recovered,
             pruned=pruned,

@@ -1,21 +1,20 @@
-"""RNP, and a short tuning against the triggers that pruning left open: each removes what the other
-does not see.
-"""
+"""RNP-FT: RNP, then fine-tuning against the triggers that still work on the pruned model."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from annotated_types import Ge, Interval
+from annotated_types import Ge, Gt, Interval
 from torch import nn
 
 from rnp.defenses.base import Repaired
 from rnp.defenses.nc_unlearn import NCUnlearn, size
-from rnp.defenses.rnp import RNP
+from rnp.defenses.rnp import RNP, RNPResult
 from rnp.detection.base import RecoveredTrigger
 from rnp.detection.labels.prediction_drift import PredictionDrift
 from rnp.prune import Prune
@@ -26,48 +25,71 @@ from rnp.unlearn import Unlearn
 
 
 @dataclass(frozen=True, kw_only=True)
+class RNPFTResult(Repaired):
+    """The repaired model, and what led to it.
+
+    `triggers` are those of all labels in the given model, `rnp` is the result before fine-tuning,
+    and `tuned_labels` are the labels whose triggers the model was fine-tuned against.
+    """
+
+    triggers: list[RecoveredTrigger]
+    rnp: RNPResult
+    tuned_labels: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RNPFT(NCUnlearn):
-    """Where the pruned model still yields to a small trigger of a label under suspicion, it is
-    tuned against that trigger.
+    """RNP, then fine-tuning against the triggers of those suspected labels that are still active.
 
-    Under suspicion are the labels whose trigger in the given model is abnormally small, and the
-    one to which its predictions drift in unlearning. Such a label is open while the pruned model's
-    trigger for it is smaller than that of the median label in the given model; at first it is open
-    also where the drift is clear enough for `prediction_drift` to name it, since of a trigger that is
-    no patch the size says little. The tuning is against both triggers. It is taught by the pruned
-    model, at a tenth of a fine-tuning's learning rate: each image is to be what that model says of
-    it without a trigger, which costs less clean accuracy than labels do. Half of its images are
-    painted over in part, since a trigger that was recovered is a poor picture of one that covers
-    much of the image. The weights go `share` of the way from the pruned model to the tuned one,
-    which gives accuracy back and hardly opens what was shut. Where no label is open this is RNP
-    and no more.
+    RNP always acts first. The fine-tuning acts where pruning leaves a label active, in at most
+    `tuning_rounds` rounds; where it leaves none, the result is that of RNP.
 
-    Drawn at random: what recovering triggers, unlearning, recovery of the masks and tuning draw.
+    Two kinds of labels are suspected: those whose trigger in the given model is abnormally small,
+    as in `nc_unlearn`, and the label to which predictions drift most during unlearning. At the
+    start of each round a trigger is recovered for each suspected label from the model so far. The
+    label is active if this trigger is smaller than the median trigger of the given model. In the
+    first round the label that `prediction_drift` reports is active in any case, since the size says
+    little about a trigger that is no patch.
 
-    Source: Li et al., ICML 2023, for the pruning and the drift; Wang et al., S&P 2019, sections IV
-    and VI.C, for the search, the suspicion and the tuning against what was found; Zhong et al.,
-    AAAI 2020, for the painting; Hinton et al., 2015, arXiv 1503.02531, for the teacher; Wortsman
-    et al., CVPR 2022, section 3, for the way between two models. The union is ours.
+    A round fine-tunes against the triggers of all labels found active so far, those of the given
+    model and those of the rounds, at a tenth of the learning rate of `ft`. The pruned model is the
+    teacher: its outputs for images without trigger are the targets, which costs less clean accuracy
+    than labels do. Half of the images have a rectangle erased, since a recovered trigger is a poor
+    approximation of one that covers much of the image. The final weights are interpolated between
+    those of the pruned and of the tuned model, which restores clean accuracy and hardly makes a
+    removed backdoor active again.
+
+    Drawn at random: what RNP, recovering the triggers and fine-tuning draw, from generators that
+    depend on the seed of `rng` alone; the state of `rng` does not change.
+
+    Source: Li et al., ICML 2023, for RNP and the drift; Wang et al., S&P 2019, sections IV and
+    VI.C, for the triggers, the suspected labels and the fine-tuning; Zhong et al., AAAI 2020, for
+    random erasing; Hinton et al., 2015, arXiv 1503.02531, for the teacher; Wortsman et al., CVPR
+    2022, section 3, for the interpolation of weights. The combination is ours.
     """
 
     unlearn: Unlearn = Unlearn()
     recover: Recover = Recover()
     prune: Prune = Prune()
-    lr: Annotated[float, "learning rate of the tuning at the start of each round"] = 0.001
-    steps: Annotated[int, "optimizer steps of a round"] = 300
-    trigger_fraction: Annotated[float, "share of the images that carry a trigger in the tuning"] = (
-        0.3
+    lr: Annotated[float, Gt(0), "learning rate of the fine-tuning at the start of each round"] = (
+        0.001
     )
+    steps: Annotated[int, Gt(0), "optimizer steps of a round"] = 300
+    trigger_fraction: Annotated[
+        float, Interval(gt=0, le=1), "fraction of the images that carry a trigger in fine-tuning"
+    ] = 0.3
     erase_fraction: Annotated[
-        float, "share of the images of which a rectangle is painted over in the tuning"
+        float,
+        Interval(ge=0, le=1),
+        "fraction of the images of which a random rectangle is erased in fine-tuning",
     ] = 0.5
     tuning_rounds: Annotated[
-        int, Ge(1), "times that open labels are looked for and tuned against, at most"
+        int, Ge(1), "largest number of rounds of looking for active labels and fine-tuning"
     ] = 2
     interpolation: Annotated[
         float,
         Interval(gt=0, le=1),
-        "part of the way from the pruned weights to the tuned ones that is gone",
+        "position of the final weights between the pruned ones (0) and the tuned ones (1)",
     ] = 0.9
 
     def repair(
@@ -77,19 +99,20 @@ class RNPFT(NCUnlearn):
         *,
         rng: torch.Generator,
         on_epoch: OnEpoch = no_callback,
-    ) -> Repaired:
+    ) -> RNPFTResult:
+        """Return a repaired copy of `model`; `on_epoch` receives RNP, then each round."""
         triggers = self.search.recover(model, defense_set.train, rng=child(rng, "triggers"))
         method = RNP(unlearn=self.unlearn, recover=self.recover, prune=self.prune)
         result = method.repair(model, defense_set, rng=rng, on_epoch=on_epoch)
-        tuned, _ = self.fine_tune_against(
-            result.model,
+        tuned, tuned_labels = self.fine_tune_against(
+            copy.deepcopy(result.model),
             triggers,
             result.unlearned.trajectory,
             defense_set.all,
             rng=child(rng, "tune"),
             on_epoch=on_epoch,
         )
-        return Repaired(tuned)
+        return RNPFTResult(tuned, triggers=triggers, rnp=result, tuned_labels=tuned_labels)
 
     def fine_tune_against(
         self,
@@ -101,45 +124,52 @@ class RNPFT(NCUnlearn):
         rng: torch.Generator,
         on_epoch: OnEpoch = no_callback,
     ) -> tuple[nn.Module, list[int]]:
-        """Change the pruned model in place; that model, and the labels that were found open.
+        """Fine-tune the pruned model in place; return it and the labels that were active.
 
-        `triggers` are those of all labels in the given model, `trajectory` is that of its
-        unlearning.
+        Args:
+            triggers: Those of all labels in the given model, in order.
+            trajectory: That of unlearning the given model.
         """
         drift = PredictionDrift()
-        shares = drift.from_trajectory(trajectory, len(clean.classes))
-        named = drift.verdict(shares).label
-        labels = {trigger.label for trigger in self.suspicious(triggers)} | {int(shares.argmax())}
-        usual = torch.tensor([size(trigger) for trigger in triggers]).quantile(0.5)
-        against: dict[int, list[RecoveredTrigger]] = {}
+        drift_scores = drift.from_trajectory(trajectory, len(clean.classes))
+        drift_label = drift.verdict(drift_scores).label
+        suspected = {trigger.label for trigger in self.suspicious(triggers)}
+        suspected.add(int(drift_scores.argmax()))
+        median_size = torch.tensor([size(trigger) for trigger in triggers]).quantile(0.5)
         teacher = copy.deepcopy(repaired).eval().requires_grad_(False)
-        for done in range(self.tuning_rounds):
-            found = [
-                each
-                for each in self.search.recover_for(sorted(labels), repaired, clean, rng=rng)
-                if size(each) < usual or (done == 0 and each.label == named)
+        known: dict[int, list[RecoveredTrigger]] = {}
+        for index in range(self.tuning_rounds):
+            active = [
+                trigger
+                for trigger in self.search.recover_for(sorted(suspected), repaired, clean, rng=rng)
+                if size(trigger) < median_size or (index == 0 and trigger.label == drift_label)
             ]
-            if not found:
+            if not active:
                 break
-            for each in found:
-                against.setdefault(each.label, [triggers[each.label]]).append(each)
+            for trigger in active:
+                known.setdefault(trigger.label, [triggers[trigger.label]]).append(trigger)
             self.tune_against(
-                sum(against.values(), []),
+                list(itertools.chain.from_iterable(known.values())),
                 repaired,
                 clean,
                 rng=rng,
                 teacher=teacher,
                 on_epoch=on_epoch,
             )
-        tuned = repaired.state_dict()
-        repaired.load_state_dict(
-            {
-                name: (
-                    value.lerp(tuned[name], self.interpolation)
-                    if value.is_floating_point()
-                    else tuned[name]
-                )
-                for name, value in teacher.state_dict().items()
-            }
-        )
-        return repaired, sorted(against)
+        interpolate(teacher, repaired, self.interpolation)
+        return repaired, sorted(known)
+
+
+def interpolate(start: nn.Module, end: nn.Module, position: float) -> None:
+    """Move the weights of `end` in place to `position` between `start` (0) and `end` (1).
+
+    Integer buffers stay as they are.
+    """
+    end_state = end.state_dict()
+    state = {
+        name: value.lerp(end_state[name], position)
+        if value.is_floating_point()
+        else end_state[name]
+        for name, value in start.state_dict().items()
+    }
+    end.load_state_dict(state)

@@ -16,12 +16,10 @@ def defense_set(toy_set):
 
 
 def test_the_score_by_hand(trained, defense_set, rng):
-    found = CLP().score(trained, defense_set, rng=rng())
+    score = CLP().score(trained, defense_set, rng=rng())
     for layer, convolution in (("bn1", "conv1"), ("bn2", "conv2")):
-        norm, kernels = (
-            getattr(trained, layer),
-            getattr(trained, convolution).weight.detach().double().numpy(),
-        )
+        norm = getattr(trained, layer)
+        kernels = getattr(trained, convolution).weight.detach().double().numpy()
         constants = []
         for kernel, scale, variance in zip(
             kernels, norm.weight.tolist(), norm.running_var.tolist()
@@ -29,7 +27,7 @@ def test_the_score_by_hand(trained, defense_set, rng):
             largest = np.linalg.svd(kernel.reshape(len(kernel), -1), compute_uv=False)[0]
             constants.append(largest * abs(scale) / np.sqrt(variance + norm.eps))
         expected = [(np.mean(constants) - value) / np.std(constants) for value in constants]
-        assert found[layer].tolist() == pytest.approx(expected, abs=1e-4)
+        assert score[layer].tolist() == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("plant", ["kernel", "scale", "deviation"])
@@ -52,19 +50,16 @@ def test_no_image_decides(trained, defense_set, toy_set, rng):
 
 
 def test_the_rule_of_the_paper(toy_model, defense_set, rng):
-    """Three deviations above the mean, scale and bias cleared, whatever the images say."""
+    """Three deviations above the mean, scale and bias set to 0, whatever the images say."""
     model = toy_model(width=16)
     with torch.no_grad():
         model.conv1.weight[3] *= 30
     rule = Prune(rule="threshold", threshold=-3.0, zero_bias=True)
     repaired = CLP(prune=rule).repair(model, defense_set, rng=rng())
-    assert (
-        repaired.chosen.pruned == 1
-        and repaired.model.bn1.weight[3] == repaired.model.bn1.bias[3] == 0
-    )
+    assert repaired.chosen.pruned == 1
+    assert repaired.model.bn1.weight[3] == repaired.model.bn1.bias[3] == 0
 
 
-def test_a_layer_of_like_channels_names_none(toy_model, defense_set, rng):
-    model = toy_model(width=1)
-    found = CLP().score(model, defense_set, rng=rng())
-    assert found["bn1"].tolist() == found["bn2"].tolist() == [0]
+def test_a_layer_of_like_channels_suspects_none(toy_model, defense_set, rng):
+    score = CLP().score(toy_model(width=1), defense_set, rng=rng())
+    assert score["bn1"].tolist() == score["bn2"].tolist() == [0]

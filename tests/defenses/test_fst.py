@@ -1,4 +1,4 @@
-"""Feature shift tuning: a fresh classifier of the old norm, pushed away from the old one."""
+"""Feature shift tuning: a new classifier of the old norm, pushed away from the old one."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rnp.defenses.fst import FST, reset
+from rnp.defenses.fst import FST, reinitialize
 from rnp.errors import UserError
 from rnp.training.augment import Augment
 from rnp.training.predict import accuracy
@@ -23,18 +23,12 @@ def test_one_step_by_hand(trained, toy_set, rng):
     """The push has the gradient alpha * w_old, and the step ends with the norm of w_old."""
     data = toy_set(40)
     method = FST(
-        alpha=0.5,
-        lr=0.1,
-        momentum=0.0,
-        weight_decay=0.0,
-        batch_size=40,
-        steps=1,
-        precision="fp32",
-        augment=PLAIN,
+        alpha=0.5, lr=0.1, momentum=0.0, weight_decay=0.0, batch_size=40, steps=1, augment=PLAIN
     )
     repaired = method.repair(trained, DefenseSet(data, toy_set(4)), rng=rng()).model
-    model, old = copy.deepcopy(trained).train(), trained.fc.weight.detach()
-    reset(model.fc, rng())
+    model = copy.deepcopy(trained).train()
+    old = trained.fc.weight.detach()
+    reinitialize(model.fc, rng=rng())
     with torch.no_grad():
         model.fc.weight *= old.norm() / model.fc.weight.norm()
     F.cross_entropy(model(data.as_floats()), data.labels).backward()
@@ -49,17 +43,17 @@ def test_one_step_by_hand(trained, toy_set, rng):
         )
 
 
-def test_the_classifier_starts_afresh(trained, toy_set, rng):
-    repaired = (
-        FST(lr=1e-9, steps=1).repair(trained, DefenseSet(toy_set(40), toy_set(4)), rng=rng()).model
-    )
-    assert cosine(repaired, trained) < 0.6 and not torch.equal(repaired.fc.bias, trained.fc.bias)
+def test_the_classifier_starts_anew(trained, toy_set, rng):
+    defense_set = DefenseSet(toy_set(40), toy_set(4))
+    repaired = FST(lr=1e-9, steps=1).repair(trained, defense_set, rng=rng()).model
+    assert cosine(repaired, trained) < 0.6
+    assert not torch.equal(repaired.fc.bias, trained.fc.bias)
     torch.testing.assert_close(repaired.conv1.weight, trained.conv1.weight)
 
 
-def test_alpha_turns_the_classifier_round_and_the_features_follow(trained, toy_set, rng):
+def test_alpha_reverses_the_classifier_and_the_features_follow(trained, toy_set, rng):
     near, far = (
-        FST(alpha=alpha, steps=200, batch_size=8, lr=0.05, augment=PLAIN, precision="fp32")
+        FST(alpha=alpha, steps=200, batch_size=8, lr=0.05, augment=PLAIN)
         .repair(trained, DefenseSet(toy_set(80), toy_set(4)), rng=rng())
         .model
         for alpha in (0.0, 0.2)
@@ -71,7 +65,15 @@ def test_alpha_turns_the_classifier_round_and_the_features_follow(trained, toy_s
     )
 
 
-@pytest.mark.parametrize("name, value", [("lr", 0), ("batch_size", 0), ("steps", 0), ("alpha", -1)])
-def test_impossible_settings_are_refused(name, value):
-    with pytest.raises(UserError, match=rf"fst\.{name} must be .*, got {value}"):
+@pytest.mark.parametrize(
+    "name, value, bounds",
+    [
+        ("lr", 0, "above 0"),
+        ("batch_size", 0, "above 0"),
+        ("steps", 0, "above 0"),
+        ("alpha", -1, "0 or more"),
+    ],
+)
+def test_impossible_settings_are_refused(name, value, bounds):
+    with pytest.raises(UserError, match=rf"fst\.{name} must be {bounds}, got {value}"):
         FST(**{name: value})

@@ -1,4 +1,4 @@
-"""Fine-tuning: as many steps as asked for, on half a cosine."""
+"""Fine-tuning: as many steps as requested, on half a cosine."""
 
 import math
 
@@ -14,9 +14,9 @@ from rnp.types import DefenseSet
 def test_the_step_size_falls_on_half_a_cosine(trained, toy_set, rng):
     """40 images in batches of 10: four steps each epoch, ten steps end in the third."""
     rows = []
-    FT(lr=0.1, steps=10, batch_size=10).repair(
-        trained, DefenseSet(toy_set(40), toy_set(4)), rng=rng(), on_epoch=rows.append
-    )
+    defense_set = DefenseSet(toy_set(40), toy_set(4))
+    method = FT(lr=0.1, steps=10, batch_size=10)
+    method.repair(trained, defense_set, rng=rng(), on_epoch=rows.append)
     assert [row.step for row in rows] == [4, 8, 10]
     assert [row.learning_rate for row in rows] == pytest.approx(
         [0.05 * (1 + math.cos(math.pi * i / 10)) for i in (3, 7, 9)]
@@ -24,13 +24,11 @@ def test_the_step_size_falls_on_half_a_cosine(trained, toy_set, rng):
 
 
 def test_it_learns_from_the_defense_set(toy_model, toy_set, rng):
-    model = toy_model()
-    tune = FT(lr=0.1, steps=100, batch_size=8, augment=Augment(crop=0))
-    repaired = tune.repair(model, DefenseSet(toy_set(80), toy_set(4)), rng=rng())
-    assert (
-        accuracy(model, toy_set(80, seed=9)) < 0.5
-        and accuracy(repaired.model, toy_set(80, seed=9)) > 0.9
-    )
+    model, test = toy_model(), toy_set(80, seed=9)
+    method = FT(lr=0.1, steps=100, batch_size=8, augment=Augment(crop=0))
+    repaired = method.repair(model, DefenseSet(toy_set(80), toy_set(4)), rng=rng()).model
+    assert accuracy(model, test) < 0.5
+    assert accuracy(repaired, test) > 0.9
 
 
 @pytest.mark.parametrize("name", ["lr", "batch_size", "steps"])

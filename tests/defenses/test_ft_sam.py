@@ -1,4 +1,4 @@
-"""Sharpness-aware fine-tuning: the gradient of the worst place nearby, applied here."""
+"""Sharpness-aware fine-tuning: the gradient at the worst point nearby, applied to the weights."""
 
 import copy
 
@@ -24,11 +24,11 @@ def test_the_ascent_in_closed_form():
         "b": torch.tensor([2.0], requires_grad=True),
     }
     end = ascend(start, (torch.tensor([3.0]), torch.tensor([2.0])), rho=0.5)
-    assert end["a"].item() == pytest.approx(1.3) and end["b"].item() == pytest.approx(2.8)
+    assert end["a"].item() == pytest.approx(1.3)
+    assert end["b"].item() == pytest.approx(2.8)
     (end["a"] * 7 + end["b"] * 5).backward()
-    assert start["a"].grad.item() == 7 and start["b"].grad.item() == 5, (
-        "the change is a constant to autograd"
-    )
+    gradients = start["a"].grad.item(), start["b"].grad.item()
+    assert gradients == (7, 5), "the change is a constant to autograd"
 
 
 def test_two_steps_by_hand(trained, toy_set, rng):
@@ -44,27 +44,28 @@ def test_two_steps_by_hand(trained, toy_set, rng):
         weight_decay=0.0,
         batch_size=40,
         steps=2,
-        precision="fp32",
         augment=PLAIN,
     )
     repaired = method.repair(trained, DefenseSet(data, toy_set(4)), rng=rng()).model
     model = copy.deepcopy(trained).train()
+
+    def gradients(weights):
+        logits = model(data.as_floats())
+        loss = F.cross_entropy(logits, data.labels, label_smoothing=0.2)
+        return torch.autograd.grad(loss, weights)
+
     for lr in (0.1, 0.05):
         weights = list(model.parameters())
         here = [w.detach().clone() for w in weights]
-        gradients = torch.autograd.grad(
-            F.cross_entropy(model(data.as_floats()), data.labels, label_smoothing=0.2), weights
-        )
+        first = gradients(weights)
         statistics = {name: value.clone() for name, value in model.named_buffers()}
-        norm = torch.cat([(w * g).flatten() for w, g in zip(here, gradients)]).norm()
+        norm = torch.cat([(w * g).flatten() for w, g in zip(here, first)]).norm()
         with torch.no_grad():
-            for w, g in zip(weights, gradients):
+            for w, g in zip(weights, first):
                 w += 0.5 * w**2 * g / norm
-        there = torch.autograd.grad(
-            F.cross_entropy(model(data.as_floats()), data.labels, label_smoothing=0.2), weights
-        )
+        second = gradients(weights)
         with torch.no_grad():
-            for w, start, g in zip(weights, here, there):
+            for w, start, g in zip(weights, here, second):
                 w.copy_(start - lr * g)
             for name, value in model.named_buffers():
                 value.copy_(statistics[name])
@@ -75,23 +76,25 @@ def test_two_steps_by_hand(trained, toy_set, rng):
 
 
 def test_without_a_neighborhood_it_is_fine_tuning(trained, toy_set, rng):
-    defense_set, same = (
-        DefenseSet(toy_set(40), toy_set(4)),
-        {"steps": 5, "batch_size": 8, "precision": "fp32"},
-    )
-    one = (
-        FTSAM(rho=0, label_smoothing=0, **same)
-        .repair(trained, defense_set, rng=rng())
-        .model.state_dict()
-    )
-    other = FT(**same).repair(trained, defense_set, rng=rng()).model.state_dict()
+    defense_set = DefenseSet(toy_set(40), toy_set(4))
+    options = {"steps": 5, "batch_size": 8}
+    sam = FTSAM(rho=0, label_smoothing=0, **options)
+    one = sam.repair(trained, defense_set, rng=rng()).model.state_dict()
+    other = FT(**options).repair(trained, defense_set, rng=rng()).model.state_dict()
     for name, value in one.items():
         torch.testing.assert_close(value, other[name])
 
 
 @pytest.mark.parametrize(
-    "name, value", [("lr", 0), ("batch_size", 0), ("steps", 0), ("rho", -1), ("label_smoothing", 1)]
+    "name, value, bounds",
+    [
+        ("lr", 0, "above 0"),
+        ("batch_size", 0, "above 0"),
+        ("steps", 0, "above 0"),
+        ("rho", -1, "0 or more"),
+        ("label_smoothing", 1, r"in \[0, 1\)"),
+    ],
 )
-def test_impossible_settings_are_refused(name, value):
-    with pytest.raises(UserError, match=rf"ft_sam\.{name} must be .*, got {value}"):
+def test_impossible_settings_are_refused(name, value, bounds):
+    with pytest.raises(UserError, match=rf"ft_sam\.{name} must be {bounds}, got {value}"):
         FTSAM(**{name: value})

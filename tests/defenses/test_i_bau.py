@@ -1,5 +1,5 @@
-"""Implicit adversarial unlearning: the perturbation, the gradient through it, and what the rounds
-achieve.
+"""Implicit adversarial unlearning: the perturbation, the gradient through it, and the effect of
+the rounds.
 """
 
 import pytest
@@ -15,7 +15,7 @@ from rnp.types import DefenseSet, ImageSet
 
 
 class Corner(nn.Module):
-    """Reads the brightest row; the brighter the corner, the more it speaks for one class."""
+    """Reads the brightest row; a brighter corner raises the logit of one class."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,10 +37,10 @@ def linear(rng):
 
 
 def test_the_gradient_is_that_of_an_unrolled_ascent(linear, rng):
-    """A large penalty makes the maximum unique; what `response` adds is then the derivative of
-    where the ascent ends.
+    """A large penalty makes the maximum unique; the implicit term then adds the derivative of the
+    point at which the ascent ends.
     """
-    method = IBAU(penalty=1.0, inner_step_size=0.2, iterations=60, precision="fp32")
+    method = IBAU(penalty=1.0, inner_step_size=0.2, iterations=60)
     images, labels = torch.rand(6, 1, 2, 2, generator=rng(2)), torch.tensor([0, 1, 2, 0, 0, 1])
 
     def cost(noise):
@@ -48,54 +48,48 @@ def test_the_gradient_is_that_of_an_unrolled_ascent(linear, rng):
 
     noise = torch.zeros(1, 1, 2, 2, requires_grad=True)
     for _ in range(60):
-        noise = (
-            noise
-            + 0.2
-            * torch.autograd.grad(
-                method.inner_loss(linear, images, labels, noise), noise, create_graph=True
-            )[0]
-        )
-    expected = torch.autograd.grad(cost(noise), list(linear.parameters()))
+        inner_loss = method.inner_loss(linear, images, labels, noise)
+        (uphill,) = torch.autograd.grad(inner_loss, noise, create_graph=True)
+        noise = noise + 0.2 * uphill
+    weights = list(linear.parameters())
+    expected = torch.autograd.grad(cost(noise), weights)
 
-    there = noise.detach().requires_grad_()
-    loss = cost(there)
-    total = loss + method.implicit_term(linear, images, labels, there, loss)
-    found = torch.autograd.grad(total, list(linear.parameters()), retain_graph=True)
-    plain = torch.autograd.grad(loss, list(linear.parameters()))
+    end = noise.detach().requires_grad_()
+    loss = cost(end)
+    total = loss + method.implicit_term(linear, images, labels, end, loss)
+    gradients = torch.autograd.grad(total, weights, retain_graph=True)
+    without_term = torch.autograd.grad(loss, weights)
     assert total.item() == loss.item(), "the value is that of the loss"
-    for one, other, without in zip(found, expected, plain):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
-        assert not torch.allclose(without, other, atol=1e-3), "the case would prove nothing"
+    for value, wanted, plain in zip(gradients, expected, without_term):
+        torch.testing.assert_close(value, wanted, atol=1e-5, rtol=1e-3)
+        assert not torch.allclose(plain, wanted, atol=1e-3), "the case would prove nothing"
 
 
 def test_few_iterations_are_the_first_terms_of_the_series(linear, rng):
     images, labels = torch.rand(3, 1, 2, 2, generator=rng(2)), torch.tensor([0, 1, 2])
-    method = IBAU(penalty=0.5, inner_step_size=0.3, iterations=2, precision="fp32")
+    method = IBAU(penalty=0.5, inner_step_size=0.3, iterations=2)
     noise = torch.randn(1, 1, 2, 2, generator=rng(3)).requires_grad_()
     loss = F.cross_entropy(linear(images + noise), labels)
 
     def step(flat):
-        wanted = flat.view(1, 1, 2, 2)
-        (uphill,) = torch.autograd.grad(
-            method.inner_loss(linear, images, labels, wanted), wanted, create_graph=True
-        )
-        return (wanted + 0.3 * uphill).flatten()
+        point = flat.view(1, 1, 2, 2)
+        inner_loss = method.inner_loss(linear, images, labels, point)
+        (uphill,) = torch.autograd.grad(inner_loss, point, create_graph=True)
+        return (point + 0.3 * uphill).flatten()
 
     jacobian = torch.autograd.functional.jacobian(step, noise.detach().flatten())  # [4, 4]
     direct = torch.autograd.grad(loss, noise, retain_graph=True)[0].flatten()
-    pull = direct + direct @ jacobian + direct @ jacobian @ jacobian
-    expected = torch.autograd.grad(
-        step(noise.detach().requires_grad_().flatten()) @ pull, linear[1].weight
-    )[0]
-    found = torch.autograd.grad(
-        method.implicit_term(linear, images, labels, noise, loss), linear[1].weight
-    )[0]
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+    adjoint = direct + direct @ jacobian + direct @ jacobian @ jacobian
+    end = step(noise.detach().requires_grad_().flatten())
+    (expected,) = torch.autograd.grad(end @ adjoint, linear[1].weight)
+    term = method.implicit_term(linear, images, labels, noise, loss)
+    (gradient,) = torch.autograd.grad(term, linear[1].weight)
+    torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
 
 
 def test_the_perturbation_follows_the_weights_to_the_radius(linear, rng):
-    """Two classes, all images of class 0: the way up is from the weights of class 0 to those of
-    class 1.
+    """Two classes, all images of class 0: the steepest direction is from the weights of class 0 to
+    those of class 1.
     """
     linear[1] = nn.Linear(4, 2)
     clean = ImageSet(
@@ -103,14 +97,15 @@ def test_the_perturbation_follows_the_weights_to_the_radius(linear, rng):
         torch.zeros(8, dtype=torch.int64),
         ("a", "b"),
     )
-    noise = IBAU(radius=3.0, precision="fp32").inner_maximum(linear, clean, rng())
-    way = (linear[1].weight[1] - linear[1].weight[0]).detach()
-    assert noise.shape == (1, 1, 2, 2) and noise.norm().item() == pytest.approx(3.0)
-    assert F.cosine_similarity(noise.flatten(), way, dim=0).item() > 0.999
+    noise = IBAU(radius=3.0).inner_maximum(linear, clean, rng=rng())
+    direction = (linear[1].weight[1] - linear[1].weight[0]).detach()
+    assert noise.shape == (1, 1, 2, 2)
+    assert noise.norm().item() == pytest.approx(3.0)
+    assert F.cosine_similarity(noise.flatten(), direction, dim=0).item() > 0.999
 
 
 def test_the_penalty_alone_can_hold_it(linear, rng):
-    """On a plateau of the loss nothing pulls: the perturbation stays 0."""
+    """On a plateau of the loss there is no gradient: the perturbation stays 0."""
     with torch.no_grad():
         linear[1].weight.zero_()
     clean = ImageSet(
@@ -118,72 +113,72 @@ def test_the_penalty_alone_can_hold_it(linear, rng):
         torch.zeros(8, dtype=torch.int64),
         ("a", "b", "c"),
     )
-    assert IBAU().inner_maximum(linear, clean, rng()).abs().max().item() < 1e-6
+    assert IBAU().inner_maximum(linear, clean, rng=rng()).abs().max().item() < 1e-6
 
 
 def test_the_planted_backdoor_is_unlearned(rng):
     """A bright corner sends every image to one class, and no trigger is shown to the defense."""
     model, test = Corner(), images(60, seed=2)
-    method = IBAU(
-        radius=3.0, rounds=20, lr=1.0, perturbed_fraction=0.5, batch_size=20, precision="fp32"
-    )
+    method = IBAU(radius=3.0, rounds=20, lr=1.0, perturbed_fraction=0.5, batch_size=20)
     repaired = method.repair(model, DefenseSet(images(60), images(12, seed=1)), rng=rng()).model
 
     def success(network):
-        return (
-            (predict(network, triggered(test)).argmax(1) == TARGET)[test.labels != TARGET]
-            .float()
-            .mean()
-            .item()
-        )
+        reached = predict(network, triggered(test)).argmax(1) == TARGET
+        return reached[test.labels != TARGET].float().mean().item()
 
-    assert success(model) == 1 and success(repaired) < 0.1 and accuracy(repaired, test) == 1
+    assert success(model) == 1
+    assert success(repaired) < 0.1
+    assert accuracy(repaired, test) == 1
 
 
 def test_every_batch_has_a_carrier(trained, toy_set, rng, monkeypatch):
     """1 % of ten images is none; the loss would not see the perturbation at all."""
-    pulls = []
+    norms = []
 
-    def response(self, model, images, labels, noise, loss):
-        pulls.append(torch.autograd.grad(loss, noise, retain_graph=True)[0].norm().item())
+    def implicit_term(self, model, images, labels, noise, loss):
+        norms.append(torch.autograd.grad(loss, noise, retain_graph=True)[0].norm().item())
         return torch.zeros(())
 
-    monkeypatch.setattr(IBAU, "implicit_term", response)
+    monkeypatch.setattr(IBAU, "implicit_term", implicit_term)
     IBAU(radius=0.5, perturbed_fraction=0.01, rounds=2, batch_size=10).repair(
         trained, DefenseSet(toy_set(40), toy_set(4)), rng=rng()
     )
-    assert len(pulls) == 8 and min(pulls) > 0
+    assert len(norms) == 8
+    assert min(norms) > 0
 
 
 def test_batchnorm_keeps_its_statistics_and_the_history_counts(trained, toy_set, rng):
     rows = []
     sets = DefenseSet(toy_set(40), toy_set(4))
     repaired = IBAU(rounds=3, batch_size=10).repair(trained, sets, rng=rng(), on_epoch=rows.append)
-    assert all(
-        torch.equal(repaired.model.get_buffer(name), value)
-        for name, value in trained.named_buffers()
-    )
+    for name, value in trained.named_buffers():
+        assert torch.equal(repaired.model.get_buffer(name), value)
     assert not torch.equal(repaired.model.conv1.weight, trained.conv1.weight)
     assert [(row.epoch, row.step) for row in rows] == [(0, 4), (1, 8), (2, 12)]
 
 
 POSITIVE = (
     "radius",
-    "ascent",
+    "inner_steps",
     "ascent_lr",
-    "contraction",
+    "inner_step_size",
     "implicit_batch",
     "rounds",
     "lr",
     "batch_size",
-    "share",
 )
 
 
 @pytest.mark.parametrize(
-    "name, value",
-    [*((name, 0) for name in POSITIVE), ("penalty", -1), ("iterations", -1), ("share", 2)],
+    "name, value, bounds",
+    [
+        *((name, 0, "above 0") for name in POSITIVE),
+        ("penalty", -1, "0 or more"),
+        ("iterations", -1, "0 or more"),
+        ("perturbed_fraction", 0, r"in \(0, 1\]"),
+        ("perturbed_fraction", 2, r"in \(0, 1\]"),
+    ],
 )
-def test_impossible_settings_are_refused(name, value):
-    with pytest.raises(UserError, match=rf"i_bau\.{name} must be .*, got {value}"):
+def test_impossible_settings_are_refused(name, value, bounds):
+    with pytest.raises(UserError, match=rf"i_bau\.{name} must be {bounds}, got {value}"):
         IBAU(**{name: value})

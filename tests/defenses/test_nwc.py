@@ -31,25 +31,27 @@ class Planted(Unlearn):
 
 
 def test_the_change_is_summed_over_the_kernel(trained, defense_set, rng):
-    found = NWC(unlearn=Planted()).score(trained, defense_set, rng=rng())
-    assert found["bn2"].tolist() == pytest.approx([0, 0, 0, -0.5 * 8 * 9, 0, 0, 0, 0], abs=1e-4)
-    assert not found["bn1"].any() and rank_neurons(found)[0] == ("bn2", 3)
+    score = NWC(unlearn=Planted()).score(trained, defense_set, rng=rng())
+    assert score["bn2"].tolist() == pytest.approx([0, 0, 0, -0.5 * 8 * 9, 0, 0, 0, 0], abs=1e-4)
+    assert not score["bn1"].any()
+    assert rank_neurons(score)[0] == ("bn2", 3)
 
 
 def test_it_unlearns_a_copy_on_the_first_half_of_the_images(trained, defense_set, rng, unchanged):
-    unlearn, rows = Unlearn(until_collapse=False, lr=0.01), []
-    found = NWC(unlearn=unlearn).score(
+    unlearn = Unlearn(until_collapse=False, lr=0.01)
+    rows = []
+    score = NWC(unlearn=unlearn).score(
         unchanged(trained), defense_set, rng=rng(1), on_epoch=rows.append
     )
     unlearned = unlearn(trained, defense_set.train, rng=rng(1))
     assert rows == unlearned.trajectory != []
     for layer, convolution in (("bn1", "conv1"), ("bn2", "conv2")):
         change = getattr(unlearned.model, convolution).weight - getattr(trained, convolution).weight
-        assert found[layer].tolist() == pytest.approx(
-            [-kernel.abs().sum().item() for kernel in change]
-        )
-    assert found["bn2"].min() < 0 and not found["bn2"].requires_grad
+        expected = [-kernel.abs().sum().item() for kernel in change]
+        assert score[layer].tolist() == pytest.approx(expected)
+    assert score["bn2"].min() < 0
+    assert not score["bn2"].requires_grad
 
 
-def test_it_stops_where_the_trajectory_may_end():
+def test_unlearning_ends_at_the_stop():
     assert not NWC().unlearn.until_collapse
