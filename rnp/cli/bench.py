@@ -49,7 +49,7 @@ FILE = click.Path(path_type=Path)
     help="figure of the part scaling",
 )
 def bench(**options: Any) -> None:
-    """Measure speed and memory; a part that is run again replaces its older numbers in the files."""
+    """Measure speed and memory; a part that runs again replaces its older numbers in the files."""
     sys.path.append(str(ROOT))  # where the console script does not look
     try:
         from benchmarks.suite import run
