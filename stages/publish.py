@@ -24,7 +24,6 @@ from rnp.tracking.store import (
     experiment_name,
     flat,
     hide_credentials,
-    load,
     store_uri,
     tags,
     to_metrics,

@@ -1,5 +1,5 @@
-"""Every figure: written completely or not at all, the same bytes each time, of a sane size, whatever
-the names.
+"""Every figure: written completely or not at all, the same bytes each time, of a sane size, with
+any names.
 """
 
 from __future__ import annotations
