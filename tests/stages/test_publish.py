@@ -293,8 +293,9 @@ def test_models(project):
             3, 1, torch.tensor([0.5]), torch.tensor([0.2]), rng=torch.Generator()
         )
         save_model(Path(f"models/{name}.safetensors"), model, architecture, ("a", "b", name))
+    project.write({**toy.PARAMS, "prune": {"lr": 0.3}})
     for stage in ("train", "prune"):
-        project.stage(stage)
+        assert project.stage(stage) == 0
     publish()
     (row,), store = project.rows(), project.store()
     made = dict(zip(("backdoored", "repaired"), project.runs()))
