@@ -9,7 +9,6 @@ import os
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rnp.cli.main import guard
 from rnp.errors import UserError
@@ -29,9 +28,6 @@ from rnp.tracking.store import (
     to_metrics,
 )
 from stages.summary import PAGE, summary
-
-if TYPE_CHECKING:
-    from mlflow.entities import Metric
 
 PARAMS = Path("params.yaml")
 LOCK = Path("dvc.lock")
@@ -68,7 +64,8 @@ class FinishedStage:
     def metrics(self) -> dict:
         return read_json(self.report / "metrics.json", default={})
 
-    def history(self) -> list[Metric]:
+    def history(self) -> list:
+        """The metrics of its history, as MLflow takes them."""
         file = self.report / "history.csv"
         if not file.is_file():
             return []
