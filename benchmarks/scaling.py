@@ -9,7 +9,17 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.subprocesses import Runs, median
-from rnp.reporting.plots import BLUE, GRAY, GREEN, RED, SMALL, canvas, name_axes, name_lines, save
+from rnp.reporting.figures import (
+    BLUE,
+    GRAY,
+    GREEN,
+    RED,
+    SMALL,
+    canvas,
+    name_axes,
+    name_lines,
+    save,
+)
 
 AXES = {
     "images": "clean images (each half)",

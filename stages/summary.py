@@ -13,22 +13,24 @@ SCORES = {
 
 
 def summary(seconds: dict[str, float], scores: dict) -> None:
-    """Print the scores before and after, how long each stage took when it ran, and where the
-    report is.
-    """
+    """Print the scores before and after, the seconds of each stage, and where the report is."""
     if scores:
-        print(f"\n{'':22}{'before':>8}{'after':>8}")
-        for title, key in SCORES.items():
-            print(f"{title:22}{percent(scores[f'{key}_before'])}{percent(scores[key])}")
-        print(f"{'DER':22}{'':8}{scores['der']:8.3f}")
-        print(f"{'neurons pruned':22}{'':8}{scores['neurons_pruned']:8} of {scores['neurons']}")
-        if not scores["gate"]:
-            print(
-                f"\n!!! the backdoor is NOT real: {scores['gate_reason']}; the numbers above say"
-                " nothing about the defense !!!"
-            )
+        print_scores(scores)
     print(f"\nseconds     {', '.join(f'{stage} {value:.1f}' for stage, value in seconds.items())}")
     print(f"report      {PAGE}")
+
+
+def print_scores(scores: dict) -> None:
+    print(f"\n{'':22}{'before':>8}{'after':>8}")
+    for title, key in SCORES.items():
+        print(f"{title:22}{percent(scores[f'{key}_before'])}{percent(scores[key])}")
+    print(f"{'DER':22}{'':8}{scores['der']:8.3f}")
+    print(f"{'neurons pruned':22}{'':8}{scores['neurons_pruned']:8} of {scores['neurons']}")
+    if not scores["gate"]:
+        print(
+            f"\n!!! the backdoor is NOT real: {scores['gate_reason']}; the numbers above say"
+            " nothing about the defense !!!"
+        )
 
 
 def percent(share: float) -> str:

@@ -1,5 +1,7 @@
-"""Write the page that shows every attack: what it does to an image, who controls what, and what
-was measured.
+"""Write the page that shows every attack: its pictures, its threat model and its numbers.
+
+`python -m tools.attack_gallery docs/attacks.md --table results/cifar10-fast/attacks.csv`, in the
+folder of a finished pipeline.
 """
 
 from __future__ import annotations
@@ -8,26 +10,31 @@ import inspect
 import re
 import shutil
 from pathlib import Path
+from typing import cast
 
 import click
 
 from rnp.attacks.base import Attack
+from rnp.cli.main import guard
+from rnp.io.files import write_text
 from rnp.params.read import read_params
 from rnp.registry import load, names
-from rnp.reporting.rows import load_current_runs
-from rnp.reporting.table import latest_comparable, read
+from rnp.reporting.rows import NO_DEFENSE, load_current_runs
+from rnp.reporting.table import Row, latest_comparable, read
 
 PARTS = ("Drawn at random", "Source", "Differs", "Expected")
 INTRODUCTION = """# Attacks
 
-What each attack does to an image, what its attacker controls, and what came out. In the pictures, from top to bottom: the clean
-image, the image with the trigger as at test time, their difference times five, and the image that the training set holds in
-its place (attacks that poison no data show the clean one). The measured numbers are those of the backdoored model, before any
-defense; the rows with seconds, machine and versions are in `{table}`. A *gate* asks whether the backdoor is real: ASR at
-least the value given and CA at most .02 below that of a benign model trained alike (the benign model). An attack that fails it stays
-out of the means over attacks.
+What each attack does to an image, what its attacker controls, and what was measured. The pictures \
+show from top to bottom: the clean image, the image with the trigger as at test time, their \
+difference times five, and the image that the training set holds in its place (attacks that poison \
+no data show the clean one). The measured numbers are those of the backdoored model, before any \
+defense; the rows with seconds, machine and versions are in `{table}`. The *gate* checks that the \
+backdoor is real: ASR at least the value given, and CA at most 0.02 below that of a benign model \
+trained alike. An attack that fails it is left out of the means over attacks.
 
-Made by `rnp gallery`, from the documentation of each attack, its pictures and that table.
+Made by `python -m tools.attack_gallery`, from the documentation of each attack, its pictures and \
+that table.
 """
 
 
@@ -37,42 +44,52 @@ Made by `rnp gallery`, from the documentation of each attack, its pictures and t
     "--table",
     type=click.Path(path_type=Path, exists=True),
     required=True,
-    help="rows of `rnp rows --defense none`",
+    help="rows of `rnp collect --defense none`",
 )
-@click.option("--reports", type=click.Path(path_type=Path), default="reports", show_default=True)
-@click.option("--params", type=click.Path(path_type=Path), default="params.yaml", show_default=True)
+@click.option(
+    "--reports",
+    type=click.Path(path_type=Path),
+    default="reports",
+    show_default=True,
+    help="the report folders of a run",
+)
+@click.option(
+    "--params",
+    type=click.Path(path_type=Path),
+    default="params.yaml",
+    show_default=True,
+    help="the parameters of that run",
+)
 def gallery(page: Path, table: Path, reports: Path, params: Path) -> None:
-    """Take the picture of this folder's poisoning into the folder beside PAGE, and write PAGE
-    anew, with all attacks.
-    """
+    """Copy the picture of the run's attack into the folder beside PAGE, and write PAGE anew."""
     pictures = page.with_suffix("")
-    pictures.mkdir(parents=True, exist_ok=True)
     if (reports / "poison" / "run.json").exists():
-        settings = read_params(params)
-        load_current_runs(reports, settings, ("poison",))
-        shutil.copyfile(
-            reports / "poison" / "triggers.png", pictures / f"{settings['poison']['attack']}.png"
-        )
+        copy_picture(reports, read_params(params), pictures)
     rows = {
-        row["attack"]: row for row in latest_comparable(read(table)) if row["defense"] == "none"
+        row["attack"]: row for row in latest_comparable(read(table)) if row["defense"] == NO_DEFENSE
     }
-    sections = [
-        section(load("attack", name), name, pictures / f"{name}.png", rows.get(name))
-        for name in names("attack")
-    ]
-    page.write_text("\n".join([INTRODUCTION.format(table=table), *sections]))
+    sections = [section(name, pictures / f"{name}.png", rows.get(name)) for name in names("attack")]
+    write_text(page, "\n".join([INTRODUCTION.format(table=table), *sections]))
 
 
-def section(attack: type[Attack], name: str, picture: Path, row: dict[str, str] | None) -> str:
-    """Heading, picture and facts of one attack."""
+def copy_picture(reports: Path, params: dict, pictures: Path) -> None:
+    """Raises: UserError when the picture was made with other parameters than `params`."""
+    load_current_runs(reports, params, ("poison",))
+    pictures.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(
+        reports / "poison" / "triggers.png", pictures / f"{params['poison']['attack']}.png"
+    )
+
+
+def section(name: str, picture: Path, row: Row | None) -> str:
+    """Heading, picture, documentation and numbers of one attack."""
+    attack = cast("type[Attack]", load("attack", name))
     text, parts = split(inspect.getdoc(attack) or "")
     about = inspect.getdoc(inspect.getmodule(attack)) or ""
     lines = [f"## {name}", "", about, ""]
     if picture.exists():
-        lines += [
-            f"![clean, triggered, difference, poisoned]({picture.parent.name}/{picture.name})",
-            "",
-        ]
+        place = f"{picture.parent.name}/{picture.name}"
+        lines += [f"![clean, triggered, difference, poisoned]({place})", ""]
     lines += [text, ""] if text else []
     lines.append(f"- **Controls**: {attack.threat_model}")
     lines += [f"- **{part}**: {parts[part]}" for part in PARTS if part in parts]
@@ -82,22 +99,24 @@ def section(attack: type[Attack], name: str, picture: Path, row: dict[str, str] 
 
 
 def split(text: str) -> tuple[str, dict[str, str]]:
-    """A docstring without its labeled sentences, and those, each on one line."""
-    found = re.split(rf"^({'|'.join(PARTS)}): ", text, flags=re.MULTILINE)
-
-    def line(words):
-        return " ".join(words.split())
-
-    return line(found[0]), {label: line(words) for label, words in zip(found[1::2], found[2::2])}
+    """A docstring without its labeled sentences, and those by their labels, each on one line."""
+    pieces = re.split(rf"^({'|'.join(PARTS)}): ", text, flags=re.MULTILINE)
+    lines = [" ".join(piece.split()) for piece in pieces]
+    return lines[0], dict(zip(lines[1::2], lines[2::2]))
 
 
-def measured(row: dict[str, str]) -> str:
-    ca, asr, benign = (
-        f"{float(row[name]):.3f}"
-        for name in ("clean_accuracy", "attack_success_rate", "clean_accuracy_benign")
-    )
+def measured(row: Row) -> str:
+    """The numbers of a row, in a sentence."""
+    ca = f"{float(row['clean_accuracy']):.3f}"
+    asr = f"{float(row['attack_success_rate']):.3f}"
+    benign = f"{float(row['clean_accuracy_benign']):.3f}"
     gate = "passed" if row["gate"] == "true" else "**failed**"
     return (
         f"`{row['preset']}`, seed {row['seed']}: CA {ca} (benign {benign}), ASR {asr} on"
         f" {row['n_triggered']} images; gate {gate}"
     )
+
+
+if __name__ == "__main__":
+    with guard():
+        gallery()

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from rnp.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+PARTS = "start, train, waiting, poison, rnp, defenses, detectors, demo, noop, scaling"
+FILE = click.Path(path_type=Path)
 
 
 @click.command()
-@click.option(
-    "--only",
-    multiple=True,
-    help=(
-        "a part: start, train, waiting, poison, rnp, defenses, detectors, demo, noop, scaling; all"
-        " without it"
-    ),
-)
+@click.option("--only", multiple=True, help=f"a part: {PARTS}; all without it")
 @click.option(
     "--repeats",
     type=int,
@@ -40,31 +36,20 @@ ROOT = Path(__file__).parents[2]
     help="rnp: extrapolate the published procedure from one epoch and one evaluation",
 )
 @click.option(
-    "--json",
-    "raw",
-    type=click.Path(path_type=Path),
-    default="results/bench.json",
-    show_default=True,
-    help="raw numbers",
+    "--json", "raw", type=FILE, default="results/bench.json", show_default=True, help="raw numbers"
 )
 @click.option(
-    "--page",
-    type=click.Path(path_type=Path),
-    default="results/bench.md",
-    show_default=True,
-    help="tables of them",
+    "--page", type=FILE, default="results/bench.md", show_default=True, help="tables of them"
 )
 @click.option(
     "--plot",
-    type=click.Path(path_type=Path),
+    type=FILE,
     default="docs/scaling.png",
     show_default=True,
-    help="picture of the part scaling",
+    help="figure of the part scaling",
 )
-def bench(**options: object) -> None:
-    """Measure speed and memory; what is run again takes the place of its older numbers in the
-    files.
-    """
+def bench(**options: Any) -> None:
+    """Measure speed and memory; a part that runs again replaces its older numbers in the files."""
     sys.path.append(str(ROOT))  # where the console script does not look
     try:
         from benchmarks.suite import run

@@ -9,7 +9,7 @@ from rnp.params.read import read_params
 from rnp.reporting.page import page
 
 
-@command("report", inputs=("reports",), seed=False)
+@command("report", inputs=("reports",), seed=False, precision=False)
 def report(*, reports: Path, out: Path, report: Path) -> None:
-    """Write the page to OUT; opens offline, on a phone and in print."""
+    """Write the page to OUT; it opens offline, on a phone and in print."""
     page(reports, read_params(Path("params.yaml")), out)

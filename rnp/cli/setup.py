@@ -1,4 +1,4 @@
-"""Prepare a checkout: the MLflow store, DVC without git, the schema that editors read."""
+"""Prepare a checkout: the MLflow store, DVC without git, the schema of params.yaml."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from rnp.tracking import store
 
 @click.command()
 def setup() -> None:
-    """Run once after installation, in the folder of dvc.yaml; running it again changes nothing."""
-    inside = (
-        subprocess.run(
-            ["git", "rev-parse", "--is-inside-work-tree"], capture_output=True, check=False
-        ).returncode
-        == 0
-    )
-    local = ["dvc", "config", "--local"]
-    if not inside:
-        subprocess.run([*local, "core.no_scm", "true"], check=True)
-    elif subprocess.run([*local, "core.no_scm"], capture_output=True, check=False).stdout.strip():
-        subprocess.run([*local, "--unset", "core.no_scm"], check=True)
+    """Run this once after installation, in the folder of dvc.yaml; repeating it does no harm."""
+    config = ["dvc", "config", "--local"]
+    if not prints("git", "rev-parse", "--is-inside-work-tree"):
+        subprocess.run([*config, "core.no_scm", "true"], check=True)
+    elif prints(*config, "core.no_scm"):
+        subprocess.run([*config, "--unset", "core.no_scm"], check=True)
     write_json(SCHEMA, json_schema())
     store.setup()
+
+
+def prints(*command: str) -> bool:
+    """Whether a command prints anything."""
+    return bool(subprocess.run(command, capture_output=True, check=False).stdout.strip())

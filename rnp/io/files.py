@@ -1,4 +1,6 @@
-"""Text, JSON and CSV files: every one appears whole or not at all. Loads no PyTorch."""
+"""Text, JSON and CSV files, each written completely or not at all. Imports neither PyTorch nor
+NumPy.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,7 @@ from rnp.errors import UserError
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file or folder to; it takes the place of `path` when the
-    block ends well.
-    """
+    """A path to write a file or folder to, which replaces `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -39,15 +39,21 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, default: dict | None = None) -> dict:
+    """The object in a JSON file; `default`, if it is given, where there is no file.
+
+    Raises: UserError when there is neither a file nor a default, or no JSON object in it.
+    """
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
-        raise missing_file_error(path) from None
+        if default is None:
+            raise missing_file_error(path) from None
+        return default
     except ValueError as error:
         raise UserError(f"{path} is no valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, not an object with names")
+        raise UserError(f"{path} holds a {type(value).__name__}, not a JSON object")
     return value
 
 
@@ -75,7 +81,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def upsert_rows(
     path: Path, rows: list[dict[str, object]], columns: Sequence[str], key: Sequence[str]
 ) -> None:
-    """Add rows to a table of results, sorted by `key`, in place of older ones with the same key.
+    """Add rows to a table of results, sorted by `key`; they replace older ones with the same key.
 
     Raises: UserError when the table there has other columns.
     """
@@ -83,10 +89,9 @@ def upsert_rows(
     if old and list(old[0]) != list(columns):
         raise UserError(f"{path} has other columns than rows of this version; write to a new file")
 
-    def identity(row):
+    def identity(row: dict) -> list[str]:
         return [str(row[name]) for name in key]
 
-    taken = [identity(row) for row in rows]
-    write_rows(
-        path, sorted([*rows, *(row for row in old if identity(row) not in taken)], key=identity)
-    )
+    replaced = [identity(row) for row in rows]
+    kept = [row for row in old if identity(row) not in replaced]
+    write_rows(path, sorted([*rows, *kept], key=identity))

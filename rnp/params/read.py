@@ -48,11 +48,11 @@ def read_params(path: Path) -> dict:
     return params
 
 
-def flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """The leaves of nested dictionaries, their names joined by dots."""
+def flatten(tree: dict, prefix: str = "", separator: str = ".") -> Iterator[tuple[str, object]]:
+    """The leaves of nested dictionaries, their names joined by `separator`."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}{separator}", separator)
         else:
             yield f"{prefix}{key}", value
 

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing else, made from the files that the stages left."""
+"""The report: one self-contained HTML file, made from the files that the stages left."""
 
 from __future__ import annotations
 
@@ -12,21 +12,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 
 from rnp.io.files import atomic_write, read_json
-from rnp.params.read import flatten
+from rnp.params.read import flatten, params_in_use
+from rnp.reporting.stages import STAGES
 
-ORDER = (
-    "prepare",
-    "benign",
-    "poison",
-    "train",
-    "unlearn",
-    "recover",
-    "prune",
-    "defend",
-    "detect",
-    "controls",
-    "evaluate",
-)
 PACKAGES = ("rnp", "torch", "torchvision", "numpy", "scipy", "matplotlib", "dvc", "mlflow")
 MEASURES = {
     "clean_accuracy": "Clean accuracy (CA)",
@@ -34,7 +22,7 @@ MEASURES = {
     "robust_accuracy": "Robust accuracy (RA)",
     "der": "Defense effectiveness (DER)",
 }
-WORDS = {
+LABELS = {
     "clean_accuracy": "CA",
     "attack_success_rate": "ASR",
     "robust_accuracy": "RA",
@@ -53,8 +41,28 @@ WORDS = {
     "rnp": "RNP",
     "oracle": "oracle (unattainable for a defender)",
     "benign": "benign (never backdoored)",
+    "asks_unlearned": "uses the unlearned model",
 }
-FIGURES = {  # stage/name -> what is seen, what it says
+"""Names in words; of all others the underscores become blanks."""
+CONTROLS = {
+    "benign": (
+        "RNP on the benign model, which was never backdoored: the cost of a repair where there is"
+        " nothing to repair."
+    ),
+    "reinfection": (
+        "The repaired model, and beside it the benign model, tuned with that many poisoned images"
+        " among the defender's. If the benign model learns the backdoor as fast, its return does"
+        " not show that something of it was left."
+    ),
+    "equal_time": (
+        "Plain fine-tuning with the same images for as long as RNP took; the number is that of its"
+        " steps."
+    ),
+    "defense_size": "RNP with that many clean images.",
+    "distribution_shift": "RNP with darker, noisy images.",
+}
+"""The control experiments, in the order of the page."""
+FIGURES = {
     "poison/triggers": (
         "Rows of images: clean, triggered, their difference, and as stored in the training set.",
         "The trigger on training images; the difference is amplified five times.",
@@ -62,14 +70,8 @@ FIGURES = {  # stage/name -> what is seen, what it says
     "train/training": ("Loss and accuracy against epochs.", "Training of the backdoored model."),
     "benign/training": ("Loss and accuracy against epochs.", "Training of the benign model."),
     "unlearn/unlearning": (
-        (
-            "Accuracy on the defense set and class shares of the predictions against steps of the"
-            " ascent."
-        ),
-        (
-            "Unlearning: which class takes over while accuracy falls. Gray lines are the other"
-            " classes."
-        ),
+        "Accuracy on the defense set and class shares of the predictions against steps.",
+        "Unlearning: which class takes over while accuracy falls. Gray lines: the other classes.",
     ),
     "recover/masks": (
         "Histogram of all masks, and one tick per neuron for each layer.",
@@ -80,14 +82,9 @@ FIGURES = {  # stage/name -> what is seen, what it says
         "What the defender sees, and where the rule stopped.",
     ),
     "evaluate/pruning": (
-        (
-            "Clean accuracy and attack success rate on test images against the number of pruned"
-            " neurons."
-        ),
-        (
-            "What the defender does not see. The oracle point is chosen with the triggered test"
-            " images: nobody who lacks the trigger can find it."
-        ),
+        "CA and ASR on test images against the number of pruned neurons.",
+        "What the defender does not see. The oracle point is chosen with the triggered test images:"
+        " it cannot be found without the trigger.",
     ),
     "evaluate/models": (
         "Bars of CA, ASR and RA for every model.",
@@ -95,90 +92,87 @@ FIGURES = {  # stage/name -> what is seen, what it says
     ),
     "detect/triggers": (
         "True and recovered triggers: pattern under its mask, and the mask.",
-        (
-            "The triggers found for the target class. Of a trigger that touches the whole image,"
-            " its effect on one image is shown, around mid-gray."
-        ),
+        "The triggers recovered for the target class. A trigger that covers the whole image is"
+        " shown by its effect on one image, around mid-gray.",
     ),
     "detect/roc": (
         "ROC curves of the sample detectors.",
-        "Telling triggered images from clean ones.",
+        "How well triggered images are told from clean ones.",
     ),
 }
+"""By stage and name: the alternative text of a figure, and its caption."""
 
 
-def page(reports: Path, params: dict, out: Path, stranger: dict | None = None) -> None:
-    """Write to `out` the report on `reports`, a folder per stage; stages that are absent are left
-    out.
+def page(reports: Path, params: dict, out: Path, audit: dict | None = None) -> None:
+    """Write to `out` the report on `reports`, a folder per stage; absent stages are left out.
 
-    `stranger` is what `rnp purify` knows of a model and images that no stage made.
+    `audit` is what `rnp purify` knows about a model and images that no stage made.
 
     Raises: UserError when a metrics file is damaged.
     """
-    metrics = {stage: read_json(path) for stage, path in found(reports, "metrics.json")}
-    runs = {stage: read_json(path) for stage, path in found(reports, "run.json")}
-    times = {stage: float(run["seconds"]) for stage, run in runs.items() if "seconds" in run}
+    metrics = {stage: read_json(path) for stage, path in stage_files(reports, "metrics.json")}
+    times = stage_seconds(reports)
     figures: dict[str, list[dict[str, str]]] = {}
-    for stage, path in found(reports, "*.png"):
+    for stage, path in stage_files(reports, "*.png"):
         figures.setdefault(stage, []).append(figure(stage, path))
-    said = {
-        key: {
-            name: with_decision(label)
-            for name, label in metrics.get("detect", {}).get(key, {}).items()
-        }
-        for key in ("labels", "benign_labels")
-    }
-    text = (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            metrics=metrics,
-            figures=figures,
-            params=dict(flatten(params)),
-            measures=MEASURES,
-            numbers={stage: dict(flatten(values)) for stage, values in metrics.items()},
-            times=times,
-            took=dict(defense_seconds(times)),
-            **said,
-            verdict=list(verdict(metrics)),
-            seed=params.get("seed"),
-            versions=dict(versions()),
-            audit=stranger,
-        )
+    detection = metrics.get("detect", {})
+    template = environment().get_template("report.html.j2")
+    text = template.render(
+        metrics=metrics,
+        figures=figures,
+        params=dict(flatten(params_in_use(params))),
+        measures=MEASURES,
+        controls=CONTROLS,
+        numbers={stage: dict(flatten(values)) for stage, values in metrics.items()},
+        times=times,
+        defense_times=dict(defense_seconds(times)),
+        labels=with_decisions(detection.get("labels", {})),
+        benign_labels=with_decisions(detection.get("benign_labels", {})),
+        verdict=list(verdict(metrics)),
+        seed=params.get("seed"),
+        versions=dict(versions()),
+        audit=audit,
     )
     with atomic_write(out) as draft:
         draft.write_bytes(text.encode(errors="replace"))
 
 
 def environment() -> Environment:
-    made = Environment(
+    """The templates, with their filters."""
+    templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {
+    templates.filters |= {
         "number": number,
-        "words": label,
+        "label": label,
         "seconds": seconds,
         "signed": lambda value: f"{value:+.3f}",
     }
-    return made
+    return templates
 
 
-def found(reports: Path, pattern: str) -> Iterator[tuple[str, Path]]:
-    """Stage and path of each such file, in the order of the stages; whatever else lies in
-    `reports` is passed over.
+def stage_files(reports: Path, pattern: str) -> Iterator[tuple[str, Path]]:
+    """Stage and path of each such file, in the order of the stages.
+
+    The report itself, and whatever else is in `reports`, are passed over.
     """
-    for stage in ORDER:
-        for path in sorted((reports / stage).rglob(pattern)):
+    for stage in STAGES:
+        for path in sorted((reports / stage).rglob(pattern)) if stage != "report" else ():
             yield path.parent.relative_to(reports).as_posix(), path
 
 
+def stage_seconds(reports: Path) -> dict[str, float]:
+    runs = {stage: read_json(path) for stage, path in stage_files(reports, "run.json")}
+    return {stage: float(run["seconds"]) for stage, run in runs.items() if "seconds" in run}
+
+
 def figure(stage: str, path: Path) -> dict[str, str]:
-    alt, caption = FIGURES.get(
-        f"{stage}/{path.stem}", (f"Figure {path.stem}.", f"{label(path.stem).capitalize()}.")
-    )
+    """What the template needs of a figure."""
+    unknown = (f"Figure {path.stem}.", f"{label(path.stem).capitalize()}.")
+    alt, caption = FIGURES.get(f"{stage}/{path.stem}", unknown)
     return {
         "src": f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}",
         "alt": alt,
@@ -186,30 +180,29 @@ def figure(stage: str, path: Path) -> dict[str, str]:
     }
 
 
-def with_decision(verdict: dict) -> dict:
-    return verdict | ({"label": "no decision"} if verdict.get("label") in (None, -1) else {})
+def with_decisions(verdicts: dict[str, dict]) -> dict[str, dict]:
+    """The verdicts of label detectors, with words for no label."""
+    return {
+        name: verdict | ({"label": "no decision"} if verdict.get("label") in (None, -1) else {})
+        for name, verdict in verdicts.items()
+    }
 
 
 def label(key: object) -> str:
-    return WORDS.get(str(key), str(key).replace("_", " "))
+    """A name in words."""
+    return LABELS.get(str(key), str(key).replace("_", " "))
 
 
 def number(value: object) -> str:
-    """Fractions to three places, small and large numbers to three digits, what is absent as a
-    dash.
-    """
+    """Fractions to three places, other numbers to three digits, absent values as a dash."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return (
-            "–"
-            if math.isnan(value)
-            else f"{value:.3f}"
-            if value == 0 or 1e-3 <= abs(value) < 100
-            else f"{value:.3g}"
-        )
+        if math.isnan(value):
+            return "–"
+        return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 100 else f"{value:.3g}"
     if isinstance(value, list | tuple):
         return ", ".join(number(item) for item in value) or "–"
     return "–" if value is None else str(value)
@@ -238,10 +231,9 @@ def versions() -> Iterator[tuple[str, str]]:
 
 
 def verdict(metrics: dict[str, dict]) -> Iterator[str]:
-    """What was measured, in sentences: each number with its count and interval, and no word about
-    what was not measured.
-    """
-    scores, pruning = metrics.get("evaluate", {}), metrics.get("prune", {})
+    """What was measured, in sentences: each number with its count and interval."""
+    scores = metrics.get("evaluate", {})
+    pruning = metrics.get("prune", {})
     if "pruned" in pruning and "lost" in pruning:
         yield (
             f"RNP pruned {number(pruning['pruned'])} of {number(pruning.get('neurons'))} neurons;"
@@ -253,37 +245,28 @@ def verdict(metrics: dict[str, dict]) -> Iterator[str]:
             " still carries one, was not measured."
         )
         return
-    yield describe_change(
-        "The attack success rate",
-        scores,
-        "attack_success_rate",
-        "n_triggered",
-        "triggered test images",
-    )
-    floor = scores.get("models", {}).get("benign", {}).get("attack_success_rate")
+    asr = "attack_success_rate"
+    yield describe_change("The attack success rate", scores, asr, "triggered test images")
+    floor = scores.get("models", {}).get("benign", {}).get(asr)
     if floor is not None:
         yield (
             f"A model that was never backdoored sends {floor:.3f} of these images to the target"
             " label."
         )
-    yield describe_change(
-        "The clean accuracy", scores, "clean_accuracy", "n_clean", "clean test images"
-    )
+    yield describe_change("The clean accuracy", scores, "clean_accuracy", "clean test images")
 
 
-def describe_change(what: str, scores: dict, key: str, count: str, images: str) -> str:
-    """`before` is compared with the interval around `after`: a difference that the interval covers
-    is called none.
-    """
-    after, before, interval = (
-        scores[key],
-        scores.get(f"{key}_before"),
-        scores.get("intervals", {}).get(key),
-    )
-    n = f" on {scores[count]:,} {images}" if count in scores else ""
-    measured = f"{after:.3f}{n}" + (
-        f" (95\u00a0% interval {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
-    )
+def describe_change(what: str, scores: dict, key: str, images: str) -> str:
+    """Before and after; a difference within the interval around `after` is called none."""
+    after = scores[key]
+    before = scores.get(f"{key}_before")
+    interval = scores.get("intervals", {}).get(key)
+    count = scores.get("n_clean" if key == "clean_accuracy" else "n_triggered")
+    measured = f"{after:.3f}"
+    if count is not None:
+        measured += f" on {count:,} {images}"
+    if interval:
+        measured += f" (95\u00a0% interval {interval[0]:.3f} to {interval[1]:.3f})"
     if before is None or interval is None:
         return f"{what} is {measured}."
     if interval[0] <= before <= interval[1]:

@@ -1,150 +1,52 @@
-"""Figures: plain data in, one PNG out, the same bytes each time; matplotlib is imported when the
-first one is drawn.
-"""
+"""Figures: plain data in, one PNG out, the same bytes each time."""
 
 from __future__ import annotations
 
 import textwrap
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rnp.io.files import atomic_write, read_rows
+from rnp.io.files import read_rows
 from rnp.prune import SweepPoint
+from rnp.reporting.figures import (
+    BLUE,
+    COLORS,
+    GRAY,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    SMALL,
+    WIDTH,
+    Ends,
+    blank,
+    canvas,
+    mark,
+    name_axes,
+    name_lines,
+    plain,
+    save,
+    show,
+    whole_numbers,
+)
 from rnp.types import Epoch, Images, NeuronMask
 
-COLORS = BLUE, RED, GREEN, PURPLE, ORANGE, SKY = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#AA4499",
-    "#E69F00",
-    "#56B4E9",
-)
-"""Told apart by color-blind eyes (after Okabe and Ito, 2008)."""
-INK, GRAY = "#222222", "#767676"
 MEASURES = {
     "clean_accuracy": ("CA", BLUE),
     "attack_success_rate": ("ASR", RED),
     "robust_accuracy": ("RA", GREEN),
 }
-WIDTH, DPI = 6.4, 200  # inches; 10 pt then are 15 pixels at a width of 700
-SMALL = 9
-Ends = list[tuple[float, str, str]]
-"""Height of a line's right end, its name, its color."""
-
-
-def canvas(height: float, rows: int = 1, columns: int = 1, **grid: Any) -> tuple[Any, np.ndarray]:
-    """A figure of the common width and its axes [rows, columns]; no pyplot, hence no state that
-    outlives the call.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor="white")
-    axes = figure.subplots(rows, columns, squeeze=False, **grid)
-    for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set_color(GRAY)
-        ax.tick_params(colors=INK, labelsize=SMALL, color=GRAY)
-        ax.grid(axis="y", color="#e4e4e4", linewidth=0.8)
-        ax.set_axisbelow(True)
-    return figure, axes
-
-
-def save(figure: Any, path: Path) -> None:
-    with atomic_write(path) as draft, warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Glyph .* missing", UserWarning
-        )  # class names may be in any script
-        figure.savefig(draft, format="png", metadata={"Software": None})
-
-
-def name_axes(ax: Any, title: str, x: str = "", *, rows_above: int = 0) -> None:
-    """The title stands where a rotated y label would be hard to read; `rows_above` leaves room for
-    marks.
-    """
-    ax.set_title(title, loc="left", fontsize=10, color=INK, pad=6 + 13 * rows_above)
-    ax.set_xlabel(x, fontsize=10, color=INK)
-
-
-def plain(name: object, width: int = 22) -> str:
-    """A name from outside, in one line and not too long."""
-    text = " ".join(str(name).split())
-    return text if len(text) <= width else f"{text[: width - 1]}…"
-
-
-def name_lines(ax: Any, ends: Ends, gap: float = 0.08) -> None:
-    """Write each name at the right end of its line, moved apart to at least `gap` of the height of
-    the axes.
-    """
-    ends = sorted(end for end in ends if np.isfinite(end[0]))
-    to_axes = ax.transData + ax.transAxes.inverted()
-    heights = [to_axes.transform((ax.get_xlim()[1], y))[1] for y, _, _ in ends]
-    for i in range(1, len(ends)):
-        heights[i] = max(heights[i], heights[i - 1] + gap)
-    ceiling = 1.0
-    for i in reversed(range(len(ends))):
-        heights[i] = min(heights[i], ceiling)
-        ceiling = heights[i] - gap
-    for height, (_, name, color) in zip(heights, ends):
-        ax.text(
-            1.02,
-            height,
-            name,
-            color=color,
-            fontsize=SMALL,
-            va="center",
-            transform=ax.transAxes,
-            parse_math=False,
-        )
-
-
-def mark(
-    ax: Any, x: int | float, text: str, color: str, *, row: int = 0, style: str = "--"
-) -> None:
-    """A vertical line, named above the axes, where no curve can run through the words."""
-    ax.axvline(x, color=color, linestyle=style, linewidth=1.3)
-    low, high = ax.get_xlim()
-    side = "left" if x < (low + high) / 2 else "right"
-    ax.annotate(
-        text,
-        (x, 1),
-        (0, 4 + 13 * row),
-        xycoords=ax.get_xaxis_transform(),
-        textcoords="offset points",
-        color=color,
-        fontsize=SMALL,
-        ha=side,
-    )
-
-
-def whole_numbers(ax: Any) -> None:
-    """Ticks for counts, also when there is but one point."""
-    from matplotlib.ticker import MaxNLocator
-
-    low, high = ax.get_xlim()
-    ax.set_xlim(low, max(high, low + 1))
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-
-
-def show(ax: Any, image: Float[Tensor, "c h w"], **options: Any) -> None:
-    """An image without axes; what is not RGB is shown as its mean over the channels."""
-    pixels = image.detach().cpu().clamp(0, 1)
-    pixels = pixels.permute(1, 2, 0) if len(pixels) == 3 else pixels.mean(0)
-    ax.imshow(pixels.numpy(), **{"cmap": "gray", "vmin": 0, "vmax": 1, **options})
-    blank(ax)
-
-
-def blank(ax: Any) -> None:
-    ax.set(xticks=[], yticks=[])
-    ax.grid(False)
-    ax.spines[:].set_visible(False)
+TriggerImages = tuple[Float[Tensor, "c h w"], Float[Tensor, "h w"]]
+"""Pattern and mask."""
+Curve = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray, float]
+"""False positive rates, true positive rates, AUROC."""
 
 
 def image_grid(path: Path, rows: Sequence[tuple[str, Float[Tensor, "_ c h w"]]]) -> None:
@@ -157,25 +59,15 @@ def image_grid(path: Path, rows: Sequence[tuple[str, Float[Tensor, "_ c h w"]]])
             blank(ax)
         for ax, image in zip(line, images):
             show(ax, image)
-        line[0].set_ylabel(
-            textwrap.fill(title, 12),
-            rotation=0,
-            ha="right",
-            va="center",
-            labelpad=8,
-            fontsize=10,
-            color=INK,
-            parse_math=False,
-        )
+        style = {"rotation": 0, "ha": "right", "va": "center", "labelpad": 8, "parse_math": False}
+        line[0].set_ylabel(textwrap.fill(title, 12), fontsize=10, color=INK, **style)
     save(figure, path)
 
 
 def trigger_grid(
     path: Path, clean: Images, triggered: Images, stored: Images | None = None
 ) -> None:
-    """What the trigger does; `stored` is what the poisoned training set holds for the same
-    images.
-    """
+    """The effect of the trigger; `stored` are the same images in the poisoned training set."""
     rows = [
         ("clean", clean),
         ("triggered", triggered),
@@ -194,18 +86,14 @@ def training_curves(path: Path, histories: dict[str, Path | Sequence[Epoch]]) ->
     """Loss and accuracy against epochs, one line per history."""
     figure, axes = canvas(2.9, 1, 2)
     tables = {name: columns_of(history) for name, history in histories.items()}
+    drawn = [(name, table) for name, table in tables.items() if table]
     for ax, key in zip(axes[0], ("loss", "accuracy")):
         name_axes(ax, f"{key.capitalize()} on the seen batches", "epoch")
         ends = []
-        for i, (name, table) in enumerate((n, t) for n, t in tables.items() if t):
+        for i, (name, table) in enumerate(drawn):
             color = COLORS[i % len(COLORS)]
-            ax.plot(
-                table["epoch"],
-                table[key],
-                color=color,
-                marker="o" if len(table[key]) < 20 else "",
-                markersize=3.5,
-            )
+            marker = "o" if len(table[key]) < 20 else ""
+            ax.plot(table["epoch"], table[key], color=color, marker=marker, markersize=3.5)
             ends.append((table[key][-1], plain(name, 14), color))
         if key == "accuracy":
             ax.set_ylim(min(0.0, *ax.get_ylim()), 1.02)
@@ -222,42 +110,44 @@ def unlearning_curve(
     stop_step: int,
     target_label: int | None = None,
 ) -> None:
-    """Accuracy and the class shares of the predictions against steps; the class that wins at the
-    end is named.
+    """Accuracy and the class shares of the predictions against steps.
 
-    `target_label` is the attacker's, for a page that may know it; the defender has none.
+    The class with the largest share at the end is named. `target_label` is the attacker's, for a
+    page that may know it; the defender has none.
     """
     steps = np.array([row.step for row in trajectory])
     shares = np.array(
         [[row.extra[f"share/{c}"] for c in range(len(classes))] for row in trajectory]
     )  # [steps, k]
-    top = int(shares[-1].argmax())
     figure, axes = canvas(4.6, 2, 1, sharex=True, height_ratios=(1, 1.2))
     upper, lower = axes[:, 0]
     upper.plot(steps, [row.accuracy for row in trajectory], color=BLUE, linewidth=1.8)
-    lower.plot(steps, shares, color="#bdbdbd", linewidth=0.9)
-    lower.plot(steps, shares[:, top], color=ORANGE, linewidth=2.2)
-    ends = [
-        (
-            shares[-1, top],
-            f"{plain(classes[top])}{' (target)' if top == target_label else ''}",
-            "#9a6700",
-        )
-    ]
-    if target_label not in (None, top):
-        lower.plot(steps, shares[:, target_label], color=RED, linewidth=1.8, linestyle="--")
-        ends.append((shares[-1, target_label], f"{plain(classes[target_label])} (target)", RED))
+    ends = plot_shares(lower, steps, shares, classes, target_label)
     for ax in (upper, lower):
         ax.set_ylim(-0.02, 1.02)
     whole_numbers(lower)
     mark(upper, stop_step, f"unlearned model: step {stop_step}", INK)
     lower.axvline(stop_step, color=INK, linestyle="--", linewidth=1.3)
     name_axes(upper, "Accuracy on the defense set", rows_above=1)
-    name_axes(
-        lower, "Share of predictions per class, among images of other classes", "step of the ascent"
-    )
+    title = "Share of predictions per class, among images of other classes"
+    name_axes(lower, title, "step of the ascent")
     name_lines(lower, ends)
     save(figure, path)
+
+
+def plot_shares(
+    ax: Any, steps: np.ndarray, shares: np.ndarray, classes: Sequence[str], target_label: int | None
+) -> Ends:
+    """A line per class; the names of the largest one and of the target."""
+    top = int(shares[-1].argmax())
+    ax.plot(steps, shares, color="#bdbdbd", linewidth=0.9)
+    ax.plot(steps, shares[:, top], color=ORANGE, linewidth=2.2)
+    name = f"{plain(classes[top])}{' (target)' if top == target_label else ''}"
+    ends = [(shares[-1, top], name, "#9a6700")]
+    if target_label is not None and target_label != top:
+        ax.plot(steps, shares[:, target_label], color=RED, linewidth=1.8, linestyle="--")
+        ends.append((shares[-1, target_label], f"{plain(classes[target_label])} (target)", RED))
+    return ends
 
 
 def mask_histogram(path: Path, mask: NeuronMask, fraction: float = 0.05) -> None:
@@ -265,12 +155,13 @@ def mask_histogram(path: Path, mask: NeuronMask, fraction: float = 0.05) -> None
 
     `fraction` of the neurons, those with the lowest masks, are set off and counted per layer.
     """
-    values = torch.cat(list(mask.values())).detach().float().cpu().numpy()
+    layers = {name: layer.detach().float().cpu().numpy() for name, layer in mask.items()}
+    values = np.concatenate(list(layers.values()))
     bound = float(np.quantile(values, fraction, method="lower"))
-    low, high = min(0.0, float(values.min())), max(1.0, float(values.max()))
-    figure, axes = canvas(
-        2.3 + 0.2 * len(mask), 2, 1, sharex=True, height_ratios=(1.2, max(0.2 * len(mask), 0.8))
-    )
+    low = min(0.0, float(values.min()))
+    high = max(1.0, float(values.max()))
+    height = 0.2 * len(mask)
+    figure, axes = canvas(2.3 + height, 2, 1, sharex=True, height_ratios=(1.2, max(height, 0.8)))
     upper, lower = axes[:, 0]
     upper.hist(values, bins=50, range=(low, high), log=True, color=BLUE)
     upper.set_ylim(bottom=0.7)  # a bar of one neuron shows
@@ -278,46 +169,37 @@ def mask_histogram(path: Path, mask: NeuronMask, fraction: float = 0.05) -> None
     upper.set_xlim(low - margin, high + margin)
     name_axes(upper, "Neurons per mask value (log scale)", rows_above=1)
     mark(upper, bound, f"lowest {fraction:.0%}: masks up to {bound:.3f}", RED)
-    for y, layer in enumerate(mask.values()):
-        layer = layer.detach().float().cpu().numpy()
-        few = layer <= bound
-        lower.plot(
-            layer[~few],
-            np.full((~few).sum(), y),
-            "|",
-            color=BLUE,
-            markersize=7,
-            markeredgewidth=0.7,
-        )
-        lower.plot(
-            layer[few], np.full(few.sum(), y), "|", color=RED, markersize=7, markeredgewidth=0.9
-        )
-        lower.text(
-            1.01,
-            y,
-            f"{few.sum()} / {len(layer)}",
-            va="center",
-            fontsize=8,
-            color=RED if few.any() else GRAY,
-            transform=lower.get_yaxis_transform(),
-        )
-    lower.set_yticks(
-        range(len(mask)), [plain(name, 26) for name in mask], fontsize=8, parse_math=False
-    )
+    for y, layer in enumerate(layers.values()):
+        plot_layer(lower, y, layer, bound)
+    names = [plain(name, 26) for name in layers]
+    lower.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
     lower.set_ylim(len(mask) - 0.4, -0.6)
     name_axes(lower, "Neurons by layer, in network order", "mask")
     lower.set_title(f"lowest {fraction:.0%}", loc="right", fontsize=SMALL, color=RED)
     save(figure, path)
 
 
+def plot_layer(ax: Any, y: int, layer: np.ndarray, bound: float) -> None:
+    """The ticks of a layer, and how many of them are within the bound."""
+    lowest = layer <= bound
+    rest = layer[~lowest]
+    count = int(lowest.sum())
+    ax.plot(rest, np.full(len(rest), y), "|", color=BLUE, markersize=7, markeredgewidth=0.7)
+    ax.plot(layer[lowest], np.full(count, y), "|", color=RED, markersize=7, markeredgewidth=0.9)
+    style = {"va": "center", "fontsize": 8, "transform": ax.get_yaxis_transform()}
+    ax.text(1.01, y, f"{count} / {len(layer)}", color=RED if count else GRAY, **style)
+
+
 def pruning_curve(
     path: Path, points: Sequence[dict], *, chosen: int, oracle: int | None = None, n: int
 ) -> None:
-    """CA and ASR on test images, `n` of them triggered, against pruned neurons; `defense_accuracy`
-    if the points have it.
+    """CA and ASR on test images against pruned neurons; `n` of the images are triggered.
+
+    Points may have `defense_accuracy` too.
     """
     figure, axes = canvas(3.7)
-    ax, ends = axes[0, 0], []
+    ax = axes[0, 0]
+    ends = []
     pruned = [float(point["pruned"]) for point in points]
     lines = [
         ("clean_accuracy", *MEASURES["clean_accuracy"], "-"),
@@ -334,20 +216,16 @@ def pruning_curve(
     whole_numbers(ax)
     mark(ax, chosen, f"chosen on the defense set: {chosen}", INK)
     if oracle is not None:
-        mark(
-            ax, oracle, f"oracle (unattainable for a defender): {oracle}", PURPLE, row=1, style=":"
-        )
-    name_axes(
-        ax, f"CA and ASR on test images ({n:,} of them triggered)", "pruned neurons", rows_above=2
-    )
+        text = f"oracle (unattainable for a defender): {oracle}"
+        mark(ax, oracle, text, PURPLE, row=1, style=":")
+    title = f"CA and ASR on test images ({n:,} of them triggered)"
+    name_axes(ax, title, "pruned neurons", rows_above=2)
     name_lines(ax, ends)
     save(figure, path)
 
 
 def sweep_curve(path: Path, points: Sequence[SweepPoint], chosen: SweepPoint) -> None:
-    """What the defender sees: accuracy on the defense set and the paired drop against pruned
-    neurons.
-    """
+    """What the defender sees: accuracy on the defense set and the paired drop."""
     figure, axes = canvas(4.2, 2, 1, sharex=True)
     pruned = [point.pruned for point in points]
     panels = (
@@ -361,12 +239,8 @@ def sweep_curve(path: Path, points: Sequence[SweepPoint], chosen: SweepPoint) ->
         name_axes(ax, title, rows_above=ax is axes[0, 0])
     upper, lower = axes[:, 0]
     whole_numbers(lower)
-    mark(
-        upper,
-        chosen.pruned,
-        f"chosen: {chosen.pruned} neurons, accuracy {chosen.accuracy:.3f}",
-        INK,
-    )
+    text = f"chosen: {chosen.pruned} neurons, accuracy {chosen.accuracy:.3f}"
+    mark(upper, chosen.pruned, text, INK)
     lower.axvline(chosen.pruned, color=INK, linestyle="--", linewidth=1.3)
     lower.axhline(0, color=GRAY, linewidth=0.8)
     lower.set_xlabel("pruned neurons", fontsize=10, color=INK)
@@ -375,18 +249,18 @@ def sweep_curve(path: Path, points: Sequence[SweepPoint], chosen: SweepPoint) ->
 
 def recovered_triggers(
     path: Path,
-    truth: tuple[Float[Tensor, "c h w"], Float[Tensor, "h w"]] | None,
+    true_trigger: TriggerImages | None,
     recovered: Sequence[tuple[str, Float[Tensor, "c h w"], Float[Tensor, "h w"]]],
 ) -> None:
-    """Pattern under its mask, and the mask, of the true trigger (None when it is no patch) and of
-    each recovered one.
+    """Pattern under its mask, and the mask, of the true trigger and of each recovered one.
+
+    There is no true trigger where it is no patch.
     """
-    items = [*([("true trigger", *truth)] if truth else []), *recovered]
+    items = [*([("true trigger", *true_trigger)] if true_trigger else []), *recovered]
     columns = min(max(len(items), 3), 5)
     blocks = -(-len(items) // columns)
-    figure, axes = canvas(
-        2 * blocks * (WIDTH / columns + 0.05) * 0.95 + 0.3 * blocks, 2 * blocks, columns
-    )
+    height = 2 * blocks * (WIDTH / columns + 0.05) * 0.95 + 0.3 * blocks
+    figure, axes = canvas(height, 2 * blocks, columns)
     for ax in axes.flat:
         blank(ax)
     for i, (title, pattern, mask) in enumerate(items):
@@ -394,67 +268,44 @@ def recovered_triggers(
         upper, lower = axes[2 * row, column], axes[2 * row + 1, column]
         show(upper, pattern * mask)
         show(lower, mask[None], cmap="viridis")
-        upper.set_title(
-            textwrap.fill(plain(title, 44), 90 // columns),
-            fontsize=SMALL,
-            color=INK,
-            parse_math=False,
-        )
+        text = textwrap.fill(plain(title, 44), 90 // columns)
+        upper.set_title(text, fontsize=SMALL, color=INK, parse_math=False)
         if column == 0:
-            for ax, what in ((upper, "pattern × mask"), (lower, "mask, 0 to 1")):
-                ax.set_ylabel(what, fontsize=SMALL, color=INK)
+            upper.set_ylabel("pattern × mask", fontsize=SMALL, color=INK)
+            lower.set_ylabel("mask, 0 to 1", fontsize=SMALL, color=INK)
     save(figure, path)
 
 
 def roc(
     path: Path,
-    curves: dict[str, tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray, float]],
+    curves: dict[str, Curve],
     positives: str = "triggered images",
     negatives: str = "clean images",
 ) -> None:
-    """True against false positive rate of each detector, the best first: name -> (fpr, tpr,
-    AUROC).
-    """
+    """True against false positive rate of each detector, the best first."""
     figure, axes = canvas(4.0)
     ax = axes[0, 0]
     ax.plot([0, 1], [0, 1], color=GRAY, linewidth=1, linestyle=":")
-    for i, (name, (fpr, tpr, auroc)) in enumerate(
-        sorted(curves.items(), key=lambda item: -item[1][2])
-    ):
-        style = ("-", "--", "-.")[
-            (i + i // len(COLORS)) % 3
-        ]  # another one when the colors begin again
-        ax.plot(
-            fpr,
-            tpr,
-            color=COLORS[i % len(COLORS)],
-            linestyle=style,
-            linewidth=1.8,
-            label=f"{auroc:.3f}  {plain(name)}".replace("$", r"\$"),
-        )
+    best_first = sorted(curves.items(), key=lambda item: -item[1][2])
+    for i, (name, (fpr, tpr, auroc)) in enumerate(best_first):
+        color = COLORS[i % len(COLORS)]
+        style = ("-", "--", "-.")[(i + i // len(COLORS)) % 3]  # a new one when the colors repeat
+        text = f"{auroc:.3f}  {plain(name)}".replace("$", r"\$")
+        ax.plot(fpr, tpr, color=color, linestyle=style, linewidth=1.8, label=text)
     ax.set(xlim=(-0.01, 1), ylim=(0, 1.02), aspect="equal")
     mark(ax, 0.05, "5 % false alarms", GRAY)
-    name_axes(
-        ax,
-        f"True positive rate ({positives} found)",
-        f"false positive rate ({negatives} flagged)",
-        rows_above=1,
-    )
-    legend = ax.legend(
-        title="AUROC",
-        loc="upper left",
-        bbox_to_anchor=(1.02, 1),
-        frameon=False,
-        fontsize=SMALL,
-        handlelength=3,
-    )
+    title = f"True positive rate ({positives} found)"
+    name_axes(ax, title, f"false positive rate ({negatives} flagged)", rows_above=1)
+    place = {"loc": "upper left", "bbox_to_anchor": (1.02, 1)}
+    legend = ax.legend(title="AUROC", frameon=False, fontsize=SMALL, handlelength=3, **place)
     legend._legend_box.align = "left"
     save(figure, path)
 
 
 def before_after(path: Path, rows: Sequence[dict]) -> None:
-    """CA, ASR and RA of each model as bars: {"model": name, "clean_accuracy": ..., ...}, drawn in
-    the given order.
+    """CA, ASR and RA of each model as bars, in the given order.
+
+    A row is {"model": name, "clean_accuracy": ..., ...}.
     """
     figure, axes = canvas(0.8 + 0.28 * len(rows), 1, len(MEASURES), sharey=True)
     heights = np.arange(len(rows))

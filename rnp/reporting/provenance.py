@@ -11,21 +11,21 @@ import torch
 
 from rnp.training.device import default_device
 
+CPU_INFO = Path("/proc/cpuinfo")
+
 
 def device_name() -> str:
-    """The processor and how much of it there is, or the GPU, as RNP_DEVICE chose."""
+    """The GPU, or the processor and how many of its threads are used, as RNP_DEVICE chose."""
     if default_device().type == "cuda":
         return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-        platform.processor(),
-    )
+    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    model = next(models, platform.processor())
     return f"{model}, {torch.get_num_threads()} threads of {os.cpu_count()}"
 
 
 def provenance() -> dict[str, str]:
-    """The columns `device`, `version` and `torch` of what this process makes."""
+    """The columns `device`, `version` and `torch` of a row that this process makes."""
     return {
         "device": device_name(),
         "version": importlib.metadata.version("rnp"),

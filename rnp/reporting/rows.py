@@ -1,225 +1,153 @@
-"""Append finished runs to a table of results, one row per run and defense."""
+"""The rows that one finished run adds to the tables of results."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from rnp.defenses.base import UNLEARNED
 from rnp.errors import UserError
-from rnp.io.files import read_json, read_rows
-from rnp.params.read import flatten
+from rnp.io.files import read_json, read_rows, upsert_rows
+from rnp.params.read import flatten, params_in_use
 from rnp.registry import load
+from rnp.reporting.columns import CONTROL_KEY, MEASURES, SCHEMAS, format_row
+from rnp.reporting.stages import RNP_STAGES
 
-MEASURES = ("clean_accuracy", "attack_success_rate", "robust_accuracy")
-STAGES = ("poison", "train", "unlearn", "recover", "prune")
+if TYPE_CHECKING:
+    from rnp.detection.base import LabelDetector
+
 REFERENCE_MODELS = {"backdoored", "unlearned", "recovered", "benign", "oracle"}
 """The models that `evaluate` measures beside the defenses."""
-COLUMNS = (
-    "preset",
-    "attack",
-    "defense",
-    "seed",
-    "gate",
-    *(f"{name}_before" for name in MEASURES),
-    *MEASURES,
-    "der",
-    "neurons_pruned",
-    "neurons",
-    "threshold",
-    "oracle_clean_accuracy",
-    "oracle_attack_success_rate",
-    *(f"seconds_{stage}" for stage in STAGES if stage != "poison"),
-    "device",
-    "version",
-    "clean_accuracy_benign",
-    "n_clean",
-    "n_triggered",
-    "torch",
-    "seconds_poison",
-    "seconds",
-    "clean_images",
-    "settings",
-    "made",
-)
-KEY = ("preset", "attack", "defense", "seed")
-DETECTION_KEY = ("preset", "attack", "seed", "task", "detector", "model", "setting")
-DETECTION_COLUMNS = (
-    "preset",
-    "attack",
-    "seed",
-    "gate",
-    "task",
-    "detector",
-    "model",
-    "setting",
-    "label_correct",
-    "label",
-    "margin",
-    "auroc",
-    "auprc",
-    "base_rate",
-    "tpr_at_5_fpr",
-    "fpr",
-    "fpr_target_class",
-    "iou",
-    "l1",
-    "attack_success_rate",
-    "clean_accuracy",
-    "der",
-    "gain",
-    "seconds",
-    "device",
-    "version",
-    "torch",
-    "settings",
-    "made",
-)
-CONTROL_KEY = ("preset", "attack", "seed", "control", "model", "amount")
-CONTROL_COLUMNS = (
-    *CONTROL_KEY,
-    "gate",
-    "clean_accuracy_before",
-    "attack_success_rate_before",
-    "clean_accuracy",
-    "attack_success_rate",
-    "robust_accuracy",
-    "der",
-    "neurons_pruned",
-    "seconds",
-    "n_clean",
-    "n_triggered",
-    "device",
-    "version",
-    "torch",
-    "settings",
-    "made",
-)
+NO_DEFENSE = "none"
+"""In place of a defense: the backdoored model itself."""
+Row = dict[str, object]
 
 
-def settings_digest(params: dict[str, object], attack: str, defense: str) -> str:
-    """Two digests: of what every attack shares (data, model, training, defense), and of the
-    attack's own options.
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """One run of the pipeline: its report folders and its parameters."""
 
-    `params` are flat, as MLflow keeps them. Rows are comparable where the first digest is the same.
-    """
-    own = {
-        "rnp": ("unlearn.", "recover.", "prune."),
-        "none": (),
-        "detect": ("unlearn.", "detect."),
-    }.get(defense, (f"defenses.{defense}.",))
-    shared = ("data.", f"datasets.{params['data.set']}.", "model.", "train.", *own)
+    reports: Path
+    params: dict
 
-    def digest(prefixes: tuple[str, ...]) -> str:
-        chosen = {name: str(value) for name, value in params.items() if name.startswith(prefixes)}
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
+    @functools.cached_property
+    def settings(self) -> dict[str, object]:
+        """The parameters in use, by their full names."""
+        return dict(flatten(params_in_use(self.params)))
 
-    return f"{digest(shared)}-{digest((f'attacks.{attack}.',))}"
+    @property
+    def attack(self) -> str:
+        return self.params["poison"]["attack"]
 
+    @functools.cached_property
+    def trained(self) -> dict:
+        """The metrics of the backdoored model."""
+        return self.metrics("train")
 
-def require_current(stage: str, options: dict[str, object], params: dict) -> None:
-    """Raises: UserError when the stage ran with other options than `params` has."""
-    whole, _, part = stage.partition("/")
-    names = {"train": ("train", "model"), "poison": ("poison", "attacks")}.get(whole, (whole,))
-    sections = (
-        [params.get("defenses", {}).get(part) or {}]
-        if part
-        else [params.get(each, {}) for each in names]
-    )
-    wanted = {"seed": params["seed"]} | {
-        name: value for section in sections for name, value in flatten(section)
-    }
-    used = params["poison"]["attack"] + "."
-    for name, value in options.items():
-        matters = stage != "poison" or name == "attack" or name.startswith(used)
-        if (
-            matters
-            and name in wanted
-            and wanted[name] != (list(value) if isinstance(value, tuple) else value)
-        ):
+    def metrics(self, stage: str) -> dict:
+        return read_json(self.reports / stage / "metrics.json")
+
+    def evaluation(self) -> dict:
+        """Raises: UserError when `evaluate` measured another model than `train` wrote."""
+        evaluation = self.metrics("evaluate")
+        if (evaluation["attack"], evaluation["model"]) != (self.attack, self.trained["model"]):
             raise UserError(
-                f"{stage} ran with {name} {value}, params.yaml says {wanted[name]}; run `dvc repro`"
+                "evaluate measured another model than the one that train made; run `dvc repro`"
                 " first"
             )
+        return evaluation
 
+    def runs(self, *stages: str) -> dict[str, dict]:
+        """The run.json of each stage; see `load_current_runs`."""
+        return load_current_runs(self.reports, self.params, stages)
 
-def provenance(runs: dict[str, dict], flat: dict[str, object], what: str) -> dict[str, object]:
-    """Where a row comes from: machine and versions of the last of `runs`, settings (of the defense
-    `what`, or of detection), and when.
-    """
-    run = [*runs.values()][-1]
-    return {
-        **{
-            name: run.get(name, "") for name in ("device", "version", "torch")
-        },  # older reports do not say
-        "settings": settings_digest(flat, flat["poison.attack"], what),
-        "made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}",
-    }
-
-
-def row(reports: Path, params: dict, defense: str) -> dict[str, object]:
-    """What the reports of one run say about RNP (`rnp`), another defense, or the backdoored model
-    itself (`none`).
-
-    `seconds` are those of the defense, `clean_images` those that the defender has.
-    """
-    flat = dict(flatten(params))
-    trained, attack = read_json(reports / "train" / "metrics.json"), flat["poison.attack"]
-    values = {
-        "preset": flat["preset"],
-        "attack": attack,
-        "defense": defense,
-        "seed": flat["seed"],
-        "gate": trained["gate"],
-        "clean_accuracy_benign": trained["clean_accuracy_benign"],
-        "n_clean": trained["n_clean"],
-        "n_triggered": trained["n_triggered"],
-        **{f"{name}_before": trained[name] for name in MEASURES},
-    }
-    runs = load_current_runs(reports, params, STAGES[:2])
-    values |= {f"seconds_{stage}": run["seconds"] for stage, run in runs.items()}
-    if defense == "none":
-        values |= {name: trained[name] for name in MEASURES}
-    else:
-        found = evaluated(reports, trained, attack)
-        if defense not in found["models"]:
-            raise UserError(
-                f"this run has no defense {defense!r}; choose from none,"
-                f" {', '.join(found['models'])}"
-            )
-        values |= {name: found["models"][defense][name] for name in (*MEASURES, "der")}
-        runs, given = (
-            load_current_runs(reports, params, stages_of_defense(defense)),
-            read_json(reports / "prepare" / "metrics.json"),
-        )
-        values |= {
-            "seconds": float(sum(run["seconds"] for run in runs.values())),
-            "clean_images": given["defense_train"] + given["defense_val"],
+    def identity(self) -> Row:
+        return {
+            "preset": self.settings["preset"],
+            "attack": self.attack,
+            "seed": self.settings["seed"],
+            "gate": self.trained["gate"],
         }
-        if defense == "rnp":
-            values |= {f"seconds_{stage}": run["seconds"] for stage, run in runs.items()}
-            values |= {name: found[name] for name in ("neurons_pruned", "neurons", "threshold")}
-            values |= {f"oracle_{name}": found["oracle"][name] for name in MEASURES[:2]}
-        else:
-            did = read_json(reports / "defend" / defense / "metrics.json")
-            values |= {
-                "neurons_pruned": did.get("pruned", ""),
-                "threshold": did.get("threshold", ""),
-            }
-    return format_row(values | provenance(runs, flat, defense), COLUMNS)
+
+    def origin(self, run: dict, subject: str) -> Row:
+        """Machine and versions of `run`, the settings of `subject` (see `settings_digest`), now."""
+        return {
+            **{name: run.get(name, "") for name in ("device", "version", "torch")},
+            "settings": settings_digest(self.settings, self.attack, subject),
+            "made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}",
+        }
 
 
-def stages_of_defense(defense: str) -> tuple[str, ...]:
-    return STAGES[2:] if defense == "rnp" else (f"defend/{defense}",)
+def collect_rows(
+    table: Path, kind: str, reports: Path, params: dict, *, defense: str = "rnp"
+) -> None:
+    """Add the rows of a finished run to a table, in place of its older rows there.
+
+    `kind` is a key of `SCHEMAS`; `defense` is that of the kind `defenses`.
+
+    Raises: UserError when a stage ran with other parameters than `params`.
+    """
+    run = FinishedRun(reports, params)
+    if kind == "defenses":
+        rows = [defense_row(run, defense)]
+    else:
+        makers = {"detection": detection_rows, "removal": removal_rows, "controls": control_rows}
+        rows = list(makers[kind](run))
+    schema = SCHEMAS[kind]
+    formatted = [format_row(row, schema.columns) for row in rows]
+    upsert_rows(table, formatted, schema.columns, schema.key)
+
+
+def settings_digest(params: dict[str, object], attack: str, subject: str) -> str:
+    """Two digests: of what every attack shares, and of the attack's own options.
+
+    All attacks share data, model, training, precision and the options of `subject`, which is `rnp`,
+    another defense, `none`, or `detect`. `params` are those in use by their full names, as numbers
+    or as text. Rows are comparable where the first digest is the same.
+    """
+    sections = {
+        "rnp": ("unlearn.", "recover.", "prune."),
+        NO_DEFENSE: (),
+        "detect": ("unlearn.", "detect."),
+    }
+    own = sections.get(subject, (f"defenses.{subject}.",))
+    shared = ("precision", "data.", "datasets.", "model.", "train.", *own)
+    return f"{digest_of(params, shared)}-{digest_of(params, (f'attacks.{attack}.',))}"
+
+
+def digest_of(params: dict[str, object], prefixes: tuple[str, ...]) -> str:
+    chosen = {name: str(value) for name, value in params.items() if name.startswith(prefixes)}
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def require_current(stage: str, recorded: dict[str, object], params: dict) -> None:
+    """Raises: UserError when a stage ran with another value of a parameter than params.yaml has.
+
+    A parameter that params.yaml lacks has its default, and is not compared.
+    """
+    current = dict(flatten(params))
+    for name, value in recorded.items():
+        if name in current and as_list(value) != as_list(current[name]):
+            raise UserError(
+                f"{stage} ran with {name} {value}, params.yaml says {current[name]};"
+                " run `dvc repro` first"
+            )
+
+
+def as_list(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def load_current_runs(reports: Path, params: dict, stages: tuple[str, ...]) -> dict[str, dict]:
-    """What each stage wrote of its run.
+    """The run.json of each stage.
 
-    Raises: UserError when one ran with other options than `params` has.
+    Raises: UserError when one ran with other parameters than `params`.
     """
     runs = {stage: read_json(reports / stage / "run.json") for stage in stages}
     for stage, run in runs.items():
@@ -227,150 +155,169 @@ def load_current_runs(reports: Path, params: dict, stages: tuple[str, ...]) -> d
     return runs
 
 
-def evaluated(reports: Path, trained: dict, attack: str) -> dict:
-    """Raises: UserError when `evaluate` measured another model than `trained` tells of."""
-    found = read_json(reports / "evaluate" / "metrics.json")
-    if found["attack"] != attack or found["model"] != trained["model"]:
-        raise UserError(
-            "evaluate measured another model than the one that train made; run `dvc repro` first"
-        )
-    return found
+def stages_of_defense(defense: str) -> tuple[str, ...]:
+    return RNP_STAGES if defense == "rnp" else (f"defend/{defense}",)
 
 
-def removal_rows(reports: Path, params: dict) -> list[dict[str, object]]:
-    """What each defense of one run came to, the unlearned model being part of it or not: a row per
-    defense.
+def total_seconds(runs: dict[str, dict]) -> float:
+    return float(sum(run["seconds"] for run in runs.values()))
+
+
+def last(runs: dict[str, dict]) -> dict:
+    return list(runs.values())[-1]
+
+
+def defense_row(run: FinishedRun, defense: str) -> Row:
+    """The row of RNP (`rnp`), of another defense, or of the backdoored model itself (`none`).
+
+    `seconds` are those of the defense, `clean_images` those that the defender has.
     """
-    flat, trained = dict(flatten(params)), read_json(reports / "train" / "metrics.json")
-    attack = flat["poison.attack"]
-    found = evaluated(reports, trained, attack)
-    rows = []
-    for name in sorted(found["models"].keys() - REFERENCE_MODELS):
-        asks = name == "rnp" or any(
-            field.name == "unlearn" for field in dataclasses.fields(load("defense", name))
-        )
-        runs = load_current_runs(reports, params, stages_of_defense(name))
-        rows.append(
-            {
-                "preset": flat["preset"],
-                "attack": attack,
-                "seed": flat["seed"],
-                "gate": trained["gate"],
-                "task": "removal",
-                "detector": name.removesuffix(UNLEARNED),
-                "model": "unlearned" if asks else "backdoored",
-                "setting": "test",
-                "seconds": float(sum(run["seconds"] for run in runs.values())),
-                **provenance(runs, flat, name),
-                **{
-                    key: found["models"][name][key]
-                    for key in ("clean_accuracy", "attack_success_rate", "der")
-                },
-            }
-        )
-    return [format_row(each, DETECTION_COLUMNS) for each in rows]
-
-
-def detection_rows(reports: Path, params: dict) -> list[dict[str, object]]:
-    """What the detectors of one run found: a row per task, detector, model and setting.
-
-    Detectors that were asked of the unlearned benign have `_unlearned` behind their names, since the
-    model is the benign model then.
-    """
-    flat = dict(flatten(params))
-    trained, found = (read_json(reports / stage / "metrics.json") for stage in ("train", "detect"))
-    runs = load_current_runs(reports, params, (*STAGES[:3], "detect"))
-    seconds = read_json(reports / "detect" / "seconds.json")
-    common = {
-        "preset": flat["preset"],
-        "attack": flat["poison.attack"],
-        "seed": flat["seed"],
-        "setting": "test",
-        "gate": trained["gate"],
-        **provenance(runs, flat, "detect"),
-    }
-    rows = []
-    for model, values in found["triggers"].items():
-        rows.append(
-            {
-                "task": "triggers",
-                "detector": "neural_cleanse",
-                "model": model,
-                "attack_success_rate": values["success"],
-                "seconds": seconds.get(f"triggers_{model}"),
-                **values,
-            }
-        )
-    for name, values in found["labels"].items():
-        asks = name.endswith(UNLEARNED) or load("labels", name).needs_unlearned
-        model = "unlearned" if asks else "backdoored"
-        rows.append(
-            {
-                "task": "labels",
-                "detector": name.removesuffix(UNLEARNED),
-                "model": model,
-                "label_correct": values["correct"],
-                "seconds": seconds.get(f"labels_{name}"),
-                **values,
-            }
-        )
-    for name, values in found.get("benign_labels", {}).items():
-        rows.append(
-            {
-                "task": "labels",
-                "detector": name,
-                "model": "benign",
-                "label_correct": values["correct"],
-                "seconds": seconds.get(f"benign_labels_{name}"),
-                **values,
-            }
-        )
-    for key, setting in (("samples", "test"), ("training_samples", "training")):
-        for name, values in found.get(key, {}).items():
-            rows.append(
-                {
-                    "task": "samples",
-                    "detector": name,
-                    "model": "unlearned" if values["asks_unlearned"] else "backdoored",
-                    "setting": setting,
-                    "seconds": seconds.get(f"{key}_{name}"),
-                    **values,
-                }
-            )
-    return [format_row(common | each, DETECTION_COLUMNS) for each in rows]
-
-
-def control_rows(reports: Path, params: dict) -> list[dict[str, object]]:
-    """What the controls of one run showed: a row per control, model and amount."""
-    flat, trained = dict(flatten(params)), read_json(reports / "train" / "metrics.json")
-    runs = load_current_runs(reports, params, (*STAGES, "controls"))
-    common = {
-        "preset": flat["preset"],
-        "attack": flat["poison.attack"],
-        "seed": flat["seed"],
-        "gate": trained["gate"],
+    trained = run.trained
+    runs = run.runs("poison", "train")
+    row = run.identity() | {
+        "defense": defense,
+        "clean_accuracy_benign": trained["clean_accuracy_benign"],
         "n_clean": trained["n_clean"],
         "n_triggered": trained["n_triggered"],
-        **provenance(runs, flat, "rnp"),
+        **{f"{name}_before": trained[name] for name in MEASURES},
+        **{f"seconds_{stage}": record["seconds"] for stage, record in runs.items()},
+    }
+    if defense == NO_DEFENSE:
+        row |= {name: trained[name] for name in MEASURES}
+    else:
+        runs = run.runs(*stages_of_defense(defense))
+        row |= repair_values(run, defense, runs)
+    return row | run.origin(last(runs), defense)
+
+
+def repair_values(run: FinishedRun, defense: str, runs: dict[str, dict]) -> Row:
+    """The columns of a repaired model."""
+    evaluation = run.evaluation()
+    models = evaluation["models"]
+    if defense not in models:
+        known = ", ".join(models)
+        raise UserError(f"this run has no defense {defense!r}; choose from none, {known}")
+    split = run.metrics("prepare")
+    values = {name: models[defense][name] for name in (*MEASURES, "der")} | {
+        "seconds": total_seconds(runs),
+        "clean_images": split["defense_train"] + split["defense_val"],
+    }
+    if defense == "rnp":
+        return values | {
+            **{f"seconds_{stage}": record["seconds"] for stage, record in runs.items()},
+            **{name: evaluation[name] for name in ("neurons_pruned", "neurons", "threshold")},
+            **{f"oracle_{name}": evaluation["oracle"][name] for name in MEASURES[:2]},
+        }
+    metrics = run.metrics(f"defend/{defense}")
+    return values | {
+        "neurons_pruned": metrics.get("pruned", ""),
+        "threshold": metrics.get("threshold", ""),
+    }
+
+
+def removal_rows(run: FinishedRun) -> Iterator[Row]:
+    """A row per defense, with the model that it works on: the unlearned or the backdoored one."""
+    models = run.evaluation()["models"]
+    for name in sorted(models.keys() - REFERENCE_MODELS):
+        runs = run.runs(*stages_of_defense(name))
+        measures = ("clean_accuracy", "attack_success_rate", "der")
+        yield {
+            **run.identity(),
+            "task": "removal",
+            "detector": name.removesuffix(UNLEARNED),
+            "model": "unlearned" if uses_unlearned(name) else "backdoored",
+            "setting": "test",
+            "seconds": total_seconds(runs),
+            **run.origin(last(runs), name),
+            **{measure: models[name][measure] for measure in measures},
+        }
+
+
+def uses_unlearned(defense: str) -> bool:
+    """Whether a defense unlearns the model, as its hyperparameters show."""
+    return hasattr(load("defense", defense), "unlearn")
+
+
+def detection_rows(run: FinishedRun) -> Iterator[Row]:
+    """A row per task, detector, model and setting.
+
+    The names of detectors that judge the benign model after unlearning end with `_unlearned`,
+    since their model is `benign`.
+    """
+    runs = run.runs("poison", "train", "unlearn", "detect")
+    common = run.identity() | run.origin(last(runs), "detect")
+    metrics = run.metrics("detect")
+    seconds = read_json(run.reports / "detect" / "seconds.json")
+    for row in (*trigger_rows(metrics), *label_rows(metrics), *sample_rows(metrics)):
+        yield common | row | {"seconds": seconds.get(row["timed_as"])}
+
+
+def trigger_rows(metrics: dict) -> Iterator[Row]:
+    """The recovered triggers; `timed_as` is the name of a row's seconds."""
+    for model, values in metrics["triggers"].items():
+        yield {
+            "task": "triggers",
+            "detector": "neural_cleanse",
+            "model": model,
+            "setting": "test",
+            "attack_success_rate": values["success"],
+            "timed_as": f"triggers_{model}",
+            **values,
+        }
+
+
+def label_rows(metrics: dict) -> Iterator[Row]:
+    """The detectors of the label, on the attacked models and on the benign one."""
+    for name, values in metrics["labels"].items():
+        model = "unlearned" if judges_unlearned(name) else "backdoored"
+        yield label_row(name.removesuffix(UNLEARNED), model, f"labels_{name}", values)
+    for name, values in metrics.get("benign_labels", {}).items():
+        yield label_row(name, "benign", f"benign_labels_{name}", values)
+
+
+def judges_unlearned(name: str) -> bool:
+    """Whether these results of a label detector are about the unlearned model."""
+    if name.endswith(UNLEARNED):
+        return True
+    return cast("type[LabelDetector]", load("labels", name)).needs_unlearned
+
+
+def label_row(detector: str, model: str, timed_as: str, values: dict) -> Row:
+    return {
+        "task": "labels",
+        "detector": detector,
+        "model": model,
+        "setting": "test",
+        "label_correct": values["correct"],
+        "timed_as": timed_as,
+        **values,
+    }
+
+
+def sample_rows(metrics: dict) -> Iterator[Row]:
+    """The detectors of samples, among test images and among training images."""
+    for key, setting in (("samples", "test"), ("training_samples", "training")):
+        for name, values in metrics.get(key, {}).items():
+            yield {
+                "task": "samples",
+                "detector": name,
+                "model": "unlearned" if values["asks_unlearned"] else "backdoored",
+                "setting": setting,
+                "timed_as": f"{key}_{name}",
+                **values,
+            }
+
+
+def control_rows(run: FinishedRun) -> Iterator[Row]:
+    """A row per control experiment, model and amount."""
+    runs = run.runs("poison", "train", *RNP_STAGES, "controls")
+    common = run.identity() | {
+        "n_clean": run.trained["n_clean"],
+        "n_triggered": run.trained["n_triggered"],
+        **run.origin(last(runs), "rnp"),
     }
     counts = (*CONTROL_KEY, "neurons_pruned")
-    measured = [
-        {name: value if name in counts else float(value) for name, value in each.items()}
-        for each in read_rows(reports / "controls" / "rows.csv")
-    ]
-    return [format_row(common | each, CONTROL_COLUMNS) for each in measured]
-
-
-def format_row(values: dict[str, object], columns: tuple[str, ...]) -> dict[str, object]:
-    """A row as the table holds it."""
-
-    def cell(value: object) -> object:
-        return (
-            f"{value:.5g}"
-            if isinstance(value, float)
-            else str(value).lower()
-            if isinstance(value, bool)
-            else value
-        )
-
-    return {name: cell(values.get(name, "")) for name in columns}
+    for row in read_rows(run.reports / "controls" / "rows.csv"):
+        yield common | {
+            name: value if name in counts else float(value) for name, value in row.items()
+        }

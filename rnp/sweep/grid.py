@@ -1,4 +1,4 @@
-"""The points of a grid of parameters."""
+"""The configurations of a grid of parameters."""
 
 from __future__ import annotations
 
@@ -16,34 +16,41 @@ LONGEST = 120  # characters of a name; file systems take 255 bytes
 
 
 def grid(overrides: Iterable[str], params: Path) -> dict[str, str]:
-    """The text of params.yaml for each point, by name; DVC parses and applies the overrides, as
-    for `dvc exp run`.
+    """The text of params.yaml for each configuration, by its name.
+
+    DVC parses and applies the overrides, as for `dvc exp run`.
 
     Raises: UserError when DVC refuses one of them.
     """
     from dvc.exceptions import DvcException
     from dvc.utils.cli_parse import to_path_overrides
-    from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
+    from dvc.utils.hydra import get_hydra_sweeps
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    texts = {}
     try:
         by_file = to_path_overrides(overrides)
         if other := sorted(by_file.keys() - {PARAMS}):
             raise UserError(f"-S changes {PARAMS}, not {other[0]}")
-        for point in get_hydra_sweeps(by_file):
-            with tempfile.TemporaryDirectory() as folder:
-                draft = shutil.copy(params, Path(folder, PARAMS))
-                apply_overrides(draft, point[PARAMS])
-                texts[label(point[PARAMS])] = draft.read_text()
+        changes = [point[PARAMS] for point in get_hydra_sweeps(by_file)]
+        return {label(change): changed(params, change) for change in changes}
     except (DvcException, HydraException, OmegaConfBaseException) as error:
         raise UserError(f"-S: {' '.join(str(error.__cause__ or error).split())}") from error
-    return texts
+
+
+def changed(params: Path, overrides: list[str]) -> str:
+    """The text of a params.yaml with overrides applied."""
+    from dvc.utils.hydra import apply_overrides
+
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder, PARAMS)
+        shutil.copy(params, draft)
+        apply_overrides(draft, overrides)
+        return draft.read_text()
 
 
 def label(overrides: list[str]) -> str:
-    """A name for a folder; where one cannot hold the overrides, a digest tells them apart."""
+    """A name for a folder; a digest makes it unique where it cannot hold all the overrides."""
     text = ",".join(overrides)
     name = re.sub(r"[^\w.=,+-]", "_", text, flags=re.ASCII).lstrip(".-")[:LONGEST]
     return name if name == text else f"{name}-{digest([text])[:8]}"

@@ -1,8 +1,7 @@
-"""`dvc repro` for one of several copies that share a cache: of equal stages one runs, the others
-wait and take its results.
+"""`dvc repro` in one of several copies that share a cache: equal stages run once.
 
-A script, not a module: `python -P repro_once.py LOCKS [TARGET]`, for it is DVC that it runs,
-wherever `rnp` comes from.
+The other copies wait, and take the results from the cache. This is a script, not a module: `python
+-P repro_once.py LOCKS [TARGET]`, since it runs DVC alone, wherever `rnp` is imported from.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dvc.cli import main
 from dvc.exceptions import DvcException
@@ -20,31 +20,30 @@ from dvc.stage import Stage
 
 
 @contextlib.contextmanager
-def turn(locks: Path, stage: Stage) -> Iterator[None]:
-    """Nobody else is at a stage with this command and these dependencies; the lock falls with the
-    process that holds it.
-    """
+def stage_lock(locks: Path, stage: Stage) -> Iterator[None]:
+    """Hold a file lock of the stage's command and dependencies; it ends with the process."""
     try:
-        facts = repr([stage.cmd, sorted((dep.def_path, str(dep.get_hash())) for dep in stage.deps)])
-    except (DvcException, OSError):  # what is missing, DVC names in better words
+        hashes = sorted((dep.def_path, str(dep.get_hash())) for dep in stage.deps)
+    except (DvcException, OSError):  # a missing dependency: DVC reports it better
         yield
         return
-    with (locks / hashlib.sha256(facts.encode()).hexdigest()).open("w") as lock:
+    name = hashlib.sha256(repr([stage.cmd, hashes]).encode()).hexdigest()
+    with (locks / name).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def take_turns(locks: Path) -> None:
-    """From `run` on a stage is looked up in the run cache, works, and is saved there."""
+def lock_stages(locks: Path) -> None:
+    """Wrap `Stage.run`, which includes the look-up in the run cache and the saving."""
     run = Stage.run
 
-    def run_in_turn(stage: Stage, *arguments: object, **options: object) -> None:
-        with turn(locks, stage):
-            run(stage, *arguments, **options)
+    def run_locked(self: Stage, *arguments: Any, **options: Any) -> None:
+        with stage_lock(locks, self):
+            run(self, *arguments, **options)
 
-    Stage.run = run_in_turn
+    Stage.run = run_locked
 
 
 if __name__ == "__main__":
-    take_turns(Path(sys.argv[1]))
+    lock_stages(Path(sys.argv[1]))
     sys.exit(main(["repro", *sys.argv[2:]]))

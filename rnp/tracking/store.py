@@ -16,9 +16,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlparse
 from urllib.request import url2pathname
+
+from rnp.io.files import read_json
+from rnp.params.read import flatten
+
+if TYPE_CHECKING:  # importing MLflow takes one to two seconds
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
 
 T = TypeVar("T")
 SQLITE = "sqlite:///"
@@ -31,7 +38,12 @@ PATIENCE = {  # MLflow's own defaults wait 4 to 20 minutes for a dead server; th
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-BATCH = 1000  # metrics that an MLflow server takes in one call
+EXPERIMENT_KIND = "mlflow.experimentKind"
+MODEL_TRAINING = "custom_model_development"
+"""The kind of experiment that MLflow opens in its model-training view, not in that for GenAI."""
+PARAMS_PER_CALL = 100
+METRICS_PER_CALL = 1000
+"""As many as an MLflow server accepts."""
 
 
 def root() -> Path:
@@ -40,8 +52,9 @@ def root() -> Path:
 
 
 def store_uri() -> str | None:
-    """Where MLflow keeps the runs, None when tracking is off. The path of an sqlite file counts
-    from `root`.
+    """Where MLflow keeps the runs, None when tracking is off.
+
+    The path of an sqlite file is relative to `root`.
     """
     if os.environ.get("RNP_TRACKING", "").lower() in ("off", "false", "no", "0"):
         return None
@@ -59,11 +72,8 @@ def database(uri: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def locked(uri: str) -> Iterator[None]:
-    """One process at a time beside the same sqlite file: two that migrate a fresh one together
-    crash.
-    """
-    file = database(uri)
+def locked(file: Path | None) -> Iterator[None]:
+    """Let one process at a time open an sqlite store: two that migrate a new one together crash."""
     if file is None:
         yield
         return
@@ -76,64 +86,81 @@ def locked(uri: str) -> Iterator[None]:
 
 
 class Store:
-    """An MLflow experiment that fails open: the first failure is told once, from then on nothing
-    is done.
+    """An MLflow experiment that fails open: after the first failure, which is a warning, every
+    call does nothing.
     """
 
+    client: MlflowClient
+    experiment: str
+
     def __init__(self, remedy: str = "the next `dvc repro` makes up for it") -> None:
-        self.uri, self.remedy = store_uri(), remedy
-        self.client = self.experiment = None
+        self.uri = store_uri()
+        self.remedy = remedy
         if self.uri:
-            self.guarded(self._open)
+            self.guarded(self._open, self.uri)
             self.guarded(self._close_dead_runs)
 
     def guarded(self, work: Callable[..., T], *arguments: object) -> T | None:
-        """What `work` returns; None when tracking is off or `work` fails, which switches it off."""
+        """The result of `work`; None when tracking is off or `work` fails: then tracking ends."""
         if self.uri is None:
             return None
         try:
             return work(*arguments)
         except Exception as error:  # whatever it is, the training goes on
-            warn(
-                f"MLflow at {self.uri} failed, going on without it; {self.remedy} ({short_error(error)})"
-            )
+            failure = f"MLflow at {self.uri} failed, going on without it"
+            warn(f"{failure}; {self.remedy} ({short_error(error)})")
             self.uri = None
             return None
 
-    def _open(self) -> None:
+    def _open(self, uri: str) -> None:
         os.environ.update({key: value for key, value in PATIENCE.items() if key not in os.environ})
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-        from mlflow import MlflowClient  # one to two seconds
+        from mlflow import MlflowClient
 
-        name, file = experiment_name(), database(self.uri)
-        place = (file.parent / "mlruns").as_uri() if file else None
-        with locked(self.uri):
-            self.client = client = MlflowClient(self.uri)
-            found = client.get_experiment_by_name(name) or client.get_experiment(
-                client.create_experiment(name, place)
-            )
-        self.experiment, place = found.experiment_id, urlparse(found.artifact_location)
-        if file and place.scheme == "file" and not Path(url2pathname(place.path)).parent.is_dir():
+        file = database(uri)
+        with locked(file):
+            self.client = MlflowClient(uri)
+            self.experiment, place = self._find_or_create_experiment(file)
+        artifacts = urlparse(place)
+        if not file or artifacts.scheme != "file":
+            return
+        if not Path(url2pathname(artifacts.path)).parent.is_dir():
             raise FileNotFoundError(
-                f"its files were in {place.path}, which is gone; after moving the project delete"
-                f" {file}"
+                f"its files were in {artifacts.path}, which does not exist any more;"
+                f" after moving the project delete {file}"
             )
 
-    def search(self, condition: str) -> list:
-        found, token = [], None
-        while True:  # a server hands them out in pages
+    def _find_or_create_experiment(self, file: Path | None) -> tuple[str, str]:
+        """Its id, and where its artifacts are."""
+        name = experiment_name()
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
+            place = (file.parent / "mlruns").as_uri() if file else None
+            created = self.client.create_experiment(name, place, {EXPERIMENT_KIND: MODEL_TRAINING})
+            experiment = self.client.get_experiment(created)
+        elif EXPERIMENT_KIND not in experiment.tags:
+            self.client.set_experiment_tag(
+                experiment.experiment_id, EXPERIMENT_KIND, MODEL_TRAINING
+            )
+        return experiment.experiment_id, experiment.artifact_location
+
+    def search(self, condition: str) -> list[Run]:
+        """All runs of the experiment that meet the condition."""
+        runs: list[Run] = []
+        token = None
+        while True:  # a server returns them in pages
             page = self.client.search_runs([self.experiment], condition, page_token=token)
-            found, token = [*found, *page], page.token
+            runs += page
+            token = page.token
             if not token:
-                return found
+                return runs
 
     def _close_dead_runs(self) -> None:
-        """End the runs whose process died without a word: a stage run was killed, an unfinished
-        row is none.
+        """End the runs of processes that were killed: stage runs are marked, unfinished rows are
+        deleted.
         """
-        for run in self.search(
-            f"attributes.status = 'RUNNING' and tags.`rnp.host` = '{socket.gethostname()}'"
-        ):
+        host = socket.gethostname()
+        for run in self.search(f"attributes.status = 'RUNNING' and tags.`rnp.host` = '{host}'"):
             if alive(int(run.data.tags["rnp.pid"])):
                 continue
             if run.data.tags["rnp.kind"] == "pipeline":
@@ -147,27 +174,21 @@ class Store:
         """The id of a new run that started `seconds` ago."""
         from mlflow.entities import Param
 
-        run_id = self.client.create_run(
-            self.experiment, now() - int(seconds * 1000), tags, name
-        ).info.run_id
+        start = now() - int(seconds * 1000)
+        run_id = self.client.create_run(self.experiment, start, tags, name).info.run_id
         entries = [Param(safe_name(key), str(value)) for key, value in params.items()]
-        for some in chunks(entries, 100):  # as many as a server takes
-            self.client.log_batch(run_id, params=some)
+        for batch in chunks(entries, PARAMS_PER_CALL):
+            self.client.log_batch(run_id, params=batch)
         return run_id
 
-    def log(self, run_id: str, metrics: list) -> None:
-        for some in chunks(metrics, BATCH):
-            self.client.log_batch(run_id, metrics=some)
+    def log(self, run_id: str, metrics: list[Metric]) -> None:
+        for batch in chunks(metrics, METRICS_PER_CALL):
+            self.client.log_batch(run_id, metrics=batch)
 
     def log_report(self, run_id: str, report: Path, seconds: float) -> None:
         """End values and figures of a stage from its report folder."""
-        self.log(
-            run_id,
-            [
-                *to_metrics(flat(load(report / "metrics.json")), prefix="final/"),
-                *to_metrics({"seconds": seconds}),
-            ],
-        )
+        final = flat(read_json(report / "metrics.json", default={}))
+        self.log(run_id, to_metrics(final, prefix="final/") + to_metrics({"seconds": seconds}))
         self.log_figures(run_id, report)
 
     def log_figures(self, run_id: str, report: Path, folder: str = "plots") -> None:
@@ -181,21 +202,20 @@ class Store:
 
 
 def finished_rows() -> list[tuple[dict[str, str], dict[str, float], str]]:
-    """Parameters, metrics and time (UTC) of the finished configurations; empty, after a warning,
-    where MLflow fails.
+    """Parameters, metrics and time (UTC) of the finished configurations.
+
+    Where MLflow fails there are none, after a warning.
     """
     store = Store()
-    found = (
-        store.guarded(
-            store.search, "tags.`rnp.kind` = 'pipeline' and attributes.status = 'FINISHED'"
-        )
-        or []
-    )
+    condition = "tags.`rnp.kind` = 'pipeline' and attributes.status = 'FINISHED'"
+    runs = store.guarded(store.search, condition) or []
+    return [(run.data.params, run.data.metrics, started(run)) for run in runs]
 
-    def when(run):
-        return f"{datetime.datetime.fromtimestamp(run.info.start_time / 1000, datetime.UTC):%Y-%m-%d %H:%M:%S}"
 
-    return [(run.data.params, run.data.metrics, when(run)) for run in found]
+def started(run: Run) -> str:
+    """When a run started, in UTC."""
+    start = datetime.datetime.fromtimestamp(run.info.start_time / 1000, datetime.UTC)
+    return f"{start:%Y-%m-%d %H:%M:%S}"
 
 
 def setup() -> None:
@@ -204,13 +224,12 @@ def setup() -> None:
 
 
 def tags(kind: str, stage: str, key: str) -> dict[str, str]:
-    """What a run says about its origin; the client, unlike MLflow's global functions, adds nothing
-    by itself.
-    """
-    commit, version = git_commit(), None
+    """Where a run comes from: MLflow's client, unlike its global functions, adds no tag itself."""
+    commit = git_commit()
+    version = None
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         version = importlib.metadata.version("rnp")
-    found = {
+    values = {
         "rnp.kind": kind,
         "rnp.stage": stage,
         "rnp.key": key,
@@ -226,30 +245,26 @@ def tags(kind: str, stage: str, key: str) -> dict[str, str]:
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": commit.removesuffix("-dirty"),
     }
-    return {name: value for name, value in found.items() if value}
+    return {name: value for name, value in values.items() if value}
 
 
 def git_commit() -> str:
-    """The commit of this folder, with `-dirty` after it when tracked files differ; empty where
-    there is no git.
+    """The commit of this folder, empty where there is no git.
+
+    `-dirty` follows it when tracked files differ.
     """
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-        )
+        result = subprocess.run(command, capture_output=True, text=True, timeout=5, env=env)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout.strip()
+    return result.stdout.strip()
 
 
 def to_metrics(
     numbers: dict[str, float], step: int = 0, prefix: str = "", when: int | None = None
-) -> list:
+) -> list[Metric]:
     from mlflow.entities import Metric
 
     when = now() if when is None else when
@@ -261,22 +276,15 @@ def to_metrics(
 
 def flat(tree: dict, prefix: str = "") -> dict[str, float]:
     """The numbers and truth values of nested dictionaries, their names joined by slashes."""
-    found = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}/")
-        elif isinstance(value, (int, float)):
-            found[f"{prefix}{name}"] = float(value)
-    return found
+    return {
+        name: float(value)
+        for name, value in flatten(tree, prefix, separator="/")
+        if isinstance(value, (int, float))
+    }
 
 
-def chunks(entries: list, size: int) -> Iterator[list]:
+def chunks(entries: list[T], size: int) -> Iterator[list[T]]:
     return (entries[start : start + size] for start in range(0, len(entries), size))
-
-
-def load(path: Path) -> dict:
-    """A JSON object, empty where there is no file; `rnp.io` would load PyTorch."""
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def safe_name(name: str) -> str:
@@ -289,8 +297,9 @@ def digest(value: object) -> str:
 
 
 def alive(pid: int) -> bool:
-    """Whether another process has this id. Ours is new: what carries its number was written by one
-    that is gone.
+    """Whether another process has this id.
+
+    Our own id does not count: a run that carries it belongs to an earlier process of that id.
     """
     try:
         os.kill(pid, 0)

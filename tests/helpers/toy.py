@@ -1,4 +1,7 @@
-"""Stages that take no time: `python toy.py train --lr 0.1 --out model --report reports/train`."""
+"""Stages that take no time: `python toy.py train --lr 0.1 --out model --report reports/train`.
+
+Their options have the values of their section in params.yaml, unless the command line has others.
+"""
 
 import os
 import signal
@@ -17,9 +20,9 @@ from rnp.types import Epoch
 
 PARAMS = {
     "seed": 0,
-    "data": {"set": "shapes"},
+    "data": {"name": "shapes"},
     "poison": {"attack": "badnets"},
-    "train": {"lr": 0.1},
+    "train": {"lr": 0.1, "epochs": 3, "rate": {"final": 0.5}},
     "recover": {"lr": 0.2},
 }
 PICTURE = b"\x89PNG\r\n\x1a\n"
@@ -45,6 +48,7 @@ def misbehave(how: str, report: Path) -> None:
 def stage(name: str) -> click.Command:
     @click.command(name)
     @click.option("--model", type=PATH)
+    @click.option("--seed", default=0)
     @click.option("--lr", type=float, required=True)
     @click.option("--rate.final", "rate__final", type=float, default=0.5)
     @click.option("--do", default="well")
@@ -52,7 +56,14 @@ def stage(name: str) -> click.Command:
     @click.option("--out", type=PATH, required=True)
     @click.option("--report", type=PATH, required=True)
     def command(
-        model: Path, lr: float, rate__final: float, do: str, epochs: int, out: Path, report: Path
+        model: Path | None,
+        seed: int,
+        lr: float,
+        rate__final: float,
+        do: str,
+        epochs: int,
+        out: Path,
+        report: Path,
     ) -> None:
         with History(report / "history.csv") as history:
             for epoch in range(epochs):
@@ -79,6 +90,7 @@ def stage(name: str) -> click.Command:
 
 
 if __name__ == "__main__":
-    stages.stage.check_params = lambda params: None  # the toy has sections of its own
+    stages.stage.check_params = lambda params: params  # the toy has sections of its own
     stage_run.LIVE_AFTER = 0
-    stages.stage.run(stage(sys.argv.pop(1)))
+    name = sys.argv.pop(1)
+    stages.stage.main(stage(name), name)

@@ -1,4 +1,4 @@
-"""The page about the attacks is made of their documentation, their pictures and rows of results."""
+"""The page about the attacks: their documentation, their pictures and rows of results."""
 
 import inspect
 import json
@@ -7,17 +7,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from rnp.cli.main import cli
 from rnp.errors import UserError
 from rnp.io.files import write_rows
 from rnp.registry import load, names
-from rnp.reporting.rows import COLUMNS
-from tools.attack_gallery import PARTS, split
+from rnp.reporting.columns import COLUMNS
+from tools.attack_gallery import PARTS, gallery, split
 
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Writes the page from one row about `sig` and the picture of a run of `blend`; its text."""
+    """Write the page from a row about `sig` and the picture of a run of `blend`; its text."""
     monkeypatch.chdir(tmp_path)
     row = dict.fromkeys(COLUMNS, "") | {
         "preset": "cifar10-fast",
@@ -38,12 +37,11 @@ def write(tmp_path, monkeypatch):
 
     def run(attack="blend"):
         Path("reports/poison/run.json").write_text(
-            json.dumps({"params": {"attack": attack, "seed": 0}})
+            json.dumps({"params": {"poison.attack": attack, "seed": 0}})
         )
         Path("reports/poison/triggers.png").write_bytes(b"picture")
-        done = CliRunner().invoke(cli, ["gallery", "docs/attacks.md", "--table", "rows.csv"])
-        if done.exception:
-            raise done.exception
+        arguments = ["docs/attacks.md", "--table", "rows.csv"]
+        CliRunner().invoke(gallery, arguments, catch_exceptions=False)
         return Path("docs/attacks.md").read_text()
 
     return run
@@ -60,7 +58,9 @@ def test_every_attack_has_its_section_picture_and_numbers(write):
 
 
 def test_a_picture_of_another_attack_is_refused(write):
-    with pytest.raises(UserError, match=r"poison ran with attack sig, params.yaml says blend"):
+    with pytest.raises(
+        UserError, match=r"poison ran with poison.attack sig, params.yaml says blend"
+    ):
         write("sig")
     assert not Path("docs/attacks/blend.png").exists()
 

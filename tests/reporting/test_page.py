@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from rnp.errors import UserError
-from rnp.reporting.page import number, page
+from rnp.evaluation.controls import EXPERIMENTS
+from rnp.reporting.page import CONTROLS, number, page
 
 HOSTILE = "</td><script>alert('\"x\"')</script>"
 PNG = base64.b64decode(
@@ -146,7 +147,7 @@ def test_gate_banner(reports: Path) -> None:
     write(
         reports / "evaluate",
         "metrics.json",
-        evaluation(min_asr=False, gate_reason="ASR 0.312 is below 0.8"),
+        evaluation(gate=False, gate_reason="ASR 0.312 is below 0.8"),
     )
     text = html(reports, {})
     assert 'role="alert"' in text and "not real" in text and "ASR 0.312 is below 0.8" in text
@@ -179,6 +180,53 @@ def test_labels_and_methods_are_all_listed(reports: Path) -> None:
         and "loss gap" in text
         and "size (pixels)" in text
     )
+
+
+def test_every_control_experiment_is_shown(reports: Path) -> None:
+    assert list(CONTROLS) == list(EXPERIMENTS)
+    rows = {name: {"benign, 5": {"der": 0.5}} for name in EXPERIMENTS}
+    write(reports / "controls", "metrics.json", rows)
+    text = html(reports, {})
+    assert text.count("benign, 5") >= len(EXPERIMENTS) and "RNP with darker, noisy images." in text
+
+
+def test_the_parameters_in_use_are_shown(reports: Path) -> None:
+    params = {
+        "data": {"name": "shapes"},
+        "poison": {"attack": "sig"},
+        "attacks": {"sig": {"frequency": 6}, "blend": {"alpha": 0.2}},
+    }
+    text = html(reports, params)
+    assert "Attack: badnets." in text, "the one that was evaluated"
+    assert "Data: shapes." in text
+    assert "attacks.sig.frequency" in text and "attacks.blend.alpha" not in text
+
+
+def test_an_audited_model_has_its_own_section(tmp_path: Path) -> None:
+    accuracy = {"value": 0.9, "n": 200, "interval": [0.85, 0.94]}
+    audit = {
+        "warnings": ["the images have no labels"],
+        "accuracy_before": accuracy,
+        "accuracy_after": accuracy | {"value": 0.89},
+        "cost": accuracy | {"value": 0.01, "n": 100, "turned_wrong": 2, "turned_right": 1},
+        "tuned_against": ["cat"],
+        "settings": {"rounds": 3},
+        "images": {"source": "images"},
+        "model": {"architecture": HOSTILE},
+        "classes": {0: "cat"},
+        "skipped": [],
+        "inputs": {"model.pth": "0" * 64},
+        "outputs": {},
+        "command": "rnp purify model.pth",
+        "seed": 0,
+        "not_tested": ["Triggers that cover the whole image."],
+    }
+    page(tmp_path, {}, tmp_path / "report.html", audit=audit)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert 'role="alert"' in text and "the images have no labels" in text
+    assert "0.900" in text and "200 of the images given" in text and "-0.010 in accuracy" in text
+    assert "Triggers that cover the whole image." in text and "adaptive attacks" not in text
+    assert "<script" not in text
 
 
 def test_its_own_earlier_run_does_not_change_the_page(reports: Path) -> None:

@@ -1,5 +1,5 @@
-"""Every figure: written whole or not at all, the same bytes each time, of a sane size, and
-unharmed by odd names.
+"""Every figure: written completely or not at all, the same bytes each time, of a sane size, with
+any names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image
 
 from rnp.io.files import write_rows
 from rnp.prune import SweepPoint
-from rnp.reporting import plots
+from rnp.reporting import figures, plots
 from rnp.types import Epoch
 
 HOSTILE = ("_hidden", "$\\frac{", "a\nb" * 40, "猫", "<b>", "")
@@ -74,11 +74,11 @@ FIGURES = {
     "sweep, one point": partial(plots.sweep_curve, points=POINTS[:1], chosen=POINTS[0]),
     "triggers": partial(
         plots.recovered_triggers,
-        truth=(IMAGES[0], IMAGES[0, 0]),
+        true_trigger=(IMAGES[0], IMAGES[0, 0]),
         recovered=[(name, IMAGES[1], IMAGES[1, 1]) for name in HOSTILE],
     ),
     "triggers, one": partial(
-        plots.recovered_triggers, truth=None, recovered=[("a", IMAGES[1], IMAGES[1, 1])]
+        plots.recovered_triggers, true_trigger=None, recovered=[("a", IMAGES[1], IMAGES[1, 1])]
     ),
     "roc": partial(
         plots.roc, curves={name: ([0.0, 0.1, 1.0], [0.0, 0.8, 1.0], 0.9) for name in HOSTILE}
@@ -105,7 +105,10 @@ def test_figure_is_written_and_repeats_byte_for_byte(draw: partial, tmp_path: Pa
     one, two = (tmp_path / "new" / name for name in ("one.png", "two.png"))
     assert one.read_bytes() == two.read_bytes()
     with Image.open(one) as picture:
-        assert picture.width == plots.WIDTH * plots.DPI and 200 < picture.height < 4 * picture.width
+        assert (
+            picture.width == figures.WIDTH * figures.DPI
+            and 200 < picture.height < 4 * picture.width
+        )
         assert (
             len(picture.convert("L").histogram()) > 1 and picture.convert("L").getextrema()[0] < 128
         )
@@ -135,10 +138,10 @@ def test_histories_from_memory_and_from_csv_look_alike(tmp_path: Path) -> None:
 
 
 def test_names_of_lines_are_kept_apart_and_inside() -> None:
-    _, axes = plots.canvas(3.0)
+    _, axes = figures.canvas(3.0)
     ax = axes[0, 0]
     ax.set_ylim(0, 1)
-    plots.name_lines(
+    figures.name_lines(
         ax,
         [
             (0.99, "a", "k"),
@@ -154,5 +157,5 @@ def test_names_of_lines_are_kept_apart_and_inside() -> None:
 
 
 def test_matplotlib_is_imported_only_to_draw() -> None:
-    code = "import sys, rnp.plots; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, rnp.reporting.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -9,7 +9,10 @@ from click.testing import CliRunner
 from rnp.cli.main import cli
 from rnp.errors import UserError
 from rnp.io.files import read_rows, write_rows
-from rnp.reporting.rows import COLUMNS, CONTROL_COLUMNS, DETECTION_COLUMNS, settings_digest
+from rnp.params.read import flatten, params_in_use
+from rnp.params.schema import nest
+from rnp.reporting.columns import COLUMNS, CONTROL_COLUMNS, DETECTION_COLUMNS
+from rnp.reporting.rows import settings_digest
 from rnp.reporting.table import cell, latest_comparable, mean_over_seeds
 
 
@@ -75,8 +78,8 @@ def test_the_mean_over_attacks_leaves_out_those_that_are_not_real():
     rows = [
         row("badnets", asr=0.1),
         row("blend", asr=0.3),
-        row("sig", asr=0.9, min_asr="false"),
-        row("wanet", asr=0.9, min_asr="false"),
+        row("sig", asr=0.9, gate="false"),
+        row("wanet", asr=0.9, gate="false"),
         row("wanet", 1, asr=0.9),
     ]
     lines = mean_over_seeds(rows)
@@ -101,37 +104,41 @@ def test_stale_rows_are_left_out(old):
     assert sorted(map(str, found)) == sorted(map(str, kept))
 
 
-def test_settings_look_at_what_the_defense_uses():
+def digest(params, defense):
+    """The settings of a row, from params.yaml."""
+    return settings_digest(dict(flatten(params_in_use(nest(params)))), "sig", defense)
+
+
+def test_settings_are_what_the_defense_uses():
     params = {
-        "data.set": "shapes",
-        "datasets.shapes.images": "9",
-        "datasets.digits.size": "3",
-        "attacks.sig.amplitude": "1",
-        "attacks.blend.alpha": "2",
-        "recover.lr": "3",
-        "defenses.ft.lr": "4",
-        "seed": "0",
-        "detect.images": "5",
+        "precision": "auto",
+        "data.name": "shapes",
+        "datasets.shapes.images": 9,
+        "datasets.digits.size": 3,
+        "poison.attack": "sig",
+        "attacks.sig.amplitude": 1,
+        "attacks.blend.alpha": 2,
+        "recover.lr": 3,
+        "defenses.ft.lr": 4,
+        "seed": 0,
+        "detect.labels": ["mm_bd"],
+        "detect.mm_bd.steps": 5,
+        "detect.consensus.steps": 6,
     }
 
-    def change(name, defense):
-        return settings_digest(params | {name: "7"}, "sig", defense) != settings_digest(
-            params, "sig", defense
-        )
+    options = params.keys() - {"data.name", "poison.attack", "detect.labels"}
 
-    assert {name for name in params if change(name, "rnp")} - {"data.set"} == {
-        "datasets.shapes.images",
-        "attacks.sig.amplitude",
-        "recover.lr",
-    }
-    assert (
-        change("defenses.ft.lr", "ft")
-        and not change("recover.lr", "ft")
-        and not change("recover.lr", "none")
-    )
-    assert settings_digest(params, "sig", "rnp") == settings_digest(
-        params | {"seed": 1, "recover.lr": 3}, "sig", "rnp"
-    ), "text or number"
+    def used(defense):
+        before = digest(params, defense)
+        return {name for name in options if digest(params | {name: 7}, defense) != before}
+
+    shared = {"precision", "datasets.shapes.images", "attacks.sig.amplitude"}
+    assert used("rnp") == shared | {"recover.lr"}
+    assert used("ft") == shared | {"defenses.ft.lr"}
+    assert used("none") == shared
+    assert used("detect") == shared | {"detect.mm_bd.steps"}
+    text = {name: str(value) for name, value in flatten(params_in_use(nest(params)))}
+    assert settings_digest(text, "sig", "rnp") == digest(params, "rnp"), "text, as MLflow keeps it"
 
 
 def test_from_files(tmp_path):
@@ -162,7 +169,7 @@ def test_from_files(tmp_path):
 def test_a_file_of_another_kind(tmp_path):
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     done = CliRunner().invoke(cli, ["table", str(tmp_path / "x.csv")])
-    assert isinstance(done.exception, UserError) and "is no table of `rnp rows`" in str(
+    assert isinstance(done.exception, UserError) and "is no table of `rnp collect`" in str(
         done.exception
     )
 
@@ -236,7 +243,7 @@ def test_one_measure_by_attack(tmp_path):
     )
     done = CliRunner().invoke(
         cli,
-        ["table", str(tmp_path / "t.csv"), "--by-attack", "attack_success_rate"],
+        ["table", str(tmp_path / "t.csv"), "--measure", "attack_success_rate"],
         catch_exceptions=False,
     )
     assert cells(done.output) == [
@@ -282,7 +289,7 @@ def test_a_table_of_controls(tmp_path):
     ] == [["50", "1", "0.300", "–", "7"], ["100", "2", "0.150", "–", "7"]]
     write_rows(tmp_path / "d.csv", [dict.fromkeys(DETECTION_COLUMNS, "")])
     done = CliRunner().invoke(cli, ["table", *(str(tmp_path / f"{name}.csv") for name in "cd")])
-    assert isinstance(done.exception, UserError) and "do not go together" in str(done.exception)
+    assert isinstance(done.exception, UserError) and "cannot be combined" in str(done.exception)
 
 
 def test_one_measure_of_detection_by_attack(tmp_path):
@@ -322,7 +329,7 @@ def test_one_measure_of_detection_by_attack(tmp_path):
     )
 
     def show(measure):
-        return CliRunner().invoke(cli, ["table", str(tmp_path / "d.csv"), "--by-attack", measure])
+        return CliRunner().invoke(cli, ["table", str(tmp_path / "d.csv"), "--measure", measure])
 
     assert cells(show("auroc").output)[2:] == [
         ["demo", "samples", "strip", "backdoored", "test", "0.900", "0.500"]
@@ -333,7 +340,7 @@ def test_one_measure_of_detection_by_attack(tmp_path):
     error = show("auruc").exception
     assert (
         isinstance(error, UserError)
-        and str(error) == "--by-attack: no measure 'auruc'; did you mean 'auroc'?"
+        and str(error) == "--measure: no measure 'auruc'; did you mean 'auroc'?"
     )
     write_rows(
         tmp_path / "d.csv",

@@ -35,7 +35,7 @@ def environment(monkeypatch):
     monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-    monkeypatch.setattr(stages.stage, "check_params", lambda params: None)
+    monkeypatch.setattr(stages.stage, "check_params", lambda params: params)
     monkeypatch.setattr("rnp.tracking.stage_run.LIVE_AFTER", 0)
 
 
@@ -88,9 +88,9 @@ class Project:
             patch.setattr(sys, "argv", [name, *arguments])
             patch.setattr(stages.stage.History, "listeners", [])
             try:
-                stages.stage.run(toy.stage(name))
+                stages.stage.main(toy.stage(name), name)
             except SystemExit as end:
-                return end.code
+                return int(end.code or 0)
         return 0
 
     def pipeline(self, **lr: float) -> None:

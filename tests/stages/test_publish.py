@@ -23,8 +23,8 @@ from stages.publish import MARKER, PARENT, publish
 from stages.summary import summary
 
 pytestmark = [  # both arise while MLflow imports its own modules
-    pytest.content_hash.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
-    pytest.content_hash.filterwarnings("ignore:.*Any type hint is inferred as AnyType"),
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType"),
 ]
 SCORES = {
     "clean_accuracy": 0.87,
@@ -53,9 +53,11 @@ def test_first_row(project):
     assert row.info.status == "FINISHED" and row.info.run_name.startswith("badnets-")
     assert row.data.params == {
         "seed": "0",
-        "data.set": "shapes",
+        "data.name": "shapes",
         "poison.attack": "badnets",
         "train.lr": "0.1",
+        "train.epochs": "3",
+        "train.rate.final": "0.5",
         "recover.lr": "0.2",
     }
     seconds = {
@@ -82,6 +84,19 @@ def test_first_row(project):
         "plots/train/curve.png",
         "plots/recover/curve.png",
     }
+
+
+def test_a_row_has_the_parameters_in_use(project):
+    """An option of an attack that is not chosen is none, and its edit makes no row."""
+    attacks = {"badnets": {"size": 3}, "blend": {"alpha": 0.2}}
+    project.write({**toy.PARAMS, "attacks": attacks})
+    project.pipeline()
+    (row,) = project.rows()
+    assert row.data.params["attacks.badnets.size"] == "3"
+    assert "attacks.blend.alpha" not in row.data.params
+    project.write({**toy.PARAMS, "attacks": attacks | {"blend": {"alpha": 0.5}}})
+    publish()
+    assert len(project.rows()) == 1
 
 
 def test_edit_and_revert(project):
@@ -117,7 +132,11 @@ def test_nothing_new_asks_no_mlflow(project, capsys, monkeypatch):
     monkeypatch.setattr(stages.publish, "Store", None)
     publish()
     assert f"row {name}" in capsys.readouterr().out
-    code = """import sys; from stages.publish import publish; publish(); print({"torch", "mlflow", "numpy"} & set(sys.modules))"""
+    code = """if True:
+        import sys
+        from stages.publish import publish
+        publish()
+        print({"torch", "mlflow", "numpy"} & set(sys.modules))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
 
@@ -128,7 +147,7 @@ def test_store_gone(project, crowd):
     shutil.rmtree("mlruns")
     shutil.copy(crowd[0] / "mlflow.db", project.folder)
     code = """if True:
-        from rnp.tracking import Store
+        from rnp.tracking.store import Store
         from stages.publish import MARKER, publish
         publish()
         MARKER.unlink()
@@ -147,11 +166,10 @@ def test_store_gone(project, crowd):
 def test_deleted_store_is_noticed(project):
     project.pipeline()
     row = json.loads(MARKER.read_text())["row"][0]
-    assert stages.publish.holds(project.folder / "mlflow.db", row)
-    assert not stages.publish.holds(project.folder / "mlflow.db", "another")
-    assert (
-        not stages.publish.holds(project.folder / "gone.db", row) and not Path("gone.db").exists()
-    )
+    assert stages.publish.run_exists(project.folder / "mlflow.db", row)
+    assert not stages.publish.run_exists(project.folder / "mlflow.db", "another")
+    assert not stages.publish.run_exists(project.folder / "gone.db", row)
+    assert not Path("gone.db").exists()
 
 
 def test_server_away_then_back(project, monkeypatch, capsys):
@@ -163,7 +181,7 @@ def test_server_away_then_back(project, monkeypatch, capsys):
     for _ in range(2):
         publish()
         MARKER.unlink()
-    (row,), (train, recover) = project.rows(), project.runs()
+    (row,), (train, _) = project.rows(), project.runs()
     assert (
         train.info.run_name == "train-badnets"
         and train.info.status == "FINISHED"
@@ -179,7 +197,7 @@ def test_server_away_then_back(project, monkeypatch, capsys):
         (10, 0.25),
         (20, pytest.approx(0.5 / 3, abs=1e-6)),
     ]
-    assert train.data.metrics["final/accuracy"] == 0.5 and train.data.params["lr"] == "0.5"
+    assert train.data.metrics["final/accuracy"] == 0.5 and train.data.params["train.lr"] == "0.5"
 
 
 def test_another_store_gets_its_own_row(project, crowd, monkeypatch):
@@ -219,7 +237,7 @@ def test_cut_short(project, monkeypatch):
     assert row.info.status == "FINISHED"
 
 
-@pytest.content_hash.parametrize("do", ["raise", "exit"])
+@pytest.mark.parametrize("do", ["raise", "exit"])
 def test_failed_stage_makes_no_row(project, do):
     project.stage("train")
     try:
@@ -241,7 +259,7 @@ def test_defenses_that_are_no_longer_wanted(project, monkeypatch, tmp_path):
     project.stage("train")
     for name in ("fp", "nad"):
         shutil.copytree("reports/train", f"reports/defend/{name}")
-    assert [str(each.report) for each in stages.publish.finished({"nad": {}})] == [
+    assert [str(stage.report) for stage in stages.publish.finished_stages({"nad": {}})] == [
         "reports/train",
         "reports/defend/nad",
     ]
@@ -275,8 +293,9 @@ def test_models(project):
             3, 1, torch.tensor([0.5]), torch.tensor([0.2]), rng=torch.Generator()
         )
         save_model(Path(f"models/{name}.safetensors"), model, architecture, ("a", "b", name))
+    project.write({**toy.PARAMS, "prune": {"lr": 0.3}})
     for stage in ("train", "prune"):
-        project.stage(stage)
+        assert project.stage(stage) == 0
     publish()
     (row,), store = project.rows(), project.store()
     made = dict(zip(("backdoored", "repaired"), project.runs()))
@@ -286,7 +305,7 @@ def test_models(project):
         assert model.tags["rnp.backdoored"] == str(name == "backdoored").lower()
 
 
-@pytest.content_hash.parametrize("gate", [True, False])
+@pytest.mark.parametrize("gate", [True, False])
 def test_summary(gate, capsys):
     summary(
         {"train": 12.34, "prune": 0.5},
@@ -304,14 +323,14 @@ def test_summary(gate, capsys):
 
 
 DVC = {
-    "params": ["params.yaml"],
     "stages": {
         **{
             name: {
                 "cmd": (
                     f"{sys.executable} {toy.__file__} {name} --out {name}.txt --report"
-                    f" reports/{name} ${{{name}}}"
+                    f" reports/{name}"
                 ),
+                "params": [name],
                 "deps": deps,
                 "outs": [f"{name}.txt", f"reports/{name}/run.json"],
                 "metrics": [{f"reports/{name}/metrics.json": {"cache": False}}],
@@ -347,7 +366,7 @@ def repository(project):
     return project
 
 
-@pytest.content_hash.timeout(400)  # nine processes, each of which imports PyTorch and MLflow
+@pytest.mark.timeout(400)  # nine processes, each of which imports PyTorch and MLflow
 def test_repro_experiment_edit(repository):
     dvc("repro")
     dvc("exp", "run", "--temp", "--name", "sunny-day", "-S", "recover.lr=0.7")
@@ -370,7 +389,7 @@ def test_repro_experiment_edit(repository):
     assert len(repository.rows()) == 2 and len(repository.runs()) == 3
 
 
-@pytest.content_hash.timeout(400)
+@pytest.mark.timeout(400)
 def test_dvc_killed_alone(repository):
     """The stage lives on and closes its run; DVC knows nothing of it and will run it again."""
     repository.write({**toy.PARAMS, "train": {"lr": 0.1, "do": "wait"}})

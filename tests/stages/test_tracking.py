@@ -26,11 +26,11 @@ from rnp.params.schema import check_params
 from rnp.reporting.provenance import provenance
 from rnp.tracking.models import log_model
 from rnp.tracking.stage_run import SIGNALS, stage_run
-from rnp.tracking.store import safe_name, flat, setup, store_uri, tags
+from rnp.tracking.store import flat, safe_name, setup, store_uri, tags
 
 pytestmark = [  # both arise while MLflow imports its own modules
-    pytest.content_hash.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
-    pytest.content_hash.filterwarnings("ignore:.*Any type hint is inferred as AnyType"),
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType"),
 ]
 
 
@@ -47,13 +47,8 @@ def test_stage(project):
     (run,) = project.runs()
     store = project.store()
     assert run.info.status == "FINISHED" and run.info.run_name == "train-badnets"
-    assert run.data.params == {
-        "lr": "0.5",
-        "do": "well",
-        "epochs": "3",
-        "rate.final": "0.5",
-        "model": "None",
-    }
+    recorded = {"seed": 0, "train.lr": 0.5, "train.epochs": 3, "train.rate.final": 0.5}
+    assert run.data.params == {name: str(value) for name, value in recorded.items()}
     assert metrics(store, run.info.run_id, "loss") == [
         (0, 0.5),
         (10, 0.25),
@@ -69,7 +64,7 @@ def test_stage(project):
         "stage": "train",
         "run_id": run.info.run_id,
         "seconds": run.data.metrics["seconds"],
-        "params": {"lr": 0.5, "do": "well", "epochs": 3, "rate.final": 0.5, "model": None},
+        "params": recorded,
         **provenance(),
     }
 
@@ -119,7 +114,7 @@ def interruptible():
         signal.signal(each, handler)
 
 
-@pytest.content_hash.parametrize(
+@pytest.mark.parametrize(
     "do, status, code",
     [
         ("raise", "FAILED", RuntimeError),
@@ -233,17 +228,17 @@ def test_bad_parameters_end_before_the_work(project, capsys, monkeypatch):
 
 def test_sub_command(project, monkeypatch):
     group = click.Group("defend", {"fp": toy.stage("fp")})
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["defend", "fp", "--lr", "1", "--out", "fp.txt", "--report", "reports/defend/fp"],
-    )
-    stages.stage.run(group)
+    project.write({**toy.PARAMS, "defenses": {"fp": {"lr": 0.7}}})
+    arguments = ["fp", "--out", "fp.txt", "--report", "reports/defend/fp"]
+    monkeypatch.setattr(sys, "argv", ["defend", *arguments])
+    monkeypatch.setenv("DVC_STAGE", "defend@fp")
+    stages.stage.main(group, family="defenses")
     (run,) = project.runs()
     assert run.data.tags["rnp.stage"] == "defend/fp" and run.info.run_name == "defend/fp-badnets"
+    assert run.data.params["defenses.fp.lr"] == "0.7"
     monkeypatch.setattr(sys, "argv", ["defend"])
     with pytest.raises(SystemExit) as end:
-        stages.stage.run(group)
+        stages.stage.main(group, family="defenses")
     assert end.value.code == 2
 
 
@@ -295,7 +290,7 @@ def busy():
         thread.join()
 
 
-@pytest.content_hash.parametrize("kind", ["refusing", "silent", "busy"])
+@pytest.mark.parametrize("kind", ["refusing", "silent", "busy"])
 def test_unreachable_server_costs_seconds(bare, kind, request, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", request.getfixturevalue(kind))
     start = time.monotonic()
@@ -346,6 +341,25 @@ def test_setup_creates_the_store_once(project):
     )
 
 
+def test_the_experiment_is_one_of_model_training(project):
+    """By this tag MLflow opens it in the view with training runs, not in that for GenAI."""
+    tag, kind = "mlflow.experimentKind", "custom_model_development"
+    assert tags_of_experiment(project)[tag] == kind
+
+
+def test_an_experiment_without_a_kind_gets_one(project):
+    client = MlflowClient(f"sqlite:///{project.folder / 'mlflow.db'}")
+    experiment = client.create_experiment("rnp", (project.folder / "mlruns").as_uri())
+    assert tags_of_experiment(project)["mlflow.experimentKind"] == "custom_model_development"
+    client.set_experiment_tag(experiment, "mlflow.experimentKind", "finetuning")
+    assert tags_of_experiment(project)["mlflow.experimentKind"] == "finetuning", "chosen by hand"
+
+
+def tags_of_experiment(project):
+    """Those that it has once the store is open."""
+    return project.store().client.get_experiment_by_name("rnp").tags
+
+
 def test_uri(bare, monkeypatch):
     root = bare.folder
     assert store_uri() == f"sqlite:///{root}/mlflow.db"
@@ -368,7 +382,7 @@ def test_moved_project(project, tmp_path, monkeypatch, capsys):
     assert "delete" in capsys.readouterr().err and not (tmp_path / "a project").exists()
 
 
-@pytest.content_hash.parametrize(
+@pytest.mark.parametrize(
     "name, wanted", [("asr@5", "asr_5"), ("class 1/größe", "class 1/gr__e"), ("a.b-c:d", "a.b-c:d")]
 )
 def test_names(name, wanted):
