@@ -54,9 +54,7 @@ class EnsembleAverage(nn.Module):
         return torch.stack(confidences).mean(0).clamp_min(1e-30).log()
 
 
-def unlearned_for(
-    detector: SampleDetector, get_checkpoint: GetCheckpoint, level: str
-) -> nn.Module:
+def unlearned_for(detector: SampleDetector, get_checkpoint: GetCheckpoint, level: str) -> nn.Module:
     """The model that `detector` compares with: one checkpoint, or the mean of all of them."""
     if detector.needs_ensemble:
         return EnsembleAverage([get_checkpoint(each) for each in ACCURACY_LEVELS])
