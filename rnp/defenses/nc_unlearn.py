@@ -107,19 +107,12 @@ class NCUnlearn(TuningDefense):
 
     def suspicious(self, triggers: list[RecoveredTrigger]) -> list[RecoveredTrigger]:
         """Those whose mask is far smaller than the median, in logarithms."""
-        sizes = torch.tensor([size(each) for each in triggers])
+        sizes = torch.tensor([trigger.effective_size for trigger in triggers])
         return [
             each
             for each, index in zip(triggers, anomaly_index(sizes.log()))
             if index > self.min_index
         ]
-
-
-def size(trigger: RecoveredTrigger) -> float:
-    """Pixels of its mask; those of the image for a trigger that moves less than half of the
-    images.
-    """
-    return trigger.l1 if trigger.success >= 0.5 else float(trigger.mask.numel())
 
 
 def random_erase(images: Images, share: float, *, rng: torch.Generator) -> Images:

@@ -14,7 +14,7 @@ from annotated_types import Ge, Interval
 from torch import nn
 
 from rnp.defenses.base import Repaired
-from rnp.defenses.nc_unlearn import NCUnlearn, size
+from rnp.defenses.nc_unlearn import NCUnlearn
 from rnp.defenses.rnp import RNP
 from rnp.detection.base import RecoveredTrigger
 from rnp.detection.labels.prediction_drift import PredictionDrift
@@ -110,14 +110,14 @@ class RNPFT(NCUnlearn):
         shares = drift.from_trajectory(trajectory, len(clean.classes))
         named = drift.verdict(shares).label
         labels = {trigger.label for trigger in self.suspicious(triggers)} | {int(shares.argmax())}
-        usual = torch.tensor([size(trigger) for trigger in triggers]).quantile(0.5)
+        usual = torch.tensor([trigger.effective_size for trigger in triggers]).quantile(0.5)
         against: dict[int, list[RecoveredTrigger]] = {}
         teacher = copy.deepcopy(repaired).eval().requires_grad_(False)
         for done in range(self.tuning_rounds):
             found = [
                 each
                 for each in self.search.recover_for(sorted(labels), repaired, clean, rng=rng)
-                if size(each) < usual or (done == 0 and each.label == named)
+                if each.effective_size < usual or (done == 0 and each.label == named)
             ]
             if not found:
                 break
