@@ -1,4 +1,4 @@
-"""Control experiments."""
+"""Run control experiments on a finished run."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from pathlib import Path
 import click
 
 from rnp.cli.options import command
-from rnp.evaluation.controls import EXPERIMENTS, Controls, Run
+from rnp.evaluation.controls import Controls, Run, control_metrics, run_controls
+from rnp.evaluation.metrics import EvaluationSets
 from rnp.io.datasets import load_defense_set, load_images, load_poisoned
 from rnp.io.files import read_json, write_json, write_rows
 from rnp.io.models import load_model
-from rnp.params.fields import from_section
-from rnp.params.read import flatten, read_params
 from rnp.prune import Prune
 from rnp.recover import Recover
 from rnp.types import ImageSet
@@ -22,11 +21,17 @@ from rnp.unlearn import Unlearn
 @command(
     "controls",
     Controls,
-    outs=(),
+    (Unlearn, "unlearn."),
+    (Recover, "recover."),
+    (Prune, "prune."),
+    outputs={},
     inputs=("model", "benign", "pruned", "defense", "pool", "poisoned", "test", "triggered"),
 )
 def controls(
     options: Controls,
+    unlearn: Unlearn,
+    recover: Recover,
+    prune: Prune,
     *,
     model: Path,
     benign: Path,
@@ -39,57 +44,44 @@ def controls(
     report: Path,
     seed: int,
 ) -> None:
-    """Ask of a finished run what a single repair does not tell; RNP runs with the settings in
-    params.yaml.
+    """Run control experiments on a finished run, and write their scores to REPORT.
 
-    benign: RNP on the benign model, which was never backdoored. relapse: the repaired model, and the benign model
-    beside it, are tuned with a few poisoned images among the defender's. same_time: plain
-    fine-tuning for as long as RNP takes. images: RNP with fewer images. shifted: RNP with darker,
-    noisy ones.
+    benign: RNP on the benign model, which was never backdoored. reinfection: the repaired and the
+    benign model are fine-tuned on the defender's images and a few poisoned ones. equal_time: plain
+    fine-tuning for as long as RNP takes. defense_size: RNP with fewer images. distribution_shift:
+    RNP with darker, noisy images.
     """
-    params, changes = read_params(Path("params.yaml")), load_poisoned(poisoned)[0]
-    methods = {
-        name: from_section(cls, dict(flatten(params[name])))
-        for name, cls in (("unlearn", Unlearn), ("recover", Recover), ("prune", Prune))
-    }
-    real = ~changes.covers
+    tests = EvaluationSets(
+        load_images(test),
+        load_images(triggered / "test"),
+        read_json(triggered / "attack.json")["target_label"],
+    )
     run = Run(
-        **methods,
         options=options,
+        unlearn=unlearn,
+        recover=recover,
+        prune=prune,
         seed=seed,
         benign=load_model(benign)[0],
         backdoored=load_model(model)[0],
         repaired=load_model(pruned / "model.safetensors")[0],
         defense=load_defense_set(defense),
-        poisoned=ImageSet(changes.images[real], changes.labels[real], load_images(pool).classes),
-        tests=load_images(test),
-        attacked=load_images(triggered / "test"),
-        target=read_json(triggered / "attack.json")["target_label"],
+        poisoned=load_poisoned_images(pool, poisoned),
+        tests=tests,
     )
     rows = []
-    for control in options.experiments:
-        for row in EXPERIMENTS[control](run):
-            rows.append({"control": control, "neurons_pruned": "", **row})
-            click.echo(
-                f"{control} {row['model']} {row['amount']}: CA {row['clean_accuracy']:.3f}, ASR"
-                f" {row['attack_success_rate']:.3f}"
-            )
+    for row in run_controls(run):
+        rows.append(row)
+        click.echo(
+            f"{row['control']} {row['model']} {row['amount']}: CA {row['clean_accuracy']:.3f}, ASR"
+            f" {row['attack_success_rate']:.3f}"
+        )
     write_rows(report / "rows.csv", rows)
-    kept = (
-        "clean_accuracy_before",
-        "attack_success_rate_before",
-        "clean_accuracy",
-        "attack_success_rate",
-        "der",
-    )
-    write_json(
-        report / "metrics.json",
-        {
-            control: {
-                f"{row['model']} {row['amount']}": {name: row[name] for name in kept}
-                for row in rows
-                if row["control"] == control
-            }
-            for control in options.experiments
-        },
-    )
+    write_json(report / "metrics.json", control_metrics(rows, options.experiments))
+
+
+def load_poisoned_images(pool: Path, poisoned: Path) -> ImageSet:
+    """The poisoned images with their labels, without covers."""
+    changes = load_poisoned(poisoned)[0]
+    real = ~changes.covers
+    return ImageSet(changes.images[real], changes.labels[real], load_images(pool).classes)

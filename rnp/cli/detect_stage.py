@@ -1,35 +1,34 @@
-"""Recover triggers, name the target label and find triggered images, with the unlearned model and
-without it.
+"""Recover triggers, predict the target label and find triggered images, and score all of it.
 
-The detectors see the defender's images, the models and the images that they are to judge; what is
-known of the attack serves to score them, nothing else.
+Detectors receive the defender's images, the models and the images to score; what is known of the
+attack serves to score the detectors only.
 """
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
+import click
 import torch
 
 from rnp.cli.options import command
-from rnp.clock import Clock
-from rnp.detection.base import (
-    RecoveredTrigger,
+from rnp.detection.candidates import KnownAttack
+from rnp.detection.metrics import (
+    detection_metrics,
+    roc_by_detector,
+    target_triggers,
+    visible_trigger,
 )
-from rnp.detection.candidates import from_test_images, from_training_images
 from rnp.detection.run import (
     Detect,
+    DetectorInput,
+    TriggersByModel,
     detectors,
-    label_metrics,
-    recover_triggers,
-    roc_points,
-    run_label_detectors,
-    run_sample_detectors,
-    smallest,
-    trigger_scores,
-    unlearn_and_detect_labels,
+    run_detection,
+    select_detectors,
 )
-from rnp.detection.unlearned import load_checkpoint, unlearned_by_detector
+from rnp.detection.unlearned import load_checkpoint
 from rnp.io.datasets import load_array, load_defense_set, load_images, load_poisoned, load_trigger
 from rnp.io.files import read_json, write_json
 from rnp.io.history import read_trajectory
@@ -37,17 +36,16 @@ from rnp.io.models import load_model
 from rnp.io.tensors import save_tensors
 from rnp.registry import Method
 from rnp.reporting.plots import recovered_triggers, roc
-from rnp.seeds import generator
-from rnp.types import Images, Trigger
 from rnp.unlearn import Unlearn
 
 
 @command(
     "detect",
     Detect,
-    Unlearn,
+    (Unlearn, "unlearn."),
     *detectors(),
     inputs=("model", "benign", "unlearned", "defense", "test", "triggered", "pool", "poisoned"),
+    outputs={"out": "the recovered triggers"},
 )
 def detect(
     options: Detect,
@@ -65,132 +63,71 @@ def detect(
     report: Path,
     seed: int,
 ) -> None:
-    """Write the recovered triggers to OUT, and to REPORT how right each detector was.
+    """Recover triggers, predict the target label and find triggered images.
 
-    The options of the unlearning are for the benign model alone.
+    OUT gets the recovered triggers, REPORT the scores of each detector. The options of the
+    unlearning are for the benign model alone: of MODEL the checkpoints in UNLEARNED are read.
     """
-    victim, _, classes = load_model(model)
-    clean, attack = load_defense_set(defense), read_json(triggered / "attack.json")
-    target, truth = attack["target_label"], load_trigger(triggered / "trigger.safetensors")
-    ask_for, clock = {method.name: method for method in methods}, Clock()
-
-    nets = {
-        "backdoored": victim,
-        "unlearned": load_checkpoint(unlearned, options.trigger_checkpoint),
-    }
-    found = recover_triggers(ask_for["neural_cleanse"], nets, clean.train, seed, clock)
-    save_tensors(
-        out,
-        {
-            f"{name}.{part}": torch.stack([getattr(t, part) for t in triggers])
-            for name, triggers in found.items()
-            for part in ("mask", "pattern")
-        },
-        {"kind": "recovered triggers"},
-    )
-    said = run_label_detectors(
-        [ask_for[name] for name in options.labels],
-        nets,
-        found,
+    backdoored, _, classes = load_model(model)
+    given = DetectorInput(
+        backdoored,
+        functools.partial(load_checkpoint, unlearned),
         read_trajectory(unlearned / "trajectory.csv"),
-        clean.train,
-        seed,
-        clock,
+        load_defense_set(defense),
     )
-    of_the_twin, apart = {}, Clock()
-    if options.include_benign:  # each label that is named there is a false alarm
-        alarms = unlearn_and_detect_labels(
-            load_model(benign)[0], unlearn, ask_for, options, clean.train, seed, apart
-        )
-        of_the_twin = {"benign_labels": label_metrics(alarms, None)}
-        clock.seconds |= {f"benign_{name}": value for name, value in apart.seconds.items()}
+    attack = load_attack(test, triggered, pool, poisoned)
+    selected = select_detectors(options, methods)
+    detection = run_detection(
+        given,
+        attack,
+        selected,
+        options,
+        seed=seed,
+        benign=load_model(benign)[0] if options.include_benign else None,
+        unlearn=unlearn,
+    )
+    for detector in detection.skipped:
+        warning = f"{detector.name} needs {detector.min_classes} classes and was not run"
+        click.echo(f"warning: {warning}", err=True)
+    save_triggers(out, detection.triggers)
+    metrics = detection_metrics(detection, attack, selected, backdoored, options.num_test_images)
+    write_json(report / "metrics.json", metrics)
+    write_json(report / "seconds.json", detection.seconds)
+    plot_triggers(report / "triggers.png", attack, detection.triggers, classes)
+    roc(report / "roc.png", roc_by_detector(detection))
 
-    tests, changes = load_images(test), load_poisoned(poisoned)[0]
-    best = {
-        name: triggers[smallest(triggers) if target is None else target]
-        for name, triggers in found.items()
-    }
-    suspects = {
-        "samples": from_test_images(
-            tests, load_images(triggered / "test"), target, options.num_test_images
-        )
-    }
-    if options.num_training_images and (~changes.covers).any():
-        suspects["training_samples"] = from_training_images(
-            load_images(pool),
-            changes,
-            target,
-            options.num_training_images,
-            generator(seed, "training_samples"),
-        )
-    screens = [ask_for[name] for name in options.samples]
-    weak = unlearned_by_detector(screens, unlearned, options.sample_checkpoint)
-    answers = {
-        task: run_sample_detectors(task, screens, victim, them.images, clean, weak, seed, clock)
-        for task, them in suspects.items()
-    }
-    judged = {
-        task: {
-            each.name: them.judge(*answers[task][each.name], each.needs_unlearned)
-            for each in screens
-        }
-        for task, them in suspects.items()
-    }
+
+def load_attack(test: Path, triggered: Path, pool: Path, poisoned: Path) -> KnownAttack:
+    """What is known of the attack, from the folders of earlier stages."""
     losses = triggered / "losses.npy"
-    if "training_samples" in suspects and losses.exists():
-        them = suspects["training_samples"]
-        scores = -load_array(losses)[
-            them.places
-        ]  # the defender's images have none: the clean ones scored set the threshold
-        judged["training_samples"]["training_loss"] = them.judge(
-            scores, scores[~them.positives], False
-        )
+    return KnownAttack(
+        read_json(triggered / "attack.json")["target_label"],
+        load_trigger(triggered / "trigger.safetensors"),
+        load_images(test),
+        load_images(triggered / "test"),
+        load_images(pool),
+        load_poisoned(poisoned)[0],
+        load_array(losses) if losses.exists() else None,
+    )
 
-    plot_triggers(
-        report / "triggers.png", truth, tests.subset(torch.tensor([0])).as_floats(), best, classes
-    )
-    roc(
-        report / "roc.png",
-        {
-            name: roc_points(scores, suspects["samples"].positives)
-            for name, (scores, _) in answers["samples"].items()
-        },
-    )
-    write_json(
-        report / "metrics.json",
-        {
-            "target_label": -1 if target is None else target,
-            "triggers": {
-                name: trigger_scores(trigger, truth.support, victim, tests, options.num_test_images)
-                for name, trigger in best.items()
-            },
-            "labels": label_metrics(said, target),
-            **of_the_twin,
-            **judged,
-        },
-    )
-    write_json(report / "seconds.json", clock.seconds)
+
+def save_triggers(path: Path, triggers: TriggersByModel) -> None:
+    """Write the masks and patterns of all labels."""
+    tensors = {
+        f"{name}.{part}": torch.stack([getattr(trigger, part) for trigger in by_label])
+        for name, by_label in triggers.items()
+        for part in ("mask", "pattern")
+    }
+    save_tensors(path, tensors, {"kind": "recovered triggers"})
 
 
 def plot_triggers(
-    path: Path,
-    truth: Trigger,
-    example: Images,
-    best: dict[str, RecoveredTrigger],
-    classes: tuple[str, ...],
+    path: Path, attack: KnownAttack, triggers: TriggersByModel, classes: tuple[str, ...]
 ) -> None:
-    """The true trigger beside the recovered ones. One over the whole image is shown by what it
-    does to `example`, around mid-gray.
-    """
-    if truth.support is None:
-        pattern, covered = ((truth(example) - example)[0] / 2 + 0.5), torch.ones(example.shape[2:])
-    else:
-        pattern, covered = truth(torch.zeros_like(example))[0], truth.support.float()
-    recovered_triggers(
-        path,
-        (pattern, covered),
-        [
-            (f"{name} model, class {classes[trigger.label]}", trigger.pattern, trigger.mask)
-            for name, trigger in best.items()
-        ],
-    )
+    """The true trigger beside the recovered ones."""
+    example = attack.tests.subset(torch.tensor([0])).as_floats()
+    pictures = [
+        (f"{name} model, class {classes[trigger.label]}", trigger.pattern, trigger.mask)
+        for name, trigger in target_triggers(triggers, attack.target).items()
+    ]
+    recovered_triggers(path, visible_trigger(attack.trigger, example), pictures)

@@ -101,16 +101,9 @@ class NCUnlearn(TuningDefense):
 
     def suspicious(self, triggers: Sequence[RecoveredTrigger]) -> list[RecoveredTrigger]:
         """The triggers whose mask is far smaller than the median, by logarithms."""
-        sizes = torch.tensor([size(trigger) for trigger in triggers])
+        sizes = torch.tensor([trigger.effective_size for trigger in triggers])
         indices = anomaly_index(sizes.log())
         return [trigger for trigger, index in zip(triggers, indices) if index > self.min_index]
-
-
-def size(trigger: RecoveredTrigger) -> float:
-    """Pixels of its mask; those of the image for a trigger that moves less than half of the
-    images.
-    """
-    return trigger.l1 if trigger.success >= 0.5 else float(trigger.mask.numel())
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt, Interval
 from torch import nn
 
 from rnp.defenses.base import Repaired
-from rnp.defenses.nc_unlearn import NCUnlearn, size
+from rnp.defenses.nc_unlearn import NCUnlearn
 from rnp.defenses.rnp import RNP, RNPResult
 from rnp.detection.base import RecoveredTrigger
 from rnp.detection.labels.prediction_drift import PredictionDrift
@@ -135,14 +135,14 @@ class RNPFT(NCUnlearn):
         drift_label = drift.verdict(drift_scores).label
         suspected = {trigger.label for trigger in self.suspicious(triggers)}
         suspected.add(int(drift_scores.argmax()))
-        median_size = torch.tensor([size(trigger) for trigger in triggers]).quantile(0.5)
+        median_size = torch.tensor([trigger.effective_size for trigger in triggers]).quantile(0.5)
         teacher = copy.deepcopy(repaired).eval().requires_grad_(False)
         known: dict[int, list[RecoveredTrigger]] = {}
         for index in range(self.tuning_rounds):
             active = [
                 trigger
                 for trigger in self.search.recover_for(sorted(suspected), repaired, clean, rng=rng)
-                if size(trigger) < median_size or (index == 0 and trigger.label == drift_label)
+                if trigger.effective_size < median_size or (index == 0 and trigger.label == drift_label)
             ]
             if not active:
                 break

@@ -1,6 +1,4 @@
-"""What a detector promises for triggers, labels and samples, and the numbers by which each is
-judged.
-"""
+"""What detectors of triggers, labels and samples have in common, and the scores for them."""
 
 from __future__ import annotations
 
@@ -15,18 +13,17 @@ from torch import Tensor, nn
 from rnp.errors import UserError
 from rnp.models.features import head
 from rnp.registry import Method
-from rnp.training.device import Precision
+from rnp.training.device import chosen_precision
 from rnp.training.predict import predict
 from rnp.types import Bytes, Epoch, Images, ImageSet, Labels, to_floats
 
 
 @dataclass(frozen=True)
 class RecoveredTrigger:
-    """A small mask through which `pattern` sends images to `label`; mask and pattern lie in [0,
-    1], on the CPU.
+    """A mask through which `pattern` sends images to `label`.
 
-    `success` and `baseline` are the shares of the images of *other* classes that the model sends
-    to `label`, with the trigger and without.
+    Mask and pattern are in [0, 1], on the CPU. `success` and `baseline` are the shares of the
+    images of *other* classes that the model assigns to `label`, with the trigger and without.
     """
 
     label: int
@@ -42,26 +39,25 @@ class RecoveredTrigger:
 
     @property
     def gain(self) -> float:
-        """What the trigger adds: the success over the baseline, as a share of what was left to add.
+        """The success above the baseline, as a share of what the baseline leaves.
 
-        An unlearned model sends many images to its label unasked; only this part speaks for the
-        trigger.
+        An unlearned model assigns many images to its label without a trigger; only the gain is
+        evidence for the trigger.
         """
         return (self.success - self.baseline) / (1 - self.baseline) if self.baseline < 1 else 0.0
 
     @property
-    def size(self) -> float:
-        """`l1`, or the pixels of the image for a trigger that moves less than half of the images
-        that were left to move.
-        """
+    def effective_size(self) -> float:
+        """Pixels of the mask; those of the image for a trigger with a gain of at most a half."""
         return self.l1 if self.gain > 0.5 else float(self.mask.numel())
 
     def apply(self, images: Images) -> Images:
+        """New images with the trigger."""
         return blend(images, self.mask.to(images.device), self.pattern.to(images.device))
 
 
 def blend(images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
-    """(1 - mask) * images + mask * pattern, with whatever leading dimensions broadcast."""
+    """(1 - mask) * images + mask * pattern, for all leading dimensions that broadcast."""
     return images + mask * (pattern - images)
 
 
@@ -71,26 +67,25 @@ def measure_trigger(
     pattern: Float[Tensor, "c h w"],
     model: nn.Module,
     clean: ImageSet,
-    before: Labels,
-    precision: Precision,
+    predicted: Labels,
 ) -> RecoveredTrigger:
-    """A trigger with its success on `model` and its baseline; `before` is what the model says of
-    the images without it.
+    """A trigger with its success on `model` and its baseline.
+
+    `predicted` are the predictions of `model` for the images without the trigger.
     """
     others = clean.labels != label
-    stamped = blend(to_floats(clean.images[others]), mask, pattern)
-    success = (
-        (predict(model, stamped, precision=precision).argmax(1) == label).float().mean().item()
-    )
-    return RecoveredTrigger(
-        label, mask, pattern, success, (before[others] == label).float().mean().item()
-    )
+    triggered = blend(to_floats(clean.images[others]), mask, pattern)
+    logits = predict(model, triggered, precision=chosen_precision())
+    success = (logits.argmax(1) == label).float().mean().item()
+    baseline = (predicted[others] == label).float().mean().item()
+    return RecoveredTrigger(label, mask, pattern, success, baseline)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TriggerRecovery(Method, ABC):
-    """Reverse engineering of triggers; in a model without a backdoor it finds what comes nearest
-    to one.
+    """Reverse engineering of triggers.
+
+    In a model without a backdoor it finds the pattern that comes nearest to a trigger.
     """
 
     @abstractmethod
@@ -99,29 +94,30 @@ class TriggerRecovery(Method, ABC):
     ) -> list[RecoveredTrigger]:
         """One trigger per class, in the order of the classes; `model` is left unchanged.
 
-        All labels are asked for at once, so that a method can optimize them in one batch: ten
+        All labels are recovered in one call, so that a method can optimize them in one batch: ten
         labels then cost far less than ten runs.
         """
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a model: itself, the triggers recovered from it, and what unlearning made
-    of the one that was given.
+    """What is known of a model before a label detector runs.
+
+    `triggers` were recovered from `model`, one per class in order; the list is empty unless a
+    detector needs them. `unlearned` and `trajectory` come from unlearning the given model.
     """
 
     model: nn.Module
-    triggers: list[
-        RecoveredTrigger
-    ]  # one per class in order; empty unless a detector asks for them
+    triggers: list[RecoveredTrigger]
     unlearned: nn.Module
     trajectory: list[Epoch]
 
 
 @dataclass(frozen=True)
 class LabelVerdict:
-    """The backdoor's label, or None for "no decision"; `margin` is the lead of the highest score
-    over the second.
+    """The predicted backdoor label, or None for "no decision".
+
+    `margin` is the lead of the highest score over the second.
     """
 
     label: int | None
@@ -130,19 +126,17 @@ class LabelVerdict:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelDetector(Method, ABC):
-    """Which class is the backdoor's? A high score is suspicious."""
+    """Predicts which class is the backdoor's target; a high score is suspicious."""
 
     needs_unlearned: ClassVar[bool] = False
-    """Whether unlearning is part of the method; one that does without can be asked of the
-    unlearned copy too.
-    """
+    """Whether unlearning is part of the method; others can be run on the unlearned copy too."""
     needs_triggers: ClassVar[bool] = False
-    """Whether it judges by recovered triggers."""
+    """Whether it scores recovered triggers."""
     min_classes: ClassVar[int] = 2
-    """What it needs to compare a class with."""
+    """The number of classes below which it cannot compare."""
 
-    min_score: Annotated[float, "highest score below which no label is named"]
-    min_margin: Annotated[float, "lead over the second class below which no label is named"]
+    min_score: Annotated[float, "highest score below which no label is predicted"]
+    min_margin: Annotated[float, "lead over the second class below which no label is predicted"]
 
     @abstractmethod
     def score(
@@ -150,29 +144,27 @@ class LabelDetector(Method, ABC):
     ) -> Float[Tensor, "k"]:
         """One score per class, high = suspicious; `model` is left unchanged."""
 
-    def score_detection(
+    def score_evidence(
         self, evidence: Evidence, clean: ImageSet, *, rng: torch.Generator
     ) -> Float[Tensor, "k"]:
-        """The same score where more than the model is known already."""
+        """The same score, from triggers and unlearned models that exist already."""
         return self.score(evidence.model, clean, rng=rng)
 
     def verdict(self, scores: Float[Tensor, "k"]) -> LabelVerdict:
         """The class with the highest score, unless that score or its lead is too small."""
         first, second = scores.topk(2).values.tolist()
-        named = first >= self.min_score and first - second >= self.min_margin
-        return LabelVerdict(int(scores.argmax()) if named else None, first - second)
+        decided = first >= self.min_score and first - second >= self.min_margin
+        return LabelVerdict(int(scores.argmax()) if decided else None, first - second)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleDetector(Method, ABC):
-    """Which images carry a trigger? A high score is suspicious."""
+    """Finds images that carry a trigger; a high score is suspicious."""
 
     needs_unlearned: ClassVar[bool] = False
     """Whether the unlearned model is part of the method."""
     needs_ensemble: ClassVar[bool] = False
-    """Whether `unlearned` is to be the mean of the checkpoints along the unlearning, not one of
-    them.
-    """
+    """Whether `unlearned` is to be the mean of the checkpoints along the unlearning."""
 
     @abstractmethod
     def score(
@@ -184,17 +176,19 @@ class SampleDetector(Method, ABC):
         rng: torch.Generator,
         unlearned: nn.Module | None = None,
     ) -> Float[Tensor, "n"]:
-        """One score per image, high = suspicious.
+        """One score per image, high = suspicious; all arguments are left unchanged.
 
-        `model` is the classifier that `images` are meant for, `unlearned` the same one after
-        unlearning, for the methods that ask it, `clean` the defender's images; all are left
-        unchanged.
+        Args:
+            model: The classifier that `images` are meant for.
+            images: The images to score.
+            clean: The defender's images.
+            unlearned: `model` after unlearning, for the methods that need it.
 
         Raises: UserError when the method needs `unlearned` and it is None.
         """
 
     def require_unlearned(self, unlearned: nn.Module | None) -> nn.Module:
-        """`unlearned`, for the methods that cannot do without.
+        """`unlearned`, for the methods that need it.
 
         Raises: UserError when it is None.
         """
@@ -208,12 +202,12 @@ class SampleDetector(Method, ABC):
 
 @dataclass(frozen=True)
 class SampleScores:
-    """How well scores tell triggered images from clean ones; all are shares.
+    """How well scores separate triggered images from clean ones; all are fractions.
 
-    `auprc` is to be read against `base_rate`, the share of triggered images. The last three hold
-    at the `threshold` that a defender can set: `fpr` is what it costs on the clean images tested,
-    about 5 % if the defense set is like them, and `fpr_target_class` what it costs on clean images
-    of the target class, NaN when there are none.
+    `auprc` is to be read against `base_rate`, the share of triggered images. The last three are
+    measured at the threshold that a defender can set: `fpr` on the clean images, which is about
+    5 % if the defense set is like them, and `fpr_target_class` on the clean images of the target
+    class, NaN when there are none.
     """
 
     auroc: float
@@ -228,17 +222,16 @@ def score_detection(
     scores: Float[Tensor, "n"],
     triggered: Bool[Tensor, "n"],
     target_class: Bool[Tensor, "n"],
-    defense: Float[Tensor, "m"],
+    clean_scores: Float[Tensor, "m"],
 ) -> SampleScores:
-    """Judge `scores`: `triggered` marks the positives, `target_class` the images whose true label
-    is the target.
+    """How well `scores` separate the images that are `triggered` from the others.
 
-    `defense` holds the scores of the defender's clean images, best those that the unlearning has
-    not seen.
+    `target_class` marks the images whose true label is the target. `clean_scores` are those of
+    the defender's clean images, best of those that the unlearning has not seen.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score
 
-    flagged = (scores > threshold(defense)).float()
+    flagged = (scores > threshold(clean_scores)).float()
     return SampleScores(
         auroc=float(roc_auc_score(triggered.numpy(), scores.numpy())),
         auprc=float(average_precision_score(triggered.numpy(), scores.numpy())),
@@ -249,16 +242,15 @@ def score_detection(
     )
 
 
-def threshold(defense: Float[Tensor, "m"], fpr: float = 0.05) -> float:
-    """The score above which an image is flagged: it lets all but `fpr` of the clean defense images
-    pass.
-    """
-    return defense.quantile(1 - fpr).item()
+def threshold(clean_scores: Float[Tensor, "m"], fpr: float = 0.05) -> float:
+    """The score above which an image is flagged; a share `fpr` of the clean images is above it."""
+    return clean_scores.quantile(1 - fpr).item()
 
 
 def penultimate_features(model: nn.Module, images: Bytes) -> tuple[Float[Tensor, "n d"], Labels]:
-    """Penultimate features of all images and the class that each is taken for, on the CPU; `model`
-    is left as it was.
+    """Penultimate features and predicted classes of all images, on the CPU.
+
+    `model` is left unchanged.
     """
     parts: list[Tensor] = []
     handle = head(model).register_forward_pre_hook(
@@ -272,8 +264,9 @@ def penultimate_features(model: nn.Module, images: Bytes) -> tuple[Float[Tensor,
 
 
 def anomaly_index(values: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
-    """Distance below the median in robust standard deviations; negative above it: only small
-    values are suspicious.
+    """Distance below the median in robust standard deviations; negative above the median.
+
+    Only small values are suspicious.
 
     Source: Wang et al., S&P 2019 (Neural Cleanse), section IV; 1.4826 makes the median deviation
     that of a Gaussian.
@@ -294,5 +287,6 @@ def iou_top_k(mask: Float[Tensor, "h w"], support: Bool[Tensor, "h w"]) -> float
     return jaccard(top, support)
 
 
-def jaccard(one: Bool[Tensor, "h w"], other: Bool[Tensor, "h w"]) -> float:
-    return ((one & other).sum() / (one | other).sum().clamp_min(1)).item()
+def jaccard(a: Bool[Tensor, "h w"], b: Bool[Tensor, "h w"]) -> float:
+    """Size of the intersection over that of the union."""
+    return ((a & b).sum() / (a | b).sum().clamp_min(1)).item()

@@ -1,14 +1,13 @@
-"""Run detectors and score them."""
+"""Run detectors of triggers, labels and samples."""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-import click
-import torch
 from annotated_types import Ge, MinLen
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from rnp.clock import Clock
@@ -19,77 +18,54 @@ from rnp.detection.base import (
     RecoveredTrigger,
     SampleDetector,
     TriggerRecovery,
-    iou,
-    iou_top_k,
 )
+from rnp.detection.candidates import Candidates, KnownAttack, select_candidates
+from rnp.detection.unlearned import GetCheckpoint, restore_checkpoint, unlearned_by_detector
 from rnp.errors import UserError
 from rnp.params.ranges import Hyperparameters
 from rnp.registry import Method, load, names, suggest
 from rnp.seeds import generator
-from rnp.training.predict import predict
 from rnp.types import Bytes, DefenseSet, Epoch, ImageSet
 from rnp.unlearn import Unlearn
 
-
-def score_candidates(
-    detector: SampleDetector,
-    victim: nn.Module,
-    images: Bytes,
-    clean: DefenseSet,
-    weak: nn.Module,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    """Scores of the screened images and of the defender's own, which set the threshold."""
-    return tuple(
-        detector.score(
-            victim,
-            each,
-            clean.train,
-            rng=generator(seed, f"samples/{detector.name}"),
-            unlearned=weak,
-        )
-        for each in (images, clean.val.images)
-    )
-
-
-def roc_points(scores: Tensor, positives: Tensor) -> tuple:
-    from sklearn.metrics import roc_auc_score, roc_curve
-
-    fpr, tpr, _ = roc_curve(positives, scores)
-    return fpr, tpr, roc_auc_score(positives, scores)
+Models = dict[str, nn.Module]
+"""`backdoored` is the given model, `unlearned` the same one after unlearning."""
+TriggersByModel = dict[str, list[RecoveredTrigger]]
+"""The triggers of all labels, by the name of the model that they were recovered from."""
+SEED_NAMES = {"consensus": "agreement"}
+"""Former names of detectors: the generators keep them, so that results remain the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Detect(Hyperparameters):
+    """Which detectors run, and on what."""
+
     section: ClassVar[str] = "detect"
 
     num_test_images: Annotated[
-        int,
-        Ge(10),
-        "clean test images, and as many triggered ones, among which the latter are to be found",
+        int, Ge(10), "clean test images, and as many triggered ones, that sample detectors score"
     ] = 500
     num_training_images: Annotated[
-        int, "images of the poisoned training set among which to find the poisoned ones; 0: none"
+        int, "images of the poisoned training set that sample detectors score; 0: none"
     ] = 2000
     trigger_checkpoint: Annotated[
         Literal["0.8", "0.5", "0.2"],
         "unlearned checkpoint, by its accuracy, to recover triggers from",
     ] = "0.5"
     sample_checkpoint: Annotated[
-        Literal["0.8", "0.5", "0.2"], "unlearned checkpoint, by its accuracy, to find samples with"
+        Literal["0.8", "0.5", "0.2"], "unlearned checkpoint, by its accuracy, for sample detectors"
     ] = "0.2"
     include_benign: Annotated[
-        bool,
-        "unlearn the benign model too, and ask the detectors of the label for their false alarms",
+        bool, "run the label detectors on the benign model too, to count their false alarms"
     ] = False
-    labels: Annotated[tuple[str, ...], MinLen(1), "detectors of the label to ask"] = (
+    labels: Annotated[tuple[str, ...], MinLen(1), "label detectors to run"] = (
         "prediction_drift",
         "trigger_survival",
         "consensus",
         "neural_cleanse_index",
         "mm_bd",
     )
-    samples: Annotated[tuple[str, ...], MinLen(1), "detectors of triggered images to ask"] = (
+    samples: Annotated[tuple[str, ...], MinLen(1), "sample detectors to run"] = (
         "unlearned_confidence",
         "unlearned_mahalanobis",
         "mahalanobis",
@@ -103,7 +79,8 @@ class Detect(Hyperparameters):
         super().__post_init__()
         if self.num_training_images and self.num_training_images < 100:
             raise UserError(
-                f"detect.num_training_images must be 0 or at least 100, got {self.num_training_images}"
+                "detect.num_training_images must be 0 or at least 100, got"
+                f" {self.num_training_images}"
             )
         for family in ("labels", "samples"):
             for name in getattr(self, family):
@@ -122,169 +99,248 @@ def detectors() -> list[tuple[type[Method], str]]:
     ]
 
 
+@dataclass(frozen=True)
+class Detectors:
+    """The detectors of one run."""
+
+    search: TriggerRecovery
+    labels: list[LabelDetector]
+    samples: list[SampleDetector]
+
+
+def select_detectors(options: Detect, methods: Iterable[Method]) -> Detectors:
+    """Those of `methods` that the options name, and `neural_cleanse` to recover triggers."""
+    by_name: dict[str, Any] = {method.name: method for method in methods}
+    return Detectors(
+        by_name["neural_cleanse"],
+        [by_name[name] for name in options.labels],
+        [by_name[name] for name in options.samples],
+    )
+
+
 def recover_triggers(
-    search: TriggerRecovery, nets: dict[str, nn.Module], clean: ImageSet, seed: int, clock: Clock
-) -> dict[str, list[RecoveredTrigger]]:
-    """The triggers of all labels, by the name of the model that they are recovered from."""
-    found = {}
-    for name, net in nets.items():
+    search: TriggerRecovery, models: Models, clean: ImageSet, seed: int, clock: Clock
+) -> TriggersByModel:
+    """The triggers of all labels, from each model."""
+    triggers = {}
+    for name, model in models.items():
         with clock(f"triggers_{name}"):
-            found[name] = search.recover(net, clean, rng=generator(seed, f"triggers/{name}"))
-    return found
+            rng = generator(seed, f"triggers/{name}")
+            triggers[name] = search.recover(model, clean, rng=rng)
+    return triggers
 
 
 @dataclass(frozen=True)
 class LabelScores:
-    """What `detector` gave each class."""
+    """The score that `detector` gives each class."""
 
     detector: LabelDetector
-    scores: Tensor  # float [k]
+    scores: Float[Tensor, "k"]
 
     @property
     def verdict(self) -> LabelVerdict:
         return self.detector.verdict(self.scores)
 
 
+def skipped_label_detectors(
+    detectors: Sequence[LabelDetector], num_classes: int
+) -> list[LabelDetector]:
+    """The detectors that need more classes; `run_label_detectors` leaves them out."""
+    return [detector for detector in detectors if num_classes < detector.min_classes]
+
+
 def run_label_detectors(
-    detectors: list[LabelDetector],
-    nets: dict[str, nn.Module],
-    found: dict[str, list[RecoveredTrigger]],
+    detectors: Sequence[LabelDetector],
+    models: Models,
+    triggers: TriggersByModel,
     trajectory: list[Epoch],
     clean: ImageSet,
     seed: int,
     clock: Clock,
 ) -> dict[str, LabelScores]:
-    """What each detector says of each model; those that judge by triggers are asked of the models
-    that `found` has triggers of.
+    """The scores of each detector on each model, by `detector_key`.
+
+    Detectors that need triggers run on the models that `triggers` has an entry for, those that
+    unlearn by themselves on the given model alone. `trajectory` is that of the unlearning.
     """
-    said = {}
+    skipped = skipped_label_detectors(detectors, len(clean.classes))
+    label_scores = {}
     for detector in detectors:
-        if len(clean.classes) < detector.min_classes:
-            click.echo(
-                f"warning: {detector.name} needs {detector.min_classes} classes and was not asked",
-                err=True,
-            )
+        if detector in skipped:
             continue
-        for name, net in nets.items():
-            if (detector.needs_unlearned and name != "backdoored") or (
-                detector.needs_triggers and name not in found
-            ):
+        for name, model in models.items():
+            if detector.needs_unlearned and name != "backdoored":
                 continue
-            with clock(f"labels_{detector_key(detector.name, name)}"):
-                evidence = Evidence(net, found.get(name, []), nets["unlearned"], trajectory)
-                scores = detector.score_evidence(
-                    evidence, clean, rng=generator(seed, f"labels/{detector.name}")
-                )
-            said[detector_key(detector.name, name)] = LabelScores(detector, scores)
-    return said
+            if detector.needs_triggers and name not in triggers:
+                continue
+            evidence = Evidence(model, triggers.get(name, []), models["unlearned"], trajectory)
+            key = detector_key(detector.name, name)
+            stream = SEED_NAMES.get(detector.name, detector.name)
+            with clock(f"labels_{key}"):
+                rng = generator(seed, f"labels/{stream}")
+                scores = detector.score_evidence(evidence, clean, rng=rng)
+            label_scores[key] = LabelScores(detector, scores)
+    return label_scores
 
 
-def detector_key(detector: str, net: str) -> str:
-    return detector if net == "backdoored" else f"{detector}_{net}"
+def detector_key(detector: str, model: str) -> str:
+    """The name of a detector, with that of the model behind it unless that is the given one."""
+    return detector if model == "backdoored" else f"{detector}_{model}"
+
+
+def recover_and_detect_labels(
+    search: TriggerRecovery,
+    detectors: Sequence[LabelDetector],
+    models: Models,
+    trajectory: list[Epoch],
+    clean: ImageSet,
+    seed: int,
+    clock: Clock,
+) -> dict[str, LabelScores]:
+    """`run_label_detectors`, after recovering triggers where a detector needs them."""
+    triggers = {}
+    if any(detector.needs_triggers for detector in detectors):
+        triggers = recover_triggers(search, models, clean, seed, clock)
+    return run_label_detectors(detectors, models, triggers, trajectory, clean, seed, clock)
 
 
 def unlearn_and_detect_labels(
     model: nn.Module,
     unlearn: Unlearn,
-    ask_for: dict[str, Method],
-    options: Detect,
+    detectors: Detectors,
+    level: str,
     clean: ImageSet,
     seed: int,
     clock: Clock,
 ) -> dict[str, LabelScores]:
-    """What the detectors of the label say of a model that has not been unlearned yet, and of its
-    unlearned copy.
+    """The same for a model that has not been unlearned yet.
+
+    `level` is the checkpoint of the unlearning that detectors compare with.
     """
     with clock("unlearn"):
         unlearned = unlearn(model, clean, rng=generator(seed, "unlearn"))
-    weak = copy.deepcopy(model)
-    weak.load_state_dict(
-        unlearned.checkpoints.get(options.trigger_checkpoint, unlearned.checkpoints["end"])
-    )
-    nets = {"backdoored": model, "unlearned": weak.eval()}
+    models = {"backdoored": model, "unlearned": restore_checkpoint(model, unlearned, level)}
     return recover_and_detect_labels(
-        ask_for["neural_cleanse"],
-        [ask_for[name] for name in options.labels],
-        nets,
-        unlearned.trajectory,
-        clean,
-        seed,
-        clock,
+        detectors.search, detectors.labels, models, unlearned.trajectory, clean, seed, clock
     )
 
 
-def recover_and_detect_labels(
-    search: TriggerRecovery,
-    detectors: list[LabelDetector],
-    nets: dict[str, nn.Module],
-    trajectory: list[Epoch],
-    clean: ImageSet,
-    seed: int,
-    clock: Clock,
-) -> dict[str, LabelScores]:
-    """The same where triggers have not been recovered yet; they are when a detector asks for
-    them.
+class SampleResult(NamedTuple):
+    """The scores of a sample detector.
+
+    `clean_scores` are those of the defender's images that the unlearning has not seen; they set
+    the threshold.
     """
-    found = (
-        recover_triggers(search, nets, clean, seed, clock)
-        if any(each.needs_triggers for each in detectors)
-        else {}
-    )
-    return run_label_detectors(detectors, nets, found, trajectory, clean, seed, clock)
+
+    scores: Float[Tensor, "n"]
+    clean_scores: Float[Tensor, "m"]
 
 
-def label_metrics(said: dict[str, LabelScores], target: int | None) -> dict[str, dict]:
-    verdicts = {name: each.verdict for name, each in said.items()}
-    return {
-        name: {
-            "label": -1 if verdict.label is None else verdict.label,
-            "margin": verdict.margin,
-            "correct": verdict.label == target,
-        }
-        for name, verdict in verdicts.items()
-    }
+def score_candidates(
+    detector: SampleDetector,
+    model: nn.Module,
+    images: Bytes,
+    clean: DefenseSet,
+    unlearned: nn.Module,
+    seed: int,
+) -> SampleResult:
+    """Scores of the images, and of the defender's images, by the same random draws."""
 
+    def score(candidates: Bytes) -> Tensor:
+        rng = generator(seed, f"samples/{detector.name}")
+        return detector.score(model, candidates, clean.train, rng=rng, unlearned=unlearned)
 
-def smallest(triggers: list[RecoveredTrigger]) -> int:
-    """The label with the smallest trigger: all-to-all backdoors have no other one to show."""
-    return min(triggers, key=lambda trigger: trigger.l1).label
+    return SampleResult(score(images), score(clean.val.images))
 
 
 def run_sample_detectors(
     task: str,
-    screens: list[SampleDetector],
-    victim: nn.Module,
+    detectors: Sequence[SampleDetector],
+    model: nn.Module,
     images: Bytes,
     clean: DefenseSet,
-    weak: dict[str, nn.Module],
+    unlearned: dict[str, nn.Module],
     seed: int,
     clock: Clock,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """What `score_candidates` gets from each detector, by its name."""
-    answers = {}
-    for each in screens:
-        with clock(f"{task}_{each.name}"):
-            answers[each.name] = score_candidates(
-                each, victim, images, clean, weak[each.name], seed
-            )
-    return answers
+) -> dict[str, SampleResult]:
+    """The result of each detector, by its name; `unlearned` is by name too."""
+    results = {}
+    for detector in detectors:
+        name = detector.name
+        with clock(f"{task}_{name}"):
+            results[name] = score_candidates(detector, model, images, clean, unlearned[name], seed)
+    return results
 
 
-def trigger_scores(
-    trigger: RecoveredTrigger,
-    support: torch.Tensor | None,
-    victim: nn.Module,
-    tests: ImageSet,
-    n: int,
-) -> dict[str, float]:
-    """Size of a recovered trigger, its ASR on the backdoored model, and its overlap with the true
-    one if that is a patch.
+@dataclass(frozen=True)
+class DetectorInput:
+    """What detectors receive: the model, its unlearned checkpoints and the defender's images."""
 
-    The ASR counts the first `n` test images of the classes that are not the trigger's.
+    model: nn.Module
+    get_checkpoint: GetCheckpoint
+    trajectory: list[Epoch]
+    clean: DefenseSet
+
+
+@dataclass(frozen=True)
+class Detection:
+    """The results of all detectors.
+
+    `benign_labels` is None where the label detectors did not run on the benign model. `samples`
+    is by task and detector, `skipped` are the label detectors that need more classes.
     """
-    others = tests.subset((tests.labels != trigger.label).nonzero().squeeze(1)[:n])
-    hits = predict(victim, trigger.apply(others.as_floats())).argmax(1) == trigger.label
-    scores = {"l1": trigger.l1, "success": hits.float().mean().item(), "gain": trigger.gain}
-    if support is not None:
-        scores |= {"iou": iou(trigger.mask, support), "iou_top_k": iou_top_k(trigger.mask, support)}
-    return scores
+
+    triggers: TriggersByModel
+    labels: dict[str, LabelScores]
+    benign_labels: dict[str, LabelScores] | None
+    skipped: list[LabelDetector]
+    candidates: dict[str, Candidates]
+    samples: dict[str, dict[str, SampleResult]]
+    seconds: dict[str, float]
+
+
+def run_detection(
+    given: DetectorInput,
+    attack: KnownAttack,
+    detectors: Detectors,
+    options: Detect,
+    *,
+    seed: int,
+    benign: nn.Module | None = None,
+    unlearn: Unlearn = Unlearn(),
+) -> Detection:
+    """Run all detectors.
+
+    Of the attack they receive the images to score, and nothing else. Where a `benign` model is
+    given it is unlearned by `unlearn`, and each label that is predicted for it is a false alarm.
+    """
+    clock = Clock()
+    clean = given.clean.train
+    level = options.trigger_checkpoint
+    models = {"backdoored": given.model, "unlearned": given.get_checkpoint(level)}
+    triggers = recover_triggers(detectors.search, models, clean, seed, clock)
+    labels = run_label_detectors(
+        detectors.labels, models, triggers, given.trajectory, clean, seed, clock
+    )
+    benign_labels = None
+    if benign is not None:
+        benign_clock = Clock()
+        benign_labels = unlearn_and_detect_labels(
+            benign, unlearn, detectors, level, clean, seed, benign_clock
+        )
+        seconds = benign_clock.seconds.items()
+        clock.seconds |= {f"benign_{name}": value for name, value in seconds}
+    candidates = select_candidates(
+        attack, options.num_test_images, options.num_training_images, seed
+    )
+    unlearned = unlearned_by_detector(
+        detectors.samples, given.get_checkpoint, options.sample_checkpoint
+    )
+    samples = {
+        task: run_sample_detectors(
+            task, detectors.samples, given.model, part.images, given.clean, unlearned, seed, clock
+        )
+        for task, part in candidates.items()
+    }
+    skipped = skipped_label_detectors(detectors.labels, len(clean.classes))
+    return Detection(triggers, labels, benign_labels, skipped, candidates, samples, clock.seconds)

@@ -1,7 +1,9 @@
-"""The unlearned model that a detector compares with."""
+"""The unlearned model that a detector compares with, from files or from memory."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -10,54 +12,61 @@ from torch import nn
 from rnp.detection.base import SampleDetector
 from rnp.io.models import load_model
 from rnp.types import Images, Logits
+from rnp.unlearn import Unlearned
 
 ACCURACY_LEVELS = ("0.8", "0.5", "0.2")
 """The unlearned checkpoints, by their accuracy."""
 
+GetCheckpoint = Callable[[str], nn.Module]
+"""The unlearned model at a level of `ACCURACY_LEVELS`.
 
-def load_checkpoint(unlearned: Path, level: str) -> nn.Module:
-    """The unlearned model at the first fall below an accuracy; the last one where it never fell so
-    far.
+It is `functools.partial(load_checkpoint, folder)` or
+`functools.partial(restore_checkpoint, model, unlearned)`.
+"""
+
+
+def load_checkpoint(folder: Path, level: str) -> nn.Module:
+    """The unlearned model when its accuracy first fell to `level`, from the folder of `unlearn`.
+
+    It is the last model where the accuracy never fell so far.
     """
-    path = unlearned / f"accuracy_{level}.safetensors"
-    return load_model(path if path.exists() else unlearned / "accuracy_end.safetensors")[0]
+    path = folder / f"accuracy_{level}.safetensors"
+    return load_model(path if path.exists() else folder / "accuracy_end.safetensors")[0]
+
+
+def restore_checkpoint(model: nn.Module, unlearned: Unlearned, level: str) -> nn.Module:
+    """The same from memory: a copy of `model` with the weights of a checkpoint, in eval mode."""
+    restored = copy.deepcopy(model)
+    end = unlearned.checkpoints["end"]
+    restored.load_state_dict(unlearned.checkpoints.get(level, end))
+    return restored.eval()
 
 
 class EnsembleAverage(nn.Module):
-    """Logits whose soft-max is the mean of those of `members`."""
+    """Logits whose softmax is the mean of the members' softmax."""
 
-    def __init__(self, members: list[nn.Module]) -> None:
+    def __init__(self, members: Sequence[nn.Module]) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
 
     def forward(self, images: Images) -> Logits:
-        return (
-            torch.stack([member(images).float().softmax(1) for member in self.members])
-            .mean(0)
-            .clamp_min(1e-30)
-            .log()
-        )
+        confidences = [member(images).float().softmax(1) for member in self.members]
+        return torch.stack(confidences).mean(0).clamp_min(1e-30).log()
 
 
-def unlearned_for(detector: SampleDetector, unlearned: Path, level: str) -> nn.Module:
-    """The unlearned model that `detector` asks: the checkpoint at an accuracy, or the mean of all
-    on the way.
-    """
-    return (
-        EnsembleAverage([load_checkpoint(unlearned, each) for each in ACCURACY_LEVELS])
-        if detector.needs_ensemble
-        else load_checkpoint(unlearned, level)
-    )
+def unlearned_for(detector: SampleDetector, get_checkpoint: GetCheckpoint, level: str) -> nn.Module:
+    """The model that `detector` compares with: one checkpoint, or the mean of all of them."""
+    if detector.needs_ensemble:
+        return EnsembleAverage([get_checkpoint(each) for each in ACCURACY_LEVELS])
+    return get_checkpoint(level)
 
 
 def unlearned_by_detector(
-    detectors: list[SampleDetector], unlearned: Path, level: str
+    detectors: Sequence[SampleDetector], get_checkpoint: GetCheckpoint, level: str
 ) -> dict[str, nn.Module]:
-    """The model that `unlearned_for` gives each detector, by its name; those that ask the same one share
-    it.
-    """
-    made: dict[bool, nn.Module] = {}
+    """The model of `unlearned_for` by the name of the detector; equal models are shared."""
+    models: dict[bool, nn.Module] = {}
     for detector in detectors:
-        if detector.needs_ensemble not in made:
-            made[detector.needs_ensemble] = unlearned_for(detector, unlearned, level)
-    return {detector.name: made[detector.needs_ensemble] for detector in detectors}
+        if detector.needs_ensemble not in models:
+            models[detector.needs_ensemble] = unlearned_for(detector, get_checkpoint, level)
+    return {detector.name: models[detector.needs_ensemble] for detector in detectors}

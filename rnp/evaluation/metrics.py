@@ -1,4 +1,4 @@
-"""What is measured: accuracies as fractions, with exact binomial intervals."""
+"""Accuracy and attack success as fractions, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from rnp.training.device import Precision
+from rnp.training.device import Precision, chosen_precision
 from rnp.training.predict import predict
 from rnp.types import ImageSet, backdoor_labels
 
 
 @dataclass(frozen=True)
 class Proportion:
-    """`hits` of `n`, with a 95 % Wilson interval."""
+    """`hits` of `n`."""
 
     hits: int
     n: int
@@ -26,6 +26,7 @@ class Proportion:
         return self.hits / self.n if self.n else float("nan")
 
     def interval(self) -> tuple[float, float]:
+        """The 95 % Wilson interval."""
         from scipy.stats import binomtest
 
         if not self.n:
@@ -35,24 +36,26 @@ class Proportion:
 
 
 def paired_interval(worse: int, better: int, n: int) -> tuple[float, float]:
-    """95 % interval of (worse - better) / n, where of `n` pairs `worse` turned wrong and `better`
-    turned right.
+    """95 % interval of the loss (worse - better) / n in accuracy on `n` images.
+
+    `worse` of them became wrong, `better` became right.
 
     Source: Bonett and Price, Journal of Educational and Behavioral Statistics, 2012: one is added
     to each of the two counts.
     """
-    a, b, m = worse + 1, better + 1, n + 2
-    difference, half = (
-        (a - b) / m,
-        1.959964 * math.sqrt((a + b) / m - ((a - b) / m) ** 2) / math.sqrt(m),
-    )
+    a = worse + 1
+    b = better + 1
+    m = n + 2
+    difference = (a - b) / m
+    half = 1.959964 * math.sqrt((a + b) / m - ((a - b) / m) ** 2) / math.sqrt(m)
     return max(-1.0, difference - half), min(1.0, difference + half)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """CA over all classes; ASR and RA over triggered images of the non-target classes, so that ASR
-    + RA <= 1.
+    """CA over all classes; ASR and RA over triggered images of the other classes than the target.
+
+    ASR + RA is at most 1.
     """
 
     clean_accuracy: Proportion
@@ -61,7 +64,8 @@ class Scores:
     target_class_accuracy: Proportion
 
     def flat(self) -> dict[str, float]:
-        return {name: share.value for name, share in vars(self).items()}
+        """The fractions by name."""
+        return {name: proportion.value for name, proportion in vars(self).items()}
 
 
 def score(
@@ -72,11 +76,11 @@ def score(
     *,
     precision: Precision = "fp32",
 ) -> Scores:
-    """CA, ASR and RA of `model`; `triggered` holds no image of the target class and carries true
-    labels.
+    """CA, ASR and RA of `model`.
 
-    All-to-all attacks have no `target`: their ASR counts images sent to the next class, and every
-    class is a target class.
+    `triggered` has the true labels, and no image of the target class. All-to-all attacks have no
+    `target`: their ASR counts images that are assigned to the next class, and every class is a
+    target class.
     """
     return scores_from_logits(
         predict(model, test.images, precision=precision),
@@ -88,31 +92,61 @@ def score(
 
 
 def scores_from_logits(
-    clean: Float[Tensor, "n k"],
-    attacked: Float[Tensor, "m k"],
+    clean_logits: Float[Tensor, "n k"],
+    triggered_logits: Float[Tensor, "m k"],
     test: ImageSet,
     triggered: ImageSet,
     target: int | None,
 ) -> Scores:
-    """`score` of a model whose logits for both sets are known."""
-    clean, attacked = clean.argmax(1), attacked.argmax(1)
-    victims = (
-        torch.ones_like(test.labels, dtype=torch.bool) if target is None else test.labels == target
-    )
-    goals = backdoor_labels(triggered.labels, target, len(test.classes))
+    """The same from the logits of a model for both sets."""
+    correct = clean_logits.argmax(1) == test.labels
+    predicted = triggered_logits.argmax(1)
+    in_target_class = torch.ones_like(correct) if target is None else test.labels == target
+    wanted_labels = backdoor_labels(triggered.labels, target, len(test.classes))
     return Scores(
-        Proportion(int((clean == test.labels).sum()), len(test)),
-        Proportion(int((attacked == goals).sum()), len(triggered)),
-        Proportion(int((attacked == triggered.labels).sum()), len(triggered)),
-        Proportion(int((clean == test.labels)[victims].sum()), int(victims.sum())),
+        clean_accuracy=proportion_of(correct),
+        attack_success_rate=proportion_of(predicted == wanted_labels),
+        robust_accuracy=proportion_of(predicted == triggered.labels),
+        target_class_accuracy=proportion_of(correct[in_target_class]),
     )
+
+
+def proportion_of(hits: Bool[Tensor, "_"]) -> Proportion:
+    """How many are true, of how many."""
+    return Proportion(int(hits.sum()), len(hits))
+
+
+@dataclass(frozen=True)
+class EvaluationSets:
+    """Test images and triggered ones, and the target label, which is None for all-to-all attacks.
+
+    `triggered` has the true labels, and no image of the target class.
+    """
+
+    clean: ImageSet
+    triggered: ImageSet
+    target: int | None
+
+    def score(self, model: nn.Module) -> Scores:
+        """CA, ASR and RA of `model`, by the chosen precision."""
+        precision = chosen_precision()
+        return score(model, self.clean, self.triggered, self.target, precision=precision)
+
+    def first(self, n: int) -> EvaluationSets:
+        """At most `n` images of each set; they are in random order."""
+        return EvaluationSets(head(self.clean, n), head(self.triggered, n), self.target)
+
+
+def head(data: ImageSet, n: int) -> ImageSet:
+    """The first `n` images, or all where there are fewer."""
+    return data.subset(torch.arange(min(n, len(data))))
 
 
 def defense_effectiveness(before: Scores, after: Scores) -> float:
-    """DER in [0, 1]: .5 without effect, 1 for a backdoor gone at no cost in accuracy.
+    """DER in [0, 1]: 0.5 without effect, 1 for a removed backdoor at no cost in accuracy.
 
-    Source: Zhu et al., ICCV 2023 (FT-SAM). Differs: the cost is subtracted, as the formula says
-    and public code does not.
+    Source: Zhu et al., ICCV 2023 (FT-SAM).
+    Differs: the cost is subtracted, as in the formula and unlike in public code.
     """
     gain = max(0.0, before.attack_success_rate.value - after.attack_success_rate.value)
     cost = max(0.0, before.clean_accuracy.value - after.clean_accuracy.value)
@@ -120,15 +154,19 @@ def defense_effectiveness(before: Scores, after: Scores) -> float:
 
 
 ALLOWED_COST = 0.02
+"""Clean accuracy that a backdoored model may have below the benign one."""
 
 
-def gate_failure(backdoored: Scores, accuracy_benign: float, least_asr: float) -> str:
-    """Why the backdoor is not real; empty when it is: ASR high enough and CA close to that of the
-    benign benign.
+def gate_failure(backdoored: Scores, benign_accuracy: float, min_asr: float) -> str:
+    """Why the backdoor does not count as real; empty when it does.
+
+    It does with a high enough ASR and a CA close to that of the benign model.
     """
-    asr, ca = backdoored.attack_success_rate.value, backdoored.clean_accuracy.value
-    if asr < least_asr:
-        return f"ASR {asr:.3f} is below {least_asr}"
-    if ca < accuracy_benign - ALLOWED_COST:
-        return f"CA {ca:.3f} is more than {ALLOWED_COST} below the benign model's {accuracy_benign:.3f}"
+    asr = backdoored.attack_success_rate.value
+    ca = backdoored.clean_accuracy.value
+    if asr < min_asr:
+        return f"ASR {asr:.3f} is below {min_asr}"
+    if ca < benign_accuracy - ALLOWED_COST:
+        benign = f"the benign model's {benign_accuracy:.3f}"
+        return f"CA {ca:.3f} is more than {ALLOWED_COST} below {benign}"
     return ""

@@ -399,7 +399,7 @@ def label_verdicts(
         Clock(),
     )
     named = {name: each.verdict for name, each in said.items()}
-    smallest = min(triggers, key=lambda trigger: trigger.size)
+    smallest = min(triggers, key=lambda trigger: trigger.effective_size)
     label = next(
         (verdict.label for verdict in named.values() if verdict.label is not None), smallest.label
     )

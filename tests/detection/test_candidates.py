@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rnp.attacks.base import BlendTrigger
-from rnp.detection.candidates import from_training_images, from_test_images
+from rnp.detection.candidates import from_test_images, from_training_images
 from rnp.detection.run import Detect
 from rnp.detection.samples.mean_unlearned_confidence import MeanUnlearnedConfidence
 from rnp.detection.samples.unlearned_confidence import UnlearnedConfidence

@@ -1,4 +1,4 @@
-"""The label that two detectors, asked of the unlearned copy, both put first."""
+"""The label that two detectors both rank first in the unlearned model."""
 
 from __future__ import annotations
 
@@ -20,26 +20,32 @@ from rnp.unlearn import Unlearn
 
 @dataclass(frozen=True, kw_only=True)
 class Consensus(LabelDetector):
-    """The score of a class is the smaller of its scores by `mm_bd` and `neuron_noise`, each as a
-    share of what that one names a label at; 0 for every class that one of the two does not put
-    first, by its least margin.
+    """The smaller score of a class by `mm_bd` and `neuron_noise` on the unlearned model.
 
-    In an unlearned benign model either of them is prone to name a class, but not the same one: the
-    margins start from noise, the predictions from images. A backdoor that outlives unlearning
+    Each score is divided by the `min_score` of its detector. A class scores 0 unless both
+    detectors rank it first, with their `min_margin`.
+
+    In an unlearned benign model each of them often predicts a class, but not the same one:
+    `mm_bd` starts from noise, `neuron_noise` from images. A backdoor that survives unlearning
     draws both to its label. Of five benign models of CIFAR-10 one had a score of 1.17, the others
-    0; `least_score` was settled after the first three.
+    0; `min_score` was chosen after the first three.
 
-    Source: ours; the two detectors name theirs. Unlearning as in Li et al., ICML 2023, section 3.
+    Drawn at random: what the two detectors draw, one after the other.
+
+    Source: ours; for the two detectors see their files. Unlearning as in Li et al., ICML 2023,
+    section 3.
     """
 
     needs_unlearned: ClassVar[bool] = True
     min_classes: ClassVar[int] = MMBD.min_classes
 
     min_score: Annotated[
-        float, Ge(0), "highest score below which no label is named; at 1 both detectors name it"
+        float,
+        Ge(0),
+        "highest score below which no label is predicted; at 1 both detectors predict it",
     ] = 1.5
     min_margin: Annotated[
-        float, Ge(0), "lead over the second class below which no label is named"
+        float, Ge(0), "lead over the second class below which no label is predicted"
     ] = 0.0
     margins: MMBD = MMBD()
     noise: NeuronNoise = NeuronNoise()
@@ -47,21 +53,19 @@ class Consensus(LabelDetector):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("margins", "noise"):
-            if not getattr(self, name).min_score > 0:
-                raise UserError(
-                    f"consensus.{name}.min_score must be above 0, got"
-                    f" {getattr(self, name).min_score:g}"
-                )
+            divisor = getattr(self, name).min_score
+            if not divisor > 0:
+                raise UserError(f"consensus.{name}.min_score must be above 0, got {divisor:g}")
 
     def score(
         self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator
     ) -> Float[Tensor, "k"]:
-        """With an unlearned copy by the default settings. Raises: UserError as the two detectors
-        do.
+        """The score after unlearning a copy of `model` with the default settings.
+
+        Raises: UserError as the two detectors do.
         """
-        return self.score_unlearned(
-            Unlearn(until_collapse=False)(model, clean, rng=rng).model, clean, rng
-        )
+        unlearned = Unlearn(until_collapse=False)(model, clean, rng=rng).model
+        return self.score_unlearned(unlearned, clean, rng)
 
     def score_evidence(
         self, evidence: Evidence, clean: ImageSet, *, rng: torch.Generator
@@ -71,13 +75,15 @@ class Consensus(LabelDetector):
     def score_unlearned(
         self, unlearned: nn.Module, clean: ImageSet, rng: torch.Generator
     ) -> Float[Tensor, "k"]:
-        said = [
-            (each, each.score(unlearned, clean, rng=rng).float())
-            for each in (self.margins, self.noise)
+        """The score of a model that has been unlearned already."""
+        pairs = [
+            (detector, detector.score(unlearned, clean, rng=rng).float())
+            for detector in (self.margins, self.noise)
         ]
-        least = torch.stack([scores / each.min_score for each, scores in said]).amin(0)
-        first = torch.stack(
-            [torch.arange(len(scores)) == scores.argmax() for _, scores in said]
-        ).all(0)
-        lead = all(each.verdict(scores).margin >= each.min_margin for each, scores in said)
-        return least.clamp_min(0).where(first & lead, 0.0)
+        relative = [scores / detector.min_score for detector, scores in pairs]
+        firsts = [torch.arange(len(scores)) == scores.argmax() for _, scores in pairs]
+        in_lead = all(
+            detector.verdict(scores).margin >= detector.min_margin for detector, scores in pairs
+        )
+        lowest = torch.stack(relative).amin(0)
+        return lowest.clamp_min(0).where(torch.stack(firsts).all(0) & in_lead, 0.0)

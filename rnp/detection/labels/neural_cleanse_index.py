@@ -17,26 +17,27 @@ from rnp.types import ImageSet
 
 @dataclass(frozen=True, kw_only=True)
 class NeuralCleanseIndex(LabelDetector):
-    """The score of a class is the anomaly index of its mask's size, above 0 where the mask is
-    smaller than the median.
+    """The anomaly index of the size of a class's mask, above 0 for one smaller than the median.
 
     Source: Wang et al., S&P 2019, section IV, with its threshold of 2.
-    Differs: a mask that moves less than half of the images counts as the whole image; in a
-    collapsed model an empty mask would else be the smallest.
+    Differs: a mask that moves at most half of the images that the model does not assign to the
+    label anyway counts as large as the image; otherwise an empty mask would be the smallest in a
+    collapsed model.
     """
 
     needs_triggers: ClassVar[bool] = True
 
-    min_score: Annotated[float, Ge(0), "highest index below which no label is named"] = 2.0
+    min_score: Annotated[float, Ge(0), "highest index below which no label is predicted"] = 2.0
     min_margin: Annotated[
-        float, Ge(0), "lead over the second class below which no label is named"
+        float, Ge(0), "lead over the second class below which no label is predicted"
     ] = 0.0
 
     def score(
         self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator
     ) -> Float[Tensor, "k"]:
-        """By a recovery with its default settings, which draws at random; `from_triggers` takes
-        any.
+        """The score by triggers that are recovered with the default settings.
+
+        Drawn at random: what the recovery draws.
         """
         return self.from_triggers(NeuralCleanse().recover(model, clean, rng=rng))
 
@@ -46,5 +47,5 @@ class NeuralCleanseIndex(LabelDetector):
         return self.from_triggers(evidence.triggers)
 
     def from_triggers(self, triggers: list[RecoveredTrigger]) -> Float[Tensor, "k"]:
-        """The same score from triggers that were recovered before, one per class in order."""
-        return anomaly_index(torch.tensor([trigger.size for trigger in triggers]))
+        """The same score from given triggers, one per class in order."""
+        return anomaly_index(torch.tensor([trigger.effective_size for trigger in triggers]))

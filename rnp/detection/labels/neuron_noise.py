@@ -1,6 +1,4 @@
-"""The label to which images of all other classes turn when the neurons of the model are
-disturbed.
-"""
+"""The label that images of other classes are assigned to when neurons are perturbed."""
 
 from __future__ import annotations
 
@@ -23,27 +21,28 @@ from rnp.types import ImageSet, to_floats
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronNoise(LabelDetector):
-    """The score of a class is its share of the predictions for images of the *other* classes,
-    averaged over noisy copies.
+    """A class's share of the predictions for images of *other* classes, averaged over noisy copies.
 
-    A benign model turns to some class too, and strong noise turns a backdoored one to any: the
-    verdict is a hint.
+    The verdict is a hint: a benign model drifts to some class too, and with strong noise a
+    backdoored one may drift to any class.
+
     Drawn at random: the noise, and the images of the ascent.
 
-    Source: Wu and Wang, NeurIPS 2021 (ANP), section 3, with its strength of .4 and its single step.
-    Differs: several copies from random starts, since one copy turns all images to a single class
-    and says nothing on the second; predictions are counted per class as `prediction_drift` counts
-    them.
+    Source: Wu and Wang, NeurIPS 2021 (ANP), section 3, with its strength of 0.4 and its single
+    step.
+    Differs: several copies from random starts, since a single copy assigns all images to one
+    class and gives no score for the second; predictions are counted per class as by
+    `prediction_drift`.
     """
 
     min_score: Annotated[
-        float, Interval(ge=0, le=1), "highest share, in [0, 1], below which no label is named"
+        float, Interval(ge=0, le=1), "highest share below which no label is predicted"
     ] = 0.5
     min_margin: Annotated[
-        float, Interval(ge=0, le=1), "lead over the second class below which no label is named"
+        float, Interval(ge=0, le=1), "lead over the second class below which no label is predicted"
     ] = 0.2
     strength: Annotated[
-        float, Gt(0), "largest change of a channel's scale and bias, as a share of them"
+        float, Gt(0), "largest change of a channel's scale and bias, relative to them"
     ] = 0.4
     copies: Annotated[int, Gt(0), "noisy copies of the model"] = 10
     steps: Annotated[
@@ -54,41 +53,44 @@ class NeuronNoise(LabelDetector):
     def score(
         self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator
     ) -> Float[Tensor, "k"]:
-        """Raises: UserError when the model has no neurons to disturb."""
+        """One share per class.
+
+        Raises: UserError when the model has no neurons to perturb.
+        """
         shares = torch.zeros(len(clean.classes))
         for _ in range(self.copies):
-            predicted = predict(
-                self._disturbed(model, clean, rng), clean.images, precision=chosen_precision()
-            ).argmax(1)
-            shares += class_shares(predicted, clean.labels, len(clean.classes))
+            perturbed = self._perturb(model, clean, rng)
+            logits = predict(perturbed, clean.images, precision=chosen_precision())
+            shares += class_shares(logits.argmax(1), clean.labels, len(clean.classes))
         return shares / self.copies
 
-    def _disturbed(self, model: nn.Module, clean: ImageSet, rng: torch.Generator) -> nn.Module:
-        """A copy whose BatchNorm scales and biases are changed by at most `strength` times
-        themselves.
+    def _perturb(self, model: nn.Module, clean: ImageSet, rng: torch.Generator) -> nn.Module:
+        """A copy whose BatchNorm scales and biases are changed by at most `strength`, relatively.
+
+        They start from uniform noise, and the ascent moves them in the direction of a higher loss.
         """
         device = device_of(model)
-        disturbed = copy.deepcopy(model).eval().requires_grad_(False)
-        free = [
-            p
-            for layer in maskable(disturbed).values()
-            for p in (layer.weight, bias(layer))
-            if p is not None
-        ]
-        centers, reaches = [p.clone() for p in free], [self.strength * p.abs() for p in free]
-        for p, reach in zip(free, reaches):
-            p += reach * (2 * torch.rand(p.shape, generator=rng) - 1).to(device)
+        perturbed = copy.deepcopy(model).eval().requires_grad_(False)
+        free = self._free_parameters(perturbed)
+        centers = [p.clone() for p in free]
+        radii = [self.strength * p.abs() for p in free]
+        for p, radius in zip(free, radii):
+            p += radius * (2 * torch.rand(p.shape, generator=rng) - 1).to(device)
             p.requires_grad_()
         for _ in range(self.steps):
-            drawn = torch.randint(len(clean), (self.batch_size,), generator=rng)
-            images = to_floats(clean.images[drawn].to(device))
+            positions = torch.randint(len(clean), (self.batch_size,), generator=rng)
+            images = to_floats(clean.images[positions].to(device))
+            labels = clean.labels[positions].to(device)
             with autocast(chosen_precision(), device):
-                loss = F.cross_entropy(disturbed(images).float(), clean.labels[drawn].to(device))
+                loss = F.cross_entropy(perturbed(images).float(), labels)
+            gradients = torch.autograd.grad(loss, free)
             with torch.no_grad():
-                for p, g, center, reach in zip(
-                    free, torch.autograd.grad(loss, free), centers, reaches
-                ):
-                    p.copy_(
-                        (p + g.sign() * reach / self.steps).clamp(center - reach, center + reach)
-                    )
-        return disturbed
+                for p, g, center, radius in zip(free, gradients, centers, radii):
+                    step = g.sign() * radius / self.steps
+                    p.copy_((p + step).clamp(center - radius, center + radius))
+        return perturbed
+
+    @staticmethod
+    def _free_parameters(model: nn.Module) -> list[Tensor]:
+        parts = [part for layer in maskable(model).values() for part in (layer.weight, bias(layer))]
+        return [part for part in parts if isinstance(part, Tensor)]

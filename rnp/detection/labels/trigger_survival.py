@@ -1,4 +1,4 @@
-"""The label whose small trigger goes on working after the model has been unlearned."""
+"""The label whose small trigger still works after the model has been unlearned."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ from rnp.unlearn import Unlearn
 
 @dataclass(frozen=True, kw_only=True)
 class TriggerSurvival(LabelDetector):
-    """The score of a class is how abnormally small its trigger is, times what that trigger still
-    adds in the unlearned model.
+    """The smallness of a class's trigger, times its gain in the unlearned model.
 
-    Every model has triggers for every class. One that is made of clean features loses its effect
-    when those are unlearned, that of a backdoor keeps it. The smallness is the anomaly index of
-    Neural Cleanse, of the logarithm of the size and not below 0: in a benign model the sizes of
-    different classes lie as far apart as factors of five.
+    Every model has triggers for every class. A trigger made of clean features loses its effect
+    when those are unlearned; the trigger of a backdoor keeps it. The smallness is the anomaly
+    index of Neural Cleanse, of the logarithm of the size and not below 0: in a benign model the
+    sizes for different classes differ by factors of up to five.
+
+    Drawn at random: nothing, given the triggers and the unlearned model.
 
     Source: ours, from the finding of Li et al., ICML 2023, section 3, that unlearning clean images
     leaves the backdoor in place; triggers and index as in Wang et al., S&P 2019, section IV, with
@@ -42,19 +43,21 @@ class TriggerSurvival(LabelDetector):
     needs_unlearned: ClassVar[bool] = True
     needs_triggers: ClassVar[bool] = True
 
-    min_score: Annotated[float, Ge(0), "highest score below which no label is named"] = 2.0
+    min_score: Annotated[float, Ge(0), "highest score below which no label is predicted"] = 2.0
     min_margin: Annotated[
-        float, Ge(0), "lead over the second class below which no label is named"
+        float, Ge(0), "lead over the second class below which no label is predicted"
     ] = 0.0
 
     def score(
         self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator
     ) -> Float[Tensor, "k"]:
-        """With triggers and an unlearned copy by the default settings, which draw at random."""
-        found = NeuralCleanse().recover(model, clean, rng=rng)
-        return self.from_triggers(
-            found, Unlearn(until_collapse=False)(model, clean, rng=rng).model, clean
-        )
+        """The score by triggers and an unlearned copy with the default settings.
+
+        Drawn at random: what recovery and unlearning draw.
+        """
+        triggers = NeuralCleanse().recover(model, clean, rng=rng)
+        unlearned = Unlearn(until_collapse=False)(model, clean, rng=rng).model
+        return self.from_triggers(triggers, unlearned, clean)
 
     def score_evidence(
         self, evidence: Evidence, clean: ImageSet, *, rng: torch.Generator
@@ -64,15 +67,15 @@ class TriggerSurvival(LabelDetector):
     def from_triggers(
         self, triggers: list[RecoveredTrigger], unlearned: nn.Module, clean: ImageSet
     ) -> Float[Tensor, "k"]:
-        """The same score from triggers of the given model, one per class in order, and its
-        unlearned copy.
+        """The same score from given triggers, one per class in order, and a given unlearned copy.
+
+        The triggers are those of the model before unlearning.
         """
-        before = predict(unlearned, clean.images, precision=chosen_precision()).argmax(1)
+        predicted = predict(unlearned, clean.images, precision=chosen_precision()).argmax(1)
         gains = [
-            measure_trigger(
-                each.label, each.mask, each.pattern, unlearned, clean, before, chosen_precision()
-            ).gain
-            for each in triggers
+            measure_trigger(t.label, t.mask, t.pattern, unlearned, clean, predicted).gain
+            for t in triggers
         ]
-        smallness = anomaly_index(torch.tensor([each.size for each in triggers]).log())
+        sizes = torch.tensor([trigger.effective_size for trigger in triggers])
+        smallness = anomaly_index(sizes.log())
         return smallness.clamp_min(0) * torch.tensor(gains).clamp_min(0)

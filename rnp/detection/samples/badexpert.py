@@ -1,6 +1,4 @@
-"""BaDExpert: a copy tuned on wrong labels forgets what clean images are, but not what the trigger
-means.
-"""
+"""BaDExpert: a copy tuned on wrong labels forgets clean images, but not the backdoor."""
 
 from __future__ import annotations
 
@@ -25,16 +23,17 @@ from rnp.types import Bytes, ImageSet
 
 @dataclass(frozen=True, kw_only=True)
 class BaDExpert(SampleDetector):
-    """Log confidence of the tuned copy, the expert, in what the original predicts, minus that of
-    the original; in nats.
+    """Log ratio of the expert's confidence in the model's prediction to the model's own.
 
-    The expert is made anew by each call, the same one for the same `rng`. Drawn at random: the
-    wrong labels, the order and the augmentation of the images.
+    In nats. The expert is a copy of the model that is tuned on wrong labels in each call, the same
+    one for the same `rng`.
+
+    Drawn at random: the wrong labels, the order and the augmentation of the images.
 
     Source: Xie et al., ICLR 2024, arXiv 2308.12439: the expert and the ratio of the two
     confidences.
     Differs: tuning ends at an accuracy, not after one pass, since 500 images make few steps;
-    BatchNorm stays on its running statistics, which costs fewer false alarms in the target class;
+    BatchNorm keeps its running statistics, which causes fewer false alarms in the target class;
     no second copy is tuned on the right labels.
     """
 
@@ -42,7 +41,7 @@ class BaDExpert(SampleDetector):
     batch_size: Annotated[int, Gt(0), "images per step"] = 64
     epochs: Annotated[int, Gt(0), "passes over the clean images, at most"] = 20
     stop_accuracy: Annotated[
-        float, Interval(gt=0, lt=1), "accuracy on the clean images at which the copy is an expert"
+        float, Interval(gt=0, lt=1), "accuracy on the clean images at which the tuning ends"
     ] = 0.2
     augment: Augment = Augment()
 
@@ -55,9 +54,9 @@ class BaDExpert(SampleDetector):
         rng: torch.Generator,
         unlearned: nn.Module | None = None,
     ) -> Float[Tensor, "n"]:
-        return log_ratio(self._expert(model, clean, rng), model, images)
+        return log_ratio(self._tune_expert(model, clean, rng), model, images)
 
-    def _expert(self, model: nn.Module, clean: ImageSet, rng: torch.Generator) -> nn.Module:
+    def _tune_expert(self, model: nn.Module, clean: ImageSet, rng: torch.Generator) -> nn.Module:
         k = len(clean.classes)
         wrong = (clean.labels + torch.randint(1, k, clean.labels.shape, generator=rng)) % k
         expert = freeze_statistics(copy.deepcopy(model), frozen=True)

@@ -1,6 +1,4 @@
-"""Triggered images reach their class by another way than clean ones: their features lie off the
-clean images of that class.
-"""
+"""The features of triggered images are far from those of the clean images of their class."""
 
 from __future__ import annotations
 
@@ -16,14 +14,15 @@ from rnp.types import Bytes, ImageSet, Labels
 
 @dataclass(frozen=True, kw_only=True)
 class Mahalanobis(SampleDetector):
-    """Squared Mahalanobis distance of an image's features from those of the clean images that are
-    taken for the same class.
+    """Squared Mahalanobis distance of features from the clean images of the predicted class.
 
-    Each image is judged by itself, whatever is scored beside it. Nothing is random.
+    Each image is scored by itself.
 
-    Source: Lee et al., NeurIPS 2018, arXiv 1807.03888, section 2.1, for images from elsewhere;
-    here triggered ones are those.
-    Differs: the penultimate layer alone and no noise on the input. The classes are those
+    Drawn at random: nothing.
+
+    Source: Lee et al., NeurIPS 2018, arXiv 1807.03888, section 2.1, for images from another
+    distribution; here those are the triggered ones.
+    Differs: only the penultimate layer, and no noise on the input. The classes are those
     predicted. The covariance, which all classes share, is shrunk (Ledoit and Wolf, 2004), since
     the defender has fewer images than such a layer has features.
     """
@@ -43,20 +42,22 @@ class Mahalanobis(SampleDetector):
 
 
 def distances(
-    seen: Float[Tensor, "n d"],
+    features: Float[Tensor, "n d"],
     predicted: Labels,
-    known: Float[Tensor, "m d"],
-    known_predicted: Int64[Tensor, "m"],
+    clean_features: Float[Tensor, "m d"],
+    clean_predicted: Int64[Tensor, "m"],
 ) -> Float[Tensor, "n"]:
-    """Squared Mahalanobis distances of `seen` from the mean of those of `known` that are predicted
-    alike.
+    """Squared Mahalanobis distances from the mean of the clean images with the same prediction.
 
-    Where there are none the mean of all of `known` stands in.
+    Where there are none it is the mean of all clean images.
     """
     from sklearn.covariance import LedoitWolf
 
-    means = known.mean(0).repeat(int(torch.cat([predicted, known_predicted]).max()) + 1, 1)
-    for label in known_predicted.unique():
-        means[label] = known[known_predicted == label].mean(0)
-    spread = LedoitWolf(assume_centered=True).fit((known - means[known_predicted]).double().numpy())
-    return torch.from_numpy(spread.mahalanobis((seen - means[predicted]).double().numpy())).float()
+    num_classes = int(torch.cat([predicted, clean_predicted]).max()) + 1
+    means = clean_features.mean(0).repeat(num_classes, 1)  # [k, d]
+    for label in clean_predicted.unique():
+        means[label] = clean_features[clean_predicted == label].mean(0)
+    clean_residuals = (clean_features - means[clean_predicted]).double()
+    residuals = (features - means[predicted]).double()
+    covariance = LedoitWolf(assume_centered=True).fit(clean_residuals.numpy())
+    return torch.from_numpy(covariance.mahalanobis(residuals.numpy())).float()

@@ -1,6 +1,4 @@
-"""A triggered image keeps its prediction all along the unlearning, a clean one only for a part of
-the way.
-"""
+"""A triggered image keeps its prediction throughout the unlearning, a clean image does not."""
 
 from __future__ import annotations
 
@@ -11,13 +9,14 @@ from rnp.detection.samples.unlearned_confidence import UnlearnedConfidence
 
 @dataclass(frozen=True, kw_only=True)
 class MeanUnlearnedConfidence(UnlearnedConfidence):
-    """The score of `unlearned_confidence`, averaged over the checkpoints of the unlearning; which those are
-    is up to who asks.
+    """The score of `unlearned_confidence`, averaged over the checkpoints of the unlearning.
 
-    A single checkpoint is a matter of luck: at a high accuracy clean images are still sure, after
-    the collapse those of the backdoor's label are.
+    A single checkpoint may be too early or too late: at a high accuracy the confidence in clean
+    images is still high, and after the collapse that in clean images of the backdoor's label is.
 
-    Source: Li et al., ICML 2023, for the idea; the paper's exact score could not be read, this one
+    Drawn at random: nothing.
+
+    Source: Li et al., ICML 2023, for the idea; the paper's exact score was not available, this one
     is ours.
     """
 

@@ -1,6 +1,4 @@
-"""Spectral Signatures: the features of triggered images stand out along the direction in which
-their class varies most.
-"""
+"""Spectral Signatures: triggered images are outliers in the main direction of their class."""
 
 from __future__ import annotations
 
@@ -18,14 +16,16 @@ from rnp.types import Bytes, ImageSet
 class SpectralSignatures(SampleDetector):
     """Squared projection of an image's features on the first principal direction of its class.
 
-    This judges a set, as one filters a training set: scores depend on which images are scored
-    together, through that direction. Nothing is random.
+    It is made for filtering a training set: through that direction a score depends on which images
+    are scored together.
+
+    Drawn at random: nothing.
 
     Source: Tran et al., NeurIPS 2018, arXiv 1811.00636, Algorithm 1.
-    Differs: classes are those predicted, not those of the training set. Features are centerd on
-    the defender's clean images of the class, not on those scored: the own mean lies among the
-    triggered images where these are the majority, and clean ones then stand out. A class that no
-    clean image is taken for is centerd on its own mean.
+    Differs: classes are those predicted, not those of the training set. Features are centered on
+    the mean of the defender's clean images of the class, not on that of the scored ones: where
+    most of these are triggered, the clean ones would be the outliers. A class without clean images
+    is centered on its own mean.
     """
 
     def score(
@@ -37,21 +37,23 @@ class SpectralSignatures(SampleDetector):
         rng: torch.Generator,
         unlearned: nn.Module | None = None,
     ) -> Float[Tensor, "n"]:
-        (seen, predicted), (known, known_predicted) = (
-            penultimate_features(model, images),
-            penultimate_features(model, clean.images),
-        )
+        features, predicted = penultimate_features(model, images)
+        clean_features, clean_predicted = penultimate_features(model, clean.images)
         scores = torch.zeros(len(images))
         for label in predicted.unique():
-            here = predicted == label
-            scores[here] = projections(seen[here], known[known_predicted == label])
+            in_class = predicted == label
+            reference = clean_features[clean_predicted == label]
+            scores[in_class] = projections(features[in_class], reference)
         return scores
 
 
-def projections(seen: Float[Tensor, "n d"], known: Float[Tensor, "m d"]) -> Float[Tensor, "n"]:
-    """Squared, on the direction of the largest second moment of `seen` around the mean of
-    `known`.
+def projections(
+    features: Float[Tensor, "n d"], reference: Float[Tensor, "m d"]
+) -> Float[Tensor, "n"]:
+    """Squared projections on the direction of the largest second moment of the features.
+
+    The moment is around the mean of `reference`, or of the features where that is empty.
     """
-    centerd = seen - (known if len(known) else seen).mean(0)
-    first = torch.linalg.eigh(centerd.T @ centerd).eigenvectors[:, -1]
-    return (centerd @ first).square()
+    centered = features - (reference if len(reference) else features).mean(0)
+    direction = torch.linalg.eigh(centered.T @ centered).eigenvectors[:, -1]
+    return (centered @ direction).square()

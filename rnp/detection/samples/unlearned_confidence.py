@@ -1,4 +1,4 @@
-"""A triggered image keeps its prediction when the model is unlearned; a clean one loses it."""
+"""A triggered image keeps its prediction when the model is unlearned, a clean image does not."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from rnp.types import Bytes, ImageSet
 
 @dataclass(frozen=True, kw_only=True)
 class UnlearnedConfidence(SampleDetector):
-    """The confidence of the unlearned model in what the original predicts.
+    """The confidence of the unlearned model in the original model's prediction.
 
     After the collapse clean images of the backdoor's label score as high as triggered ones, and
-    later all images do: take the checkpoint at an accuracy of .2 to .5.
+    later all images do: use the checkpoint at an accuracy of 0.2 to 0.5.
 
-    Source: Li et al., ICML 2023, for the idea; the paper's exact score could not be read, this one
+    Drawn at random: nothing.
+
+    Source: Li et al., ICML 2023, for the idea; the paper's exact score was not available, this one
     is ours.
     """
 

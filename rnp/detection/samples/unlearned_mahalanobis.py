@@ -1,6 +1,4 @@
-"""The unlearned model answers a triggered image unlike any clean one, too surely or in another
-way.
-"""
+"""The unlearned model's output for triggered images is far from that for clean ones."""
 
 from __future__ import annotations
 
@@ -18,17 +16,20 @@ from rnp.types import Bytes, ImageSet
 
 @dataclass(frozen=True, kw_only=True)
 class UnlearnedMahalanobis(SampleDetector):
-    """Squared Mahalanobis distance of the unlearned model's log probabilities from those of clean
-    images that the given model takes for the same class; the probabilities are means over the
-    checkpoints of the unlearning.
+    """Squared Mahalanobis distance of log probabilities from clean images of the predicted class.
 
-    `unlearned_confidence` expects that the backdoor outlives the unlearning. Where it goes first, triggered
-    images lose their prediction faster than clean ones; this finds them in both cases, and does
-    not mistake the clean images of the target class for triggered ones, since it compares within
-    the class. Nothing is random.
+    The log probabilities are those of the unlearned model, averaged over the checkpoints of the
+    unlearning; the class is predicted by the original model.
 
-    Source: Li et al., ICML 2023, for the idea of asking the unlearned model; Lee et al., NeurIPS
-    2018, section 2.1, for the distance.
+    `unlearned_confidence` expects that the backdoor survives the unlearning. Where it is lost
+    first, triggered images lose their prediction faster than clean ones. This detector finds them
+    in both cases, and does not mistake clean images of the target class for triggered ones, since
+    it compares within the class.
+
+    Drawn at random: nothing.
+
+    Source: Li et al., ICML 2023, for the use of the unlearned model; Lee et al., NeurIPS 2018,
+    section 2.1, for the distance.
     """
 
     needs_unlearned = True
@@ -44,8 +45,9 @@ class UnlearnedMahalanobis(SampleDetector):
         unlearned: nn.Module | None = None,
     ) -> Float[Tensor, "n"]:
         unlearned = self.require_unlearned(unlearned)
-        (seen, predicted), (known, known_predicted) = (
-            (predict(unlearned, each).log_softmax(1), predict(model, each).argmax(1))
-            for each in (images, clean.images)
+        return distances(
+            predict(unlearned, images).log_softmax(1),
+            predict(model, images).argmax(1),
+            predict(unlearned, clean.images).log_softmax(1),
+            predict(model, clean.images).argmax(1),
         )
-        return distances(seen, predicted, known, known_predicted)

@@ -1,6 +1,4 @@
-"""The confidence in a prediction falls less for triggered images than for clean ones when the
-model is unlearned.
-"""
+"""When the model is unlearned, confidence drops less for triggered images than for clean ones."""
 
 from __future__ import annotations
 
@@ -17,14 +15,15 @@ from rnp.types import Bytes, ImageSet
 
 @dataclass(frozen=True, kw_only=True)
 class UnlearnedRatio(SampleDetector):
-    """Log confidence of the unlearned model in what the original predicts, minus that of the
-    original; in nats.
+    """Log ratio of the unlearned model's confidence in a prediction to the original model's.
 
-    `unlearned_confidence` asks what is left, this asks which share of it. Clean images of which the original
-    was not sure have little to lose and score high. The caveat on the checkpoint is that of
-    `unlearned_confidence`.
+    In nats; the prediction is the original model's. `unlearned_confidence` measures the confidence
+    that remains, this one its share of the former confidence. Clean images with a low former
+    confidence score high. The choice of the checkpoint matters as for `unlearned_confidence`.
 
-    Source: Li et al., ICML 2023, for the idea; the paper's exact score could not be read, this one
+    Drawn at random: nothing.
+
+    Source: Li et al., ICML 2023, for the idea; the paper's exact score was not available, this one
     is ours.
     """
 
@@ -45,7 +44,5 @@ class UnlearnedRatio(SampleDetector):
 def log_ratio(changed: nn.Module, model: nn.Module, images: Bytes) -> Float[Tensor, "n"]:
     """Log confidence of `changed` in the predictions of `model`, minus that of `model`."""
     before, predicted = predict(model, images).log_softmax(1).max(1)
-    return (
-        predict(changed, images).log_softmax(1).gather(1, predicted.unsqueeze(1)).squeeze(1)
-        - before
-    )
+    after = predict(changed, images).log_softmax(1).gather(1, predicted.unsqueeze(1)).squeeze(1)
+    return after - before
