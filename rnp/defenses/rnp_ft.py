@@ -142,7 +142,8 @@ class RNPFT(NCUnlearn):
             active = [
                 trigger
                 for trigger in self.search.recover_for(sorted(suspected), repaired, clean, rng=rng)
-                if trigger.effective_size < median_size or (index == 0 and trigger.label == drift_label)
+                if trigger.effective_size < median_size
+                or (index == 0 and trigger.label == drift_label)
             ]
             if not active:
                 break
