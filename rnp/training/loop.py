@@ -161,8 +161,9 @@ class Update:
             loss, logits = self.objective(images, labels)
         self.optimizer.zero_grad(set_to_none=True)
         self.group.backward(loss, parameters)
-        norm = loss.new_zeros(())
-        if self.max_grad_norm is not None:
+        if self.max_grad_norm is None:
+            norm = loss.new_zeros(())
+        else:
             norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         self.optimizer.step()
         self.after_step()
