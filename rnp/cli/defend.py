@@ -6,17 +6,19 @@ import dataclasses
 from pathlib import Path
 
 import click
+import torch
 
 from rnp.cli.options import Family, command
 from rnp.cli.progress import progress
 from rnp.defenses.base import UNLEARNED, Defense
+from rnp.defenses.rnp import RNP
 from rnp.evaluation.checks import check_and_warn
 from rnp.io.datasets import load_defense_set
 from rnp.io.files import write_json, write_rows
 from rnp.io.history import History
 from rnp.io.models import load_model, save_model
 from rnp.registry import load
-from rnp.seeds import generator
+from rnp.seeds import generator, root
 from rnp.training.predict import accuracy
 
 
@@ -26,7 +28,7 @@ def repair(
     """Repair the backdoored model, and write it to OUT."""
     network, architecture, classes = load_model(model)
     clean = check_and_warn(network, classes, load_defense_set(defense))
-    rng = generator(seed, f"defend/{method.name.removesuffix(UNLEARNED)}")
+    rng = generator_for(method, seed)
     with (
         History(report / "history.csv") as history,
         progress(method.name, None, history) as on_epoch,
@@ -42,6 +44,13 @@ def repair(
     if repaired.chosen:
         metrics |= {"pruned": repaired.chosen.pruned, "threshold": repaired.chosen.threshold}
     write_json(report / "metrics.json", metrics)
+
+
+def generator_for(method: Defense, seed: int) -> torch.Generator:
+    """RNP draws what the stages unlearn and recover draw; a variant draws what its defense draws."""
+    if isinstance(method, RNP):
+        return root(seed)
+    return generator(seed, f"defend/{method.name.removesuffix(UNLEARNED)}")
 
 
 def defend_command(name: str) -> click.Command:

@@ -91,6 +91,7 @@ MISTAKES = [
     ("seed", "one", "seed must be a whole number, got 'one'"),
     ("precision", "fp23", "unknown precision 'fp23'; did you mean 'fp32'?"),
     ("defenses.fx", {}, "unknown key defenses.fx"),
+    ("defenses.rnp", {}, "the stages unlearn, recover and prune are RNP"),
     ("train", None, "section 'train' is missing"),
     (
         "evaluate.defenses",
