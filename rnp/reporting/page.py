@@ -41,7 +41,7 @@ LABELS = {
     "rnp": "RNP",
     "oracle": "oracle (unattainable for a defender)",
     "benign": "benign (never backdoored)",
-    "asks_unlearned": "uses the unlearned model",
+    "needs_unlearned": "uses the unlearned model",
 }
 """Names in words; of all others the underscores become blanks."""
 CONTROLS = {

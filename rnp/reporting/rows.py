@@ -185,18 +185,24 @@ def defense_row(run: FinishedRun, defense: str) -> Row:
     if defense == NO_DEFENSE:
         row |= {name: trained[name] for name in MEASURES}
     else:
+        require_measured(run, defense)
         runs = run.runs(*stages_of_defense(defense))
         row |= repair_values(run, defense, runs)
     return row | run.origin(last(runs), defense)
+
+
+def require_measured(run: FinishedRun, defense: str) -> None:
+    """Raises: UserError when the run measured no such defense."""
+    models = run.evaluation()["models"]
+    if defense not in models:
+        known = ", ".join(models)
+        raise UserError(f"this run has no defense {defense!r}; choose from none, {known}")
 
 
 def repair_values(run: FinishedRun, defense: str, runs: dict[str, dict]) -> Row:
     """The columns of a repaired model."""
     evaluation = run.evaluation()
     models = evaluation["models"]
-    if defense not in models:
-        known = ", ".join(models)
-        raise UserError(f"this run has no defense {defense!r}; choose from none, {known}")
     split = run.metrics("prepare")
     values = {name: models[defense][name] for name in (*MEASURES, "der")} | {
         "seconds": total_seconds(runs),
@@ -301,7 +307,7 @@ def sample_rows(metrics: dict) -> Iterator[Row]:
             yield {
                 "task": "samples",
                 "detector": name,
-                "model": "unlearned" if values["asks_unlearned"] else "backdoored",
+                "model": "unlearned" if values["needs_unlearned"] else "backdoored",
                 "setting": setting,
                 "timed_as": f"{key}_{name}",
                 **values,

@@ -80,7 +80,7 @@ def run(tmp_path, monkeypatch):
         record = {"stage": stage, "seconds": 1.5, "params": recorded, "device": "a loom"}
         write_json(Path("reports", stage, "run.json"), record)
     write_json(Path("reports/train/metrics.json"), TRAINED)
-    strip = {"auroc": 0.9, "asks_unlearned": False}
+    strip = {"auroc": 0.9, "needs_unlearned": False}
     detection = {
         "triggers": {"unlearned": {"success": 0.97, "l1": 7.1}},
         "labels": {"mm_bd": {"label": 1, "margin": 0.5, "correct": True}},
