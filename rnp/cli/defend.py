@@ -47,7 +47,7 @@ def repair(
 
 
 def generator_for(method: Defense, seed: int) -> torch.Generator:
-    """RNP draws what the stages unlearn and recover draw; a variant draws what its defense draws."""
+    """That of the stages for RNP, else one of its own, which a variant shares with its defense."""
     if isinstance(method, RNP):
         return root(seed)
     return generator(seed, f"defend/{method.name.removesuffix(UNLEARNED)}")

@@ -84,8 +84,8 @@ def check_params(params: dict) -> dict:
         complete[section] = check_section(section, members, params[section])
     if "rnp" in params["defenses"]:
         raise UserError(
-            "params.yaml: defenses.rnp is not needed: the stages unlearn, recover and prune are RNP;"
-            " take it out"
+            "params.yaml: defenses.rnp is not needed: the stages unlearn, recover and prune are"
+            " RNP; take it out"
         )
     defenses = set(params["defenses"])
     evaluated = set(params["evaluate"].get("defenses", []))
