@@ -219,14 +219,14 @@ def test_two_detectors_must_agree(margins, noise, scores, label) -> None:
 @pytest.mark.parametrize(
     "cls, field, value",
     [
-        (Consensus, "least_score", -0.5),
-        (TriggerSurvival, "least_score", -1.5),
-        (TriggerSurvival, "least_margin", -0.1),
-        (PredictionDrift, "least_score", 50.0),
-        (PredictionDrift, "least_margin", -0.1),
-        (PredictionDrift, "sharpness", -1.0),
-        (NeuralCleanseIndex, "least_score", -2.0),
-        (NeuralCleanseIndex, "least_margin", -1.0),
+        (Consensus, "min_score", -0.5),
+        (TriggerSurvival, "min_score", -1.5),
+        (TriggerSurvival, "min_margin", -0.1),
+        (PredictionDrift, "min_score", 50.0),
+        (PredictionDrift, "min_margin", -0.1),
+        (PredictionDrift, "collapse_power", -1.0),
+        (NeuralCleanseIndex, "min_score", -2.0),
+        (NeuralCleanseIndex, "min_margin", -1.0),
     ],
 )
 def test_out_of_range_fields_are_named(cls: type, field: str, value: float) -> None:

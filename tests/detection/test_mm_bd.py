@@ -31,9 +31,7 @@ def test_margins_are_leads_over_the_runner_up() -> None:
 
 
 def test_maximum_margins_of_a_linear_model() -> None:
-    found = MMBD(steps=150, precision="fp32").maximum_margins(
-        Rows(1.0, 2.0, 3.0, 0.5, 1.5, 1.0), images(), rng=rng()
-    )
+    found = MMBD(steps=150).maximum_margins(Rows(1.0, 2.0, 3.0, 0.5, 1.5, 1.0), images(), rng=rng())
     assert found.tolist() == pytest.approx([1.0, 2.0, 3.0, 0.5, 1.5, 1.0], abs=0.02)
 
 
@@ -78,8 +76,8 @@ def test_two_classes_cannot_be_compared() -> None:
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("least_score", -1.0),
-        ("least_margin", -1.0),
+        ("min_score", -1.0),
+        ("min_margin", -1.0),
         ("starts", 0),
         ("steps", 0),
         ("lr", 0.0),

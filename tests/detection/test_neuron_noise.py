@@ -34,24 +34,22 @@ class Sleeper(nn.Module):
 
 
 def test_the_noise_wakes_the_planted_neuron() -> None:
-    detector = NeuronNoise(copies=40, precision="fp32")
+    detector = NeuronNoise(copies=40)
     scores = detector.score(Sleeper(), images(), rng=rng())
     assert scores[TARGET] > 0.6 and scores.sum() == scores[TARGET]
     assert detector.verdict(scores) == LabelVerdict(TARGET, scores[TARGET].item())
 
 
 def test_a_neuron_that_leads_nowhere_names_no_label() -> None:
-    detector = NeuronNoise(precision="fp32")
+    detector = NeuronNoise()
     assert (
         detector.verdict(detector.score(Sleeper(strength=0.0), images(), rng=rng())).label is None
     )
 
 
 def test_weak_noise_leaves_it_asleep_and_uniform_noise_wakes_it_at_times() -> None:
-    asleep = NeuronNoise(strength=0.05, precision="fp32").score(Sleeper(), images(), rng=rng())
-    uniform = NeuronNoise(copies=40, steps=0, precision="fp32").score(
-        Sleeper(), images(), rng=rng()
-    )
+    asleep = NeuronNoise(strength=0.05).score(Sleeper(), images(), rng=rng())
+    uniform = NeuronNoise(copies=40, steps=0).score(Sleeper(), images(), rng=rng())
     assert asleep[TARGET] == 0
     assert 0.1 < uniform[TARGET] < 0.5
 
@@ -59,7 +57,7 @@ def test_weak_noise_leaves_it_asleep_and_uniform_noise_wakes_it_at_times() -> No
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_noise_stays_within_its_strength(toy_model, toy_set, steps: int) -> None:
     model = toy_model()
-    disturbed = NeuronNoise(strength=0.3, steps=steps, batch_size=16, precision="fp32")._disturbed(
+    disturbed = NeuronNoise(strength=0.3, steps=steps, batch_size=16)._perturb(
         model, toy_set(20), rng()
     )
     changed = []
@@ -74,10 +72,10 @@ def test_noise_stays_within_its_strength(toy_model, toy_set, steps: int) -> None
 
 
 def test_the_ascent_raises_the_loss(trained, toy_set) -> None:
-    clean, noise = toy_set(40), dict(strength=0.3, precision="fp32")
+    clean, noise = toy_set(40), dict(strength=0.3)
     ascended, uniform = (
         F.cross_entropy(
-            NeuronNoise(steps=steps, **noise)._disturbed(trained, clean, rng())(clean.as_floats()),
+            NeuronNoise(steps=steps, **noise)._perturb(trained, clean, rng())(clean.as_floats()),
             clean.labels,
         ).item()
         for steps in (1, 0)
@@ -93,8 +91,8 @@ def test_a_model_without_neurons_is_refused() -> None:
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("least_score", 50.0),
-        ("least_margin", -0.1),
+        ("min_score", 50.0),
+        ("min_margin", -0.1),
         ("strength", 0.0),
         ("copies", 0),
         ("steps", -1),

@@ -28,9 +28,9 @@ def test_strip_is_the_mean_over_half_and_half_blends() -> None:
         / 4
         for one in tested.as_floats().split(1)
     ]
-    scores = Strip(overlays=4, precision="fp32").score(model, tested.images, clean, rng=rng())
+    scores = Strip(overlays=4).score(model, tested.images, clean, rng=rng())
     assert scores.tolist() == pytest.approx(expected, abs=1e-5)
-    alone = Strip(overlays=4, precision="fp32").score(model, tested.images[2:3], clean, rng=rng())
+    alone = Strip(overlays=4).score(model, tested.images[2:3], clean, rng=rng())
     assert alone.item() == pytest.approx(scores[2].item(), abs=1e-6)
 
 

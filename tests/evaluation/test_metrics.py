@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rnp.evaluation.metrics import Scores, Proportion, defense_effectiveness, gate_failure, score
+from rnp.evaluation.metrics import Proportion, Scores, defense_effectiveness, gate_failure, score
 from rnp.training.augment import Augment
 from rnp.training.loss_recorder import EarlyLossRecorder, TrainWithLosses
 from rnp.training.predict import class_shares
@@ -140,7 +140,6 @@ def test_the_early_loss_of_each_image(toy_model, toy_set, rng):
         lr=1e-12,
         weight_decay=0.0,
         augment=Augment(crop=0, flip=False),
-        precision="fp32",
         label_smoothing=0.3,
     )
     recipe(model, data, rng=rng())
