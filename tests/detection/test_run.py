@@ -214,5 +214,5 @@ def test_unknown_detectors_are_refused(family):
 
 
 def test_too_few_test_images_are_refused():
-    with pytest.raises(UserError, match="detect.num_test_images must be at least 10, got 9"):
+    with pytest.raises(UserError, match=r"detect\.num_test_images must be at least 10, got 9"):
         Detect(num_test_images=9)

@@ -40,7 +40,7 @@ def run(trained, toy_model, toy_set):
 
 
 def test_rnp_is_that_of_the_stages(run):
-    """The unlearning ends at the stop, which changes neither model nor mask."""
+    """Its unlearning ends at the stop, which changes neither the model nor the masks."""
     clean = run.defense.train
     unlearned = run.unlearn(run.backdoored, clean, rng=generator(5, "unlearn"))
     recovered = run.recover(unlearned.model, clean, rng=generator(5, "recover"))
@@ -50,9 +50,6 @@ def test_rnp_is_that_of_the_stages(run):
     expected = pruned.model.state_dict()
     assert all(
         torch.equal(value, expected[name]) for name, value in result.model.state_dict().items()
-    )
-    assert not result.unlearned.trajectory or len(result.unlearned.trajectory) <= len(
-        unlearned.trajectory
     )
 
 
