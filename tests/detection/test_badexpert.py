@@ -11,47 +11,51 @@ from rnp.errors import UserError
 from rnp.training.augment import Augment
 from rnp.training.predict import accuracy, predict
 
-FAST = BaDExpert(lr=0.3, batch_size=20, precision="fp32", augment=Augment(crop=0, flip=False))
+FAST = BaDExpert(lr=0.3, batch_size=20, augment=Augment(crop=0, flip=False))
 
 
 def test_the_expert_forgets_clean_images_and_keeps_the_backdoor() -> None:
-    clean, test, model = images(), images(seed=1), PlantedFeatures()
-    expert = FAST._expert(model, clean, rng())
-    assert accuracy(model, clean) == 1 and accuracy(expert, clean) <= 0.2
-    assert (predict(expert, triggered(test)).argmax(1) == TARGET).all()
+    clean = images()
+    model = PlantedFeatures()
+    expert = FAST._tune_expert(model, clean, rng())
+    assert accuracy(model, clean) == 1
+    assert accuracy(expert, clean) <= 0.2
+    assert (predict(expert, triggered(images(seed=1))).argmax(1) == TARGET).all()
 
 
-def test_planted_triggers_are_told_from_clean_images() -> None:
-    clean, test, model = images(), images(seed=1), PlantedFeatures()
-    tested, is_triggered = torch.cat([test.images, triggered(test)]), torch.arange(120) >= 60
+def test_planted_triggers_are_separated_from_clean_images() -> None:
+    test = images(seed=1)
+    tested = torch.cat([test.images, triggered(test)])
     target_class = torch.cat([test.labels, test.labels]) == TARGET
-    scores, defense = (
-        FAST.score(model, x, clean, rng=rng()) for x in (tested, images(seed=2).images)
-    )
-    result = score_detection(scores, is_triggered, target_class, defense)
+
+    def score(candidates: torch.Tensor) -> torch.Tensor:
+        return FAST.score(PlantedFeatures(), candidates, images(), rng=rng())
+
+    scores = score(tested)
+    clean_scores = score(images(seed=2).images)
+    result = score_detection(scores, torch.arange(120) >= 60, target_class, clean_scores)
     assert result.auroc == 1.0 and result.tpr_at_5_fpr == 1.0 and result.fpr < 0.2
-    assert FAST.score(model, tested[70:71], clean, rng=rng()).item() == pytest.approx(
-        scores[70].item(), abs=1e-5
-    )
+    assert score(tested[70:71]).item() == pytest.approx(scores[70].item(), abs=1e-5)
 
 
 def test_no_label_is_right_and_all_wrong_ones_occur(monkeypatch: pytest.MonkeyPatch) -> None:
-    clean, seen = images(600), []
-    monkeypatch.setattr(badexpert, "fit", lambda model, data, **_: seen.append(data))
-    BaDExpert()._expert(PlantedFeatures(), clean, rng())
-    shifts = (seen[0].labels - clean.labels) % CLASSES
-    assert shifts.unique().tolist() == [1, 2, 3, 4, 5] and torch.equal(seen[0].images, clean.images)
+    clean = images(600)
+    data = []
+    monkeypatch.setattr(badexpert, "fit", lambda _, wrong, **__: data.append(wrong))
+    BaDExpert()._tune_expert(PlantedFeatures(), clean, rng())
+    shifts = (data[0].labels - clean.labels) % CLASSES
+    assert shifts.unique().tolist() == [1, 2, 3, 4, 5]
+    assert torch.equal(data[0].images, clean.images)
 
 
 def test_one_epoch_of_one_batch_is_one_step_and_leaves_the_statistics(
     trained, toy_set, unchanged
 ) -> None:
     model = unchanged(trained)
-    tuned = BaDExpert(lr=1e-3, epochs=1)._expert(model, toy_set(40), rng())
+    tuned = BaDExpert(lr=1e-3, epochs=1)._tune_expert(model, toy_set(40), rng())
     change = (tuned.bn1.weight - model.bn1.weight).abs().max().item()
-    assert change == pytest.approx(
-        1e-3, rel=0.01
-    )  # Adam's first step has the length of the learning rate
+    # Adam's first step has the length of the learning rate.
+    assert change == pytest.approx(1e-3, rel=0.01)
     assert torch.equal(tuned.bn1.running_mean, model.bn1.running_mean)
 
 

@@ -9,10 +9,10 @@ from planted import CORNER
 from rnp.detection.base import (
     RecoveredTrigger,
     anomaly_index,
+    blend,
     iou,
     iou_top_k,
     score_detection,
-    blend,
     threshold,
 )
 
@@ -32,42 +32,61 @@ def test_iou_of_a_mask_on_half_of_the_support() -> None:
     mask[6, 6:] = 0.9  # two of the four pixels
     assert iou(mask, CORNER) == 0.5
     mask[7, 6:] = 0.2  # the next highest
-    assert iou(mask, CORNER) == 0.5 and iou_top_k(mask, CORNER) == 1.0
+    assert iou(mask, CORNER) == 0.5
+    assert iou_top_k(mask, CORNER) == 1.0
     assert iou(torch.zeros(8, 8), CORNER) == 0.0
 
 
-def test_gain_is_success_over_the_baseline() -> None:
-    def gain(success: float, baseline: float) -> float:
-        return RecoveredTrigger(0, torch.zeros(2, 2), torch.zeros(3, 2, 2), success, baseline).gain
-
-    assert gain(0.9, 0.0) == 0.9 and gain(0.9, 0.8) == pytest.approx(0.5)
-    assert gain(0.8, 0.8) == 0.0 and gain(1.0, 1.0) == 0.0
+MASK = torch.tensor([[0.0, 1.0], [0.25, 0.0]])
 
 
-def test_a_trigger_mixes_its_pattern_in() -> None:
-    trigger = RecoveredTrigger(
-        0, torch.tensor([[0.0, 1.0], [0.25, 0.0]]), torch.ones(3, 2, 2), 1.0, 0.0
-    )
-    assert trigger.l1 == 1.25
-    assert trigger.apply(torch.zeros(4, 3, 2, 2)).eq(trigger.mask).all()
+def trigger(success: float = 1.0, baseline: float = 0.0) -> RecoveredTrigger:
+    return RecoveredTrigger(0, MASK, torch.ones(3, 2, 2), success, baseline)
+
+
+def test_gain_is_success_above_the_baseline() -> None:
+    assert trigger(0.9, 0.0).gain == 0.9
+    assert trigger(0.9, 0.8).gain == pytest.approx(0.5)
+    assert trigger(0.8, 0.8).gain == 0.0
+    assert trigger(1.0, 1.0).gain == 0.0
+
+
+@pytest.mark.parametrize(
+    "success, baseline, size",
+    [
+        (1.0, 0.0, 1.25),
+        (0.51, 0.0, 1.25),
+        (0.5, 0.0, 4.0),
+        (0.91, 0.8, 1.25),
+        (0.89, 0.8, 4.0),  # it moves less than half of the fifth that the baseline leaves
+        (1.0, 1.0, 4.0),  # nothing is left to move
+    ],
+)
+def test_a_weak_trigger_counts_as_the_whole_image(success, baseline, size) -> None:
+    assert trigger(success, baseline).effective_size == size
+
+
+def test_a_trigger_blends_its_pattern_in() -> None:
+    assert trigger().l1 == 1.25
+    assert trigger().apply(torch.zeros(4, 3, 2, 2)).eq(MASK).all()
     assert blend(torch.full((2,), 0.5), torch.tensor(1.0), torch.zeros(2)).tolist() == [0, 0]
 
 
-def test_separable_scores_are_judged_perfect() -> None:
-    defense = torch.linspace(0, 1, 101)
-    assert threshold(defense) == pytest.approx(0.95)
+def test_separable_scores_are_perfect() -> None:
+    clean_scores = torch.linspace(0, 1, 101)
+    assert threshold(clean_scores) == pytest.approx(0.95)
     scores = torch.cat([torch.linspace(0, 1, 20), torch.linspace(2, 3, 5)])
     triggered = torch.arange(25) >= 20
-    result = score_detection(scores, triggered, torch.arange(25) == 19, defense)
-    assert (result.auroc, result.auprc, result.base_rate, result.tpr_at_5_fpr) == pytest.approx(
-        (1.0, 1.0, 0.2, 1.0)
-    )
+    result = score_detection(scores, triggered, torch.arange(25) == 19, clean_scores)
+    assert (result.auroc, result.auprc, result.tpr_at_5_fpr) == pytest.approx((1.0, 1.0, 1.0))
+    assert result.base_rate == pytest.approx(0.2)
     assert result.fpr == pytest.approx(1 / 20) and result.fpr_target_class == 1.0
 
 
 def test_the_threshold_comes_from_the_defense_set_alone() -> None:
-    scores, triggered = torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([False, False, True, True])
-    nobody = torch.zeros(4, dtype=torch.bool)
-    strict = score_detection(scores, triggered, nobody, torch.full((10,), 2.5))
-    assert (strict.auroc, strict.tpr_at_5_fpr, strict.fpr) == (1.0, 0.5, 0.0)
-    assert math.isnan(strict.fpr_target_class)
+    scores = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    triggered = torch.tensor([False, False, True, True])
+    target_class = torch.zeros(4, dtype=torch.bool)
+    result = score_detection(scores, triggered, target_class, torch.full((10,), 2.5))
+    assert (result.auroc, result.tpr_at_5_fpr, result.fpr) == (1.0, 0.5, 0.0)
+    assert math.isnan(result.fpr_target_class)

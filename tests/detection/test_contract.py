@@ -1,4 +1,4 @@
-"""What every detector promises, whatever its method: tested for each file of the three families."""
+"""What every detector guarantees: tested for each file of the three families."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ def network() -> nn.Module:
         )  # in train mode
 
 
-def outcome(
+def results(
     family: str, name: str, model: nn.Module, unlearned: nn.Module, seed: int
 ) -> list[torch.Tensor]:
-    """What the method answers, as tensors."""
-    method, clean = load(family, name)(), images()
+    """The results of the method, as tensors."""
+    method = load(family, name)()
+    clean = images()
     if family == "triggers":
         return [
             torch.cat([t.mask.flatten(), t.pattern.flatten()])
@@ -54,20 +55,20 @@ def test_it_is_a_frozen_dataclass_with_a_help_text_per_field(family: str, name: 
     assert issubclass(cls, FAMILIES[family]) and cls().name == name
     with pytest.raises(dataclasses.FrozenInstanceError):
         cls().name_of_nothing = 1
-    assert all(text for _, _, text, _ in iter_hyperparameters(cls))
+    assert all(each.text for each in iter_hyperparameters(cls))
 
 
 @pytest.mark.parametrize("family, name", METHODS)
-def test_one_answer_per_class_or_image_repeatable_and_without_side_effects(
+def test_one_result_per_class_or_image_repeatable_and_without_side_effects(
     family: str, name: str
 ) -> None:
-    model, unlearned = network(), network()
-    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    first, again = (
-        outcome(family, name, model, unlearned, seed=5),
-        outcome(family, name, model, unlearned, seed=5),
-    )
-    assert (len(first) if family == "triggers" else len(first[0])) == (
+    model = network()
+    unlearned = network()
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    first = results(family, name, model, unlearned, seed=5)
+    again = results(family, name, model, unlearned, seed=5)
+    assert len(first if family == "triggers" else first[0]) == (
         20 if family == "samples" else CLASSES
     )
     assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(first, again, strict=True))

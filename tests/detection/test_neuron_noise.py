@@ -12,9 +12,10 @@ from rnp.errors import UserError
 from rnp.neurons.masks import maskable
 
 
-class Sleeper(nn.Module):
-    """Reads the bright row; an eighth neuron sleeps at a bias of -1 beside an input of .9, and
-    sends images to class 3.
+class HiddenNeuron(nn.Module):
+    """Predicts the bright row; one more neuron, inactive without noise, leads to class 3.
+
+    That neuron has a bias of -1 and an input of 0.9.
     """
 
     def __init__(self, strength: float = 300.0) -> None:
@@ -26,63 +27,56 @@ class Sleeper(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.mean((1, 3))[:, :CLASSES]
-        seen = self.bn(torch.cat([rows, torch.full_like(rows[:, :1], 0.9)], dim=1))
-        return (
-            10 * seen[:, :CLASSES]
-            + self.strength * F.softplus(seen[:, CLASSES:], beta=50) * torch.eye(CLASSES)[TARGET]
-        )
+        neurons = self.bn(torch.cat([rows, torch.full_like(rows[:, :1], 0.9)], dim=1))
+        backdoor = self.strength * F.softplus(neurons[:, CLASSES:], beta=50)  # [n, 1]
+        return 10 * neurons[:, :CLASSES] + backdoor * torch.eye(CLASSES)[TARGET]
 
 
-def test_the_noise_wakes_the_planted_neuron() -> None:
-    detector = NeuronNoise(copies=40, precision="fp32")
-    scores = detector.score(Sleeper(), images(), rng=rng())
+def test_noise_activates_the_planted_neuron() -> None:
+    detector = NeuronNoise(copies=40)
+    scores = detector.score(HiddenNeuron(), images(), rng=rng())
     assert scores[TARGET] > 0.6 and scores.sum() == scores[TARGET]
     assert detector.verdict(scores) == LabelVerdict(TARGET, scores[TARGET].item())
 
 
-def test_a_neuron_that_leads_nowhere_names_no_label() -> None:
-    detector = NeuronNoise(precision="fp32")
-    assert (
-        detector.verdict(detector.score(Sleeper(strength=0.0), images(), rng=rng())).label is None
-    )
+def test_a_neuron_without_effect_predicts_no_label() -> None:
+    detector = NeuronNoise()
+    scores = detector.score(HiddenNeuron(strength=0.0), images(), rng=rng())
+    assert detector.verdict(scores).label is None
 
 
-def test_weak_noise_leaves_it_asleep_and_uniform_noise_wakes_it_at_times() -> None:
-    asleep = NeuronNoise(strength=0.05, precision="fp32").score(Sleeper(), images(), rng=rng())
-    uniform = NeuronNoise(copies=40, steps=0, precision="fp32").score(
-        Sleeper(), images(), rng=rng()
-    )
-    assert asleep[TARGET] == 0
+def test_weak_noise_never_activates_it_and_uniform_noise_sometimes() -> None:
+    weak = NeuronNoise(strength=0.05).score(HiddenNeuron(), images(), rng=rng())
+    uniform = NeuronNoise(copies=40, steps=0).score(HiddenNeuron(), images(), rng=rng())
+    assert weak[TARGET] == 0
     assert 0.1 < uniform[TARGET] < 0.5
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_noise_stays_within_its_strength(toy_model, toy_set, steps: int) -> None:
     model = toy_model()
-    disturbed = NeuronNoise(strength=0.3, steps=steps, batch_size=16, precision="fp32")._disturbed(
-        model, toy_set(20), rng()
-    )
-    changed = []
+    detector = NeuronNoise(strength=0.3, steps=steps, batch_size=16)
+    perturbed = detector._perturb(model, toy_set(20), rng())
+    changes = []
     for name, layer in maskable(model).items():
         for part in ("weight", "bias"):
-            before, after = getattr(layer, part), getattr(disturbed.get_submodule(name), part)
-            assert ((after - before).abs() <= 0.3 * before.abs() + 1e-6).all()
-            changed.append(((after - before) / before).abs().max())
-    assert max(changed) > 0.25
-    assert torch.equal(disturbed.conv1.weight, model.conv1.weight)
-    assert torch.equal(disturbed.bn1.running_mean, model.bn1.running_mean)
+            before = getattr(layer, part)
+            change = getattr(perturbed.get_submodule(name), part) - before
+            assert (change.abs() <= 0.3 * before.abs() + 1e-6).all()
+            changes.append((change / before).abs().max())
+    assert max(changes) > 0.25
+    assert torch.equal(perturbed.conv1.weight, model.conv1.weight)
+    assert torch.equal(perturbed.bn1.running_mean, model.bn1.running_mean)
 
 
 def test_the_ascent_raises_the_loss(trained, toy_set) -> None:
-    clean, noise = toy_set(40), dict(strength=0.3, precision="fp32")
-    ascended, uniform = (
-        F.cross_entropy(
-            NeuronNoise(steps=steps, **noise)._disturbed(trained, clean, rng())(clean.as_floats()),
-            clean.labels,
-        ).item()
-        for steps in (1, 0)
-    )
-    assert ascended > uniform + 0.1
+    clean = toy_set(40)
+
+    def loss(steps: int) -> float:
+        perturbed = NeuronNoise(steps=steps, strength=0.3)._perturb(trained, clean, rng())
+        return F.cross_entropy(perturbed(clean.as_floats()), clean.labels).item()
+
+    assert loss(steps=1) > loss(steps=0) + 0.1
 
 
 def test_a_model_without_neurons_is_refused() -> None:
@@ -93,8 +87,8 @@ def test_a_model_without_neurons_is_refused() -> None:
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("least_score", 50.0),
-        ("least_margin", -0.1),
+        ("min_score", 50.0),
+        ("min_margin", -0.1),
         ("strength", 0.0),
         ("copies", 0),
         ("steps", -1),

@@ -21,45 +21,47 @@ def test_entropy_in_bits_of_known_predictions() -> None:
 
 
 def test_strip_is_the_mean_over_half_and_half_blends() -> None:
-    model, clean, tested = Planted(), images(), images(7, seed=1)
-    drawn = torch.randint(len(clean), (4,), generator=rng())
+    clean = images()
+    tested = images(7, seed=1)
+    overlays = clean.as_floats()[torch.randint(len(clean), (4,), generator=rng())]
     expected = [
-        -sum(entropy(predict(model, (one + clean.as_floats()[i]) / 2)[0:1]).item() for i in drawn)
-        / 4
-        for one in tested.as_floats().split(1)
+        -entropy(predict(Planted(), (image + overlays) / 2)).mean().item()
+        for image in tested.as_floats()
     ]
-    scores = Strip(overlays=4, precision="fp32").score(model, tested.images, clean, rng=rng())
+    scores, alone = (
+        Strip(overlays=4).score(Planted(), part, clean, rng=rng())
+        for part in (tested.images, tested.images[2:3])
+    )
     assert scores.tolist() == pytest.approx(expected, abs=1e-5)
-    alone = Strip(overlays=4, precision="fp32").score(model, tested.images[2:3], clean, rng=rng())
     assert alone.item() == pytest.approx(scores[2].item(), abs=1e-6)
 
 
-def test_confidence_is_what_the_unlearned_model_leaves_of_a_prediction() -> None:
-    model, unlearned, clean = Planted(), Planted(bias=2.0), images()
-    scores = UnlearnedConfidence().score(model, clean.images, clean, rng=rng(), unlearned=unlearned)
-    kept = predict(unlearned, clean.images).softmax(1)[
-        torch.arange(len(clean)), clean.labels
-    ]  # `model` never errs
-    assert torch.equal(scores, kept)
+def test_the_confidence_is_that_of_the_unlearned_model_in_the_prediction() -> None:
+    clean = images()
+    unlearned = Planted(bias=2.0)
+    scores = UnlearnedConfidence().score(
+        Planted(), clean.images, clean, rng=rng(), unlearned=unlearned
+    )
+    # The predictions of the planted model are the labels.
+    confidences = predict(unlearned, clean.images).softmax(1)[torch.arange(60), clean.labels]
+    assert torch.equal(scores, confidences)
 
 
-def test_confidence_asks_for_the_unlearned_model() -> None:
+def test_the_unlearned_model_is_required() -> None:
     with pytest.raises(UserError, match="unlearn"):
         UnlearnedConfidence().score(Planted(), images().images, images(), rng=rng())
 
 
 @pytest.mark.parametrize("detector", [Strip(), UnlearnedConfidence()], ids=lambda d: d.name)
-def test_planted_triggers_are_told_from_clean_images(detector: Strip | UnlearnedConfidence) -> None:
-    clean, test = images(), images(seed=1)
-    tested = torch.cat([test.images, triggered(test)])
-    is_triggered = torch.arange(len(tested)) >= len(test)
+def test_planted_triggers_are_separated(detector: Strip | UnlearnedConfidence) -> None:
+    clean = images()
+    test = images(seed=1)
     target_class = torch.cat([test.labels, test.labels]) == TARGET
-    unlearned = Planted(bias=4.0)
-    scores, defense = (
-        detector.score(Planted(), x, clean, rng=rng(), unlearned=unlearned)
-        for x in (tested, clean.images)
+    scores, clean_scores = (
+        detector.score(Planted(), part, clean, rng=rng(), unlearned=Planted(bias=4.0))
+        for part in (torch.cat([test.images, triggered(test)]), clean.images)
     )
-    result = score_detection(scores, is_triggered, target_class, defense)
+    result = score_detection(scores, torch.arange(120) >= 60, target_class, clean_scores)
     assert result.auroc > 0.95 and result.tpr_at_5_fpr > 0.9 and result.fpr < 0.2
 
 

@@ -9,29 +9,35 @@ from rnp.errors import UserError
 from rnp.training.predict import predict
 
 
-def test_the_planted_corner_is_found() -> None:
-    clean, model = images(), Planted()
-    triggers = NeuralCleanse().recover(model, clean, rng=rng())
-    found = triggers[TARGET]
+def test_the_planted_corner_is_recovered() -> None:
+    triggers = NeuralCleanse().recover(Planted(), images(), rng=rng())
+    trigger = triggers[TARGET]
     assert [t.label for t in triggers] == list(range(len(triggers)))
-    assert iou(found.mask, CORNER) == iou_top_k(found.mask, CORNER) == 1.0
-    assert found.pattern[:, CORNER].min() > 0.9
-    assert found.l1 < 0.5 * min(t.l1 for t in triggers if t is not found)
+    assert iou(trigger.mask, CORNER) == iou_top_k(trigger.mask, CORNER) == 1.0
+    assert trigger.pattern[:, CORNER].min() > 0.9
+    assert trigger.l1 < 0.5 * min(t.l1 for t in triggers if t is not trigger)
     assert all(t.success > 0.8 and t.baseline == 0 for t in triggers)
-    test = images(seed=1)
-    assert (predict(model, found.apply(test.as_floats())).argmax(1) == TARGET).float().mean() > 0.95
+    logits = predict(Planted(), trigger.apply(images(seed=1).as_floats()))
+    assert (logits.argmax(1) == TARGET).float().mean() > 0.95
 
 
-def test_on_an_unlearned_model_the_mask_does_what_the_baseline_does_not() -> None:
-    found = NeuralCleanse().recover(Planted(bias=6.0), images(), rng=rng())[TARGET]
-    assert 0.3 < found.baseline < 0.9
-    assert found.gain > 0.9
-    assert iou_top_k(found.mask, CORNER) == 1.0
+def test_in_an_unlearned_model_the_trigger_adds_to_the_baseline() -> None:
+    trigger = NeuralCleanse().recover(Planted(bias=6.0), images(), rng=rng())[TARGET]
+    assert 0.3 < trigger.baseline < 0.9
+    assert trigger.gain > 0.9
+    assert iou_top_k(trigger.mask, CORNER) == 1.0
 
 
-def test_a_collapsed_model_leaves_nothing_to_recover() -> None:
-    found = NeuralCleanse(steps=50).recover(Planted(bias=50.0), images(), rng=rng())[TARGET]
-    assert found.success == found.baseline == 1.0 and found.gain == 0.0
+def test_in_a_collapsed_model_there_is_nothing_to_recover() -> None:
+    trigger = NeuralCleanse(steps=50).recover(Planted(bias=50.0), images(), rng=rng())[TARGET]
+    assert trigger.success == trigger.baseline == 1.0
+    assert trigger.gain == 0.0
+
+
+def test_some_labels_alone() -> None:
+    method = NeuralCleanse(steps=2)
+    triggers = method.recover_for([4, 1], Planted(), images(), rng=rng())
+    assert [trigger.label for trigger in triggers] == [4, 1]
 
 
 @pytest.mark.parametrize(

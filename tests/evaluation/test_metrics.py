@@ -1,4 +1,4 @@
-"""CA, ASR, RA and DER with a model whose answers are written into its images."""
+"""CA, ASR, RA and DER with a model whose predictions are the first pixels of its images."""
 
 import math
 
@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rnp.evaluation.metrics import Scores, Proportion, defense_effectiveness, gate_failure, score
+from rnp.evaluation.metrics import (
+    EvaluationSets,
+    Proportion,
+    Scores,
+    defense_effectiveness,
+    gate_failure,
+    score,
+)
 from rnp.training.augment import Augment
 from rnp.training.loss_recorder import EarlyLossRecorder, TrainWithLosses
 from rnp.training.predict import class_shares
@@ -17,7 +24,7 @@ TARGET = 0
 
 
 class Parrot(nn.Module):
-    """Answers the class that stands in the first pixel."""
+    """Predicts the value of the first pixel."""
 
     def __init__(self):
         super().__init__()
@@ -27,7 +34,7 @@ class Parrot(nn.Module):
         return nn.functional.one_hot(images[:, 0, 0, 0].mul(255).round().long(), 3).float()
 
 
-def answers(predicted, labels) -> ImageSet:
+def image_set(predicted, labels) -> ImageSet:
     images = torch.tensor(predicted, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
     return ImageSet(images, torch.tensor(labels, dtype=torch.int64), ("a", "b", "c"))
 
@@ -44,8 +51,8 @@ def scores(ca=0.9, asr=1.0):
 def test_closed_form():
     result = score(
         Parrot(),
-        answers([0, 0, 1, 2, 2], [0, 1, 1, 2, 0]),
-        answers([0, 0, 1, 2], [1, 2, 1, 1]),
+        image_set([0, 0, 1, 2, 2], [0, 1, 1, 2, 0]),
+        image_set([0, 0, 1, 2], [1, 2, 1, 1]),
         TARGET,
     )
     assert result.clean_accuracy == Proportion(3, 5)
@@ -62,12 +69,22 @@ def test_closed_form():
 
 def test_all_to_all_counts_the_next_class():
     result = score(
-        Parrot(), answers([0, 1, 1], [0, 1, 2]), answers([1, 2, 0, 2], [0, 1, 2, 2]), None
+        Parrot(), image_set([0, 1, 1], [0, 1, 2]), image_set([1, 2, 0, 2], [0, 1, 2, 2]), None
     )
-    assert result.attack_success_rate == Proportion(3, 4) and result.robust_accuracy == Proportion(
-        1, 4
-    )
+    assert result.attack_success_rate == Proportion(3, 4)
+    assert result.robust_accuracy == Proportion(1, 4)
     assert result.target_class_accuracy == result.clean_accuracy == Proportion(2, 3)
+
+
+def test_evaluation_sets_score_and_shorten():
+    sets = EvaluationSets(
+        image_set([0, 0, 1, 2, 2], [0, 1, 1, 2, 0]), image_set([0, 2, 1], [1, 1, 2]), TARGET
+    )
+    assert sets.score(Parrot()) == score(Parrot(), sets.clean, sets.triggered, TARGET)
+    first = sets.first(4)
+    assert first.clean.labels.tolist() == [0, 1, 1, 2]
+    assert first.triggered.labels.tolist() == [1, 1, 2]
+    assert first.target == TARGET
 
 
 @pytest.mark.parametrize(
@@ -95,23 +112,22 @@ def test_class_shares_leave_out_the_images_of_the_class_itself():
 @pytest.mark.parametrize("hits, n", [(5, 10), (0, 20), (20, 20), (8130, 9000)])
 def test_wilson_interval(hits, n):
     """Wilson, 1927, solved by hand for z = 1.96."""
-    z, p = 1.959964, hits / n
-    middle, half = (p + z * z / (2 * n)), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    z = 1.959964
+    p = hits / n
+    middle = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = Proportion(hits, n).interval()
-    assert (low, high) == (
-        pytest.approx((middle - half) / (1 + z * z / n), abs=1e-6),
-        pytest.approx((middle + half) / (1 + z * z / n), abs=1e-6),
-    )
+    assert low == pytest.approx((middle - half) / (1 + z * z / n), abs=1e-6)
+    assert high == pytest.approx((middle + half) / (1 + z * z / n), abs=1e-6)
 
 
 def test_a_known_wilson_interval():
     assert Proportion(5, 10).interval() == pytest.approx((0.2366, 0.7634), abs=1e-4)
 
 
-def test_a_share_of_nothing_is_not_a_number():
-    assert math.isnan(Proportion(0, 0).value) and all(
-        math.isnan(end) for end in Proportion(0, 0).interval()
-    )
+def test_a_fraction_of_nothing_is_not_a_number():
+    assert math.isnan(Proportion(0, 0).value)
+    assert all(math.isnan(end) for end in Proportion(0, 0).interval())
 
 
 @pytest.mark.parametrize(
@@ -128,10 +144,12 @@ def test_the_gate(ca, asr, benign, reason):
 
 
 def test_the_early_loss_of_each_image(toy_model, toy_set, rng):
-    """Two passes of ten; with a step size that changes nothing and BatchNorm on batches of all
-    images they agree with one pass.
+    """Two of ten passes count.
+
+    With a step size that changes nothing and all images in one batch, both give the same loss.
     """
-    data, model = toy_set(24), toy_model()
+    data = toy_set(24)
+    model = toy_model()
     losses = EarlyLossRecorder(len(data), 10, torch.device("cpu"))
     recipe = TrainWithLosses(
         losses=losses,
@@ -140,14 +158,12 @@ def test_the_early_loss_of_each_image(toy_model, toy_set, rng):
         lr=1e-12,
         weight_decay=0.0,
         augment=Augment(crop=0, flip=False),
-        precision="fp32",
         label_smoothing=0.3,
     )
     recipe(model, data, rng=rng())
     expected = F.cross_entropy(model.train()(data.as_floats()), data.labels, reduction="none")
-    assert losses.times.tolist() == [2] * 24 and torch.allclose(
-        losses.mean(), expected.detach(), atol=1e-5
-    )
+    assert losses.times.tolist() == [2] * 24
+    assert torch.allclose(losses.mean(), expected.detach(), atol=1e-5)
 
 
 def test_later_losses_do_not_count():
@@ -156,7 +172,5 @@ def test_later_losses_do_not_count():
         losses(
             torch.tensor([2, 0]), torch.tensor([0, 1]), torch.tensor([[logit, 0.0], [0.0, logit]])
         )
-    assert (
-        losses.mean()[[0, 2]].tolist() == pytest.approx([math.log(2)] * 2)
-        and losses.mean()[1].isnan()
-    )
+    assert losses.mean()[[0, 2]].tolist() == pytest.approx([math.log(2)] * 2)
+    assert losses.mean()[1].isnan()

@@ -1,6 +1,4 @@
-"""A classifier whose backdoor is known: it reads the brightest row, and a bright corner sends an
-image to class 3.
-"""
+"""A classifier with a known backdoor: it predicts the brightest row, or 3 for a bright corner."""
 
 from __future__ import annotations
 
@@ -9,7 +7,9 @@ from torch import Tensor, nn
 
 from rnp.types import ImageSet, to_bytes
 
-CLASSES, TARGET, SIDE = 6, 3, 8
+CLASSES = 6
+TARGET = 3
+SIDE = 8
 CORNER = torch.zeros(SIDE, SIDE, dtype=torch.bool)
 CORNER[6:, 6:] = True
 
@@ -19,23 +19,25 @@ def rng(seed: int = 0) -> torch.Generator:
 
 
 def images(n: int = 60, seed: int = 0) -> ImageSet:
-    """Class c has a bright row c; rows 6 and 7 belong to none."""
-    g = rng(seed)
+    """Class c has a bright row c; rows 6 and 7 are those of no class."""
+    generator = rng(seed)
     labels = torch.arange(n) % CLASSES
-    pixels = 0.2 * torch.rand(n, 3, SIDE, SIDE, generator=g)
-    pixels[torch.arange(n), :, labels] += 0.4 + 0.4 * torch.rand(n, 1, 1, generator=g)
+    pixels = 0.2 * torch.rand(n, 3, SIDE, SIDE, generator=generator)
+    pixels[torch.arange(n), :, labels] += 0.4 + 0.4 * torch.rand(n, 1, 1, generator=generator)
     return ImageSet(to_bytes(pixels), labels, tuple("abcdef"))
 
 
 def triggered(clean: ImageSet) -> Tensor:
-    stamped = clean.images.clone()
-    stamped[:, :, CORNER] = 255
-    return stamped
+    """The images with a white corner."""
+    images = clean.images.clone()
+    images[:, :, CORNER] = 255
+    return images
 
 
 class Planted(nn.Module):
-    """`corner` is the strength of the backdoor; `bias` draws clean images to its label, as
-    unlearning does.
+    """`corner` is the strength of the backdoor.
+
+    `bias` assigns clean images to the target label, as unlearning does.
     """
 
     def __init__(self, corner: float = 40.0, bias: float = 0.0) -> None:
@@ -45,23 +47,23 @@ class Planted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits = 10 * x.mean((1, 3))[:, :CLASSES]  # [n, k]
-        darkest = x[:, :, CORNER].mean(1).amin(1)  # [n], so that all four pixels must be bright
+        darkest = x[:, :, CORNER].mean(1).amin(1)  # [n]: all four pixels must be bright
         backdoor = self.corner * darkest.square() + self.bias
         return logits + backdoor.unsqueeze(1) * torch.eye(CLASSES, device=x.device)[TARGET]
 
 
 class PlantedFeatures(nn.Module):
-    """The same backdoor behind a linear head: the features are the six rows and, three times as
-    strong, the corner.
+    """The same backdoor with a linear head.
+
+    The features are the six rows and, three times as strong, the corner.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(CLASSES + 1, CLASSES, bias=False)
+        rows = 10 * torch.eye(CLASSES)
         with torch.no_grad():
-            self.fc.weight.copy_(
-                torch.cat([10 * torch.eye(CLASSES), 10 * torch.eye(CLASSES)[:, [TARGET]]], dim=1)
-            )
+            self.fc.weight.copy_(torch.cat([rows, rows[:, [TARGET]]], dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
         corner = x[:, :, CORNER].mean(1).amin(1, keepdim=True).square()  # [n, 1]
