@@ -1,4 +1,4 @@
-"""Untrusted weights: whatever file they come in, they leave it as checked safetensors."""
+"""Convert an untrusted file of weights of any format to checked safetensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -18,33 +18,39 @@ from rnp.untrusted.safetensors_header import DTYPES, Dtype, Entry, make_header, 
 from rnp.untrusted.sandbox import run_sandboxed
 
 CHUNK = 8 * MIB
-PREFIXES = ("module.", "model.", "_orig_mod.")  # of DataParallel, Lightning, torch.compile
+PREFIXES = ("module.", "model.", "_orig_mod.")
+"""What DataParallel, Lightning and torch.compile put before every name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What came out of a file; `isolation` is empty for safetensors, which are read as data."""
+    """What was read from a file.
+
+    `key` is where the weights were found, empty when they were the whole file; `prefix` was
+    removed from all names. `isolation` has each measure that protects from the file, and whether
+    the system granted it; it is empty for safetensors, which are read as data.
+    """
 
     input_sha256: str
     output_sha256: str
-    key: str  # under which the state dict was found; empty when it was the file's only content
-    prefix: str  # that all names carried, and now do not
+    key: str
+    prefix: str
     tensors: int
     elements: int
-    isolation: dict[str, bool]  # each measure, and whether this system granted it
+    isolation: dict[str, bool]
 
 
 def convert(source: Path, target: Path, limits: Limits = Limits()) -> Converted:
-    """Write the weights in `source` to `target`, as safetensors with sorted names and without a
-    common prefix.
+    """Write the weights in `source` to `target` as safetensors, sorted and without common prefix.
 
-    The same input gives the same output, byte by byte; `target` appears whole or not at all.
-    `source` is opened once, and read as data when it is safetensors, else by `run_sandboxed`.
+    The same input gives the same bytes; `target` is written completely or not at all. `source` is
+    opened once; what is no safetensors file is read by `run_sandboxed`.
 
     Raises: UserError, in one line that is safe to print, when the file is hostile, damaged, too
     large or holds no weights.
     """
     try:
+        require_paths(source, target)
         return _convert(source, target, limits)
     except UserError as error:
         raise UserError(sanitize(f"{source} {error}")) from None
@@ -54,10 +60,8 @@ def convert(source: Path, target: Path, limits: Limits = Limits()) -> Converted:
         ) from None
 
 
-def _convert(source: Path, target: Path, limits: Limits) -> Converted:
-    from rnp.io.files import atomic_write, sha256
-    from rnp.io.tensors import META
-
+def require_paths(source: Path, target: Path) -> None:
+    """Raises: UserError unless `source` is a file and `target` can become another one."""
     if not source.is_file():
         raise UserError("does not exist, or is no file")
     if target.exists() and target.samefile(source):
@@ -68,75 +72,86 @@ def _convert(source: Path, target: Path, limits: Limits) -> Converted:
         )
     if target.is_dir():
         raise UserError(f"cannot become {target}, which is a folder; name another file")
+
+
+def _convert(source: Path, target: Path, limits: Limits) -> Converted:
+    from rnp.io.files import atomic_write, sha256
+    from rnp.io.tensors import META
+
     with (
         source.open("rb") as file,
         atomic_write(target) as draft,
         tempfile.TemporaryFile(dir=target.parent) as raw,
     ):
-        size = os.fstat(file.fileno()).st_size
-        if size > limits.file_size * MIB:
-            raise over_limit("bytes", size, limits.file_size * MIB, "file_size")
-        head = file.read(9)
-        if not head:
-            raise UserError("is empty")
-        file.seek(0)
-        key, isolation = "", {}
-        if source.suffix == ".safetensors" or head.endswith(b"{"):
-            raw = file
+        if is_safetensors(source, file, limits):
+            tensors: BinaryIO = file
+            key, isolation = "", {}
         else:
+            tensors = raw
             key, isolation = run_sandboxed(file, raw, limits)
-        entries = read_header(raw, limits)
+        entries = read_header(tensors, limits)
         prefix = common_prefix(entries)
         file.seek(0)
-        meta = {
-            "kind": "weights",
-            "source": hashlib.file_digest(file, "sha256").hexdigest(),
-            "key": key,
-            "prefix": prefix,
-        }
-        rewrite(raw, entries, prefix, draft, {META: json.dumps(meta, sort_keys=True)})
-        output = sha256(draft)
-    elements = sum(math.prod(entry.shape) for entry in entries.values())
-    return Converted(
-        input_sha256=meta["source"],
-        output_sha256=output,
-        key=key,
-        prefix=prefix,
-        tensors=len(entries),
-        elements=elements,
-        isolation=isolation,
-    )
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        origin = {"kind": "weights", "source": digest, "key": key, "prefix": prefix}
+        metadata = {META: json.dumps(origin, sort_keys=True)}
+        rewrite(tensors, entries, prefix, draft, metadata)
+        return Converted(
+            input_sha256=digest,
+            output_sha256=sha256(draft),
+            key=key,
+            prefix=prefix,
+            tensors=len(entries),
+            elements=sum(math.prod(entry.shape) for entry in entries.values()),
+            isolation=isolation,
+        )
 
 
-def common_prefix(names: Iterable[str]) -> str:
+def is_safetensors(source: Path, file: BinaryIO, limits: Limits) -> bool:
+    """Whether the file is to be read as safetensors, by its name or its first bytes.
+
+    Raises: UserError when it is empty or too large.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if size > limits.file_size * MIB:
+        raise over_limit("bytes", size, limits.file_size * MIB, "file_size")
+    head = file.read(9)
+    if not head:
+        raise UserError("is empty")
+    file.seek(0)
+    return source.suffix == ".safetensors" or head.endswith(b"{")
+
+
+def common_prefix(names: Collection[str]) -> str:
     """The wrappers' prefixes, one after another, that every name carries."""
     prefix = ""
-    while found := [
-        p
-        for p in PREFIXES
-        if all(name.startswith(prefix + p) and name != prefix + p for name in names)
-    ]:
-        prefix += found[0]
-    return prefix
+    while True:
+        longer = [prefix + wrapper for wrapper in PREFIXES]
+        shared = [
+            candidate
+            for candidate in longer
+            if all(name.startswith(candidate) and name != candidate for name in names)
+        ]
+        if not shared:
+            return prefix
+        prefix = shared[0]
 
 
 def rewrite(
-    file: BinaryIO, entries: dict[str, Entry], prefix: str, draft: Path, meta: dict[str, str]
+    file: BinaryIO, entries: dict[str, Entry], prefix: str, draft: Path, metadata: dict[str, str]
 ) -> None:
-    """Copy all tensors.
+    """Copy all tensors, without `prefix` in their names, to a new safetensors file.
 
-    Raises: UserError at the first that is not finite.
+    Raises: UserError at the first value that is not finite.
     """
-    order = sorted(
-        entries.items(), key=lambda item: (-DTYPES[item[1].dtype].bytes, item[0])
-    )  # larger ones first: aligned
+    # Types of more bytes come first, so that all tensors are aligned.
+    order = sorted(entries.items(), key=lambda item: (-DTYPES[item[1].dtype].bytes, item[0]))
+    described = [(name.removeprefix(prefix), e.dtype, e.shape) for name, e in order]
     with draft.open("wb") as out:
-        out.write(
-            make_header([(name.removeprefix(prefix), e.dtype, e.shape) for name, e in order], meta)
-        )
-        for name, found in order:
-            for chunk in chunks(file, found.start, found.end):
-                if not is_finite(chunk, DTYPES[found.dtype]):
+        out.write(make_header(described, metadata))
+        for name, entry in order:
+            for chunk in chunks(file, entry.start, entry.end):
+                if not is_finite(chunk, DTYPES[entry.dtype]):
                     raise UserError(
                         f"has NaN or infinite values in {quote(name)}; no network works with them"
                     )
@@ -144,18 +159,24 @@ def rewrite(
 
 
 def chunks(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
+    """The bytes from `start` to `end`, in parts of `CHUNK`.
+
+    Raises: UserError when the file ends before.
+    """
     file.seek(start)
-    for at in range(start, end, CHUNK):
-        chunk = file.read(min(CHUNK, end - at))
-        if len(chunk) < min(CHUNK, end - at):
+    for position in range(start, end, CHUNK):
+        length = min(CHUNK, end - position)
+        chunk = file.read(length)
+        if len(chunk) < length:
             raise UserError("became shorter while it was read")
         yield chunk
 
 
 def is_finite(chunk: bytes, dtype: Dtype) -> bool:
+    """Whether no value has all bits of its exponent set, as NaN and infinity have."""
     import numpy as np
 
-    return (
-        dtype.exponent is None
-        or not (np.frombuffer(chunk, f"<u{dtype.bytes}") & dtype.exponent == dtype.exponent).any()
-    )
+    if dtype.exponent is None:
+        return True
+    bits = np.frombuffer(chunk, f"<u{dtype.bytes}")
+    return not (bits & dtype.exponent == dtype.exponent).any()

@@ -6,10 +6,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rnp.data.base import interleave
 from rnp.data.imagefolder import ENDINGS, Unreadable, read_image
@@ -18,20 +18,23 @@ from rnp.models.names import TORCHVISION
 from rnp.training.predict import predict
 from rnp.types import Bytes, Indices, Labels, allocate_images
 
-MIN_IMAGES = 20  # images that a repair can be built on at all
+Label = str | int | None
+"""A class name, a class index, or unknown."""
 
 
 class LabeledFile(NamedTuple):
-    """An image file and what it is said to show: a class name, a class index, or nothing."""
+    """An image file and the label that its folder or table gives it."""
 
     path: Path
-    label: str | int | None
+    label: Label
 
 
 @dataclass(frozen=True)
 class CleanImages:
-    """Decoded images in random order. `labels` are class names, class indices, or None; `skipped`
-    tells of other files.
+    """Decoded images in random order.
+
+    `labels` are class names, class indices, or None; `skipped` has a line for each file that was
+    not read.
     """
 
     images: Bytes
@@ -40,109 +43,111 @@ class CleanImages:
 
 
 def load_clean_images(source: str, *, size: int, limit: int, rng: torch.Generator) -> CleanImages:
-    """At most `limit` images of `source`, evenly over its classes, cut to a square of `size`
-    pixels.
+    """At most `limit` images of `source`, evenly from its classes, cut to squares of `size` pixels.
 
     `source` is a folder with a folder per class, a folder of images, a table (.csv, .parquet) of
-    path and, if known, label, or `torchvision:NAME`, which is looked for where `RNP_DATA` says.
+    path and, if known, label, or `torchvision:NAME`, which is looked for in `RNP_DATA`.
+
     Drawn at random: which images, and their order.
 
-    Raises: UserError when there is no such thing, or nothing readable in it.
+    Raises: UserError when there is no such source, or nothing readable in it.
     """
     if source.startswith(TORCHVISION):
         return from_torchvision(source.removeprefix(TORCHVISION), size, limit, rng)
-    found, skipped = list_images(source)
-    labels = [each.label for each in found]
+    files, skipped = list_images(source)
+    labels = [file.label for file in files]
     if any(label is None for label in labels) != all(label is None for label in labels):
         raise UserError(
             f"{source}: some images have a label and some have none; label all of them or none"
         )
     names = sorted(set(map(str, labels)))
-    order = interleave(
-        torch.tensor([names.index(str(label)) for label in labels], dtype=torch.int64),
-        len(names),
-        rng,
-    ).tolist()
-    kept, images = [], allocate_images(min(limit, len(order)), 3, size, size)
-    for position in order:
-        if len(kept) == limit:
-            break
-        try:
-            images[len(kept)] = read_image(found[position].path, size)
-            kept.append(labels[position])
-        except Unreadable as error:
-            skipped.append(f"{found[position].path}: {error}")
-    if not kept:
-        raise UserError(f"{source} holds no readable image{f': {skipped[0]}' if skipped else ''}")
-    return CleanImages(images[: len(kept)], None if kept[0] is None else kept, skipped)
+    indices = torch.tensor([names.index(str(label)) for label in labels], dtype=torch.int64)
+    order = interleave(indices, len(names), rng).tolist()
+    candidates = [files[position] for position in order]
+    decoded, images, unreadable = decode(source, candidates, size, limit, skipped)
+    known: Any = [file.label for file in decoded if file.label is not None]
+    return CleanImages(images, known or None, unreadable)
 
 
 def load_images_in_order(source: str, *, size: int) -> tuple[list[Path], Bytes, list[str]]:
-    """All images of a folder or a table, in its order: their paths, the images, and what was
-    skipped.
+    """All images of a folder or a table, in its order: paths, images, and lines on skipped files.
 
     Raises: UserError as `load_clean_images` does.
     """
-    found, skipped = list_images(source)
-    kept, images = [], allocate_images(len(found), 3, size, size)
-    for each in found:
+    files, skipped = list_images(source)
+    decoded, images, unreadable = decode(source, files, size, len(files), skipped)
+    return [file.path for file in decoded], images, unreadable
+
+
+def decode(
+    source: str, files: Sequence[LabeledFile], size: int, limit: int, skipped: Sequence[str]
+) -> tuple[list[LabeledFile], Bytes, list[str]]:
+    """The first `limit` readable files, their images, and `skipped` with the unreadable ones.
+
+    Raises: UserError when no file is readable.
+    """
+    images = allocate_images(min(limit, len(files)), 3, size, size)
+    decoded: list[LabeledFile] = []
+    unreadable = list(skipped)
+    for file in files:
+        if len(decoded) == limit:
+            break
         try:
-            images[len(kept)] = read_image(each.path, size)
-            kept.append(each.path)
+            images[len(decoded)] = read_image(file.path, size)
+            decoded.append(file)
         except Unreadable as error:
-            skipped.append(f"{each.path}: {error}")
-    if not kept:
-        raise UserError(f"{source} holds no readable image: {skipped[0]}")
-    return kept, images[: len(kept)], skipped
+            unreadable.append(f"{file.path}: {error}")
+    if not decoded:
+        example = f": {unreadable[0]}" if unreadable else ""
+        raise UserError(f"{source} holds no readable image{example}")
+    return decoded, images[: len(decoded)], unreadable
 
 
 def list_images(source: str) -> tuple[list[LabeledFile], list[str]]:
-    """The image files of a folder or a table, and what was skipped."""
+    """The image files of a folder or a table, and a line for each that is skipped."""
     path = Path(source)
     if path.is_dir():
-        return in_folder(path)
+        return list_folder(path)
     if path.suffix.lower() in (".csv", ".parquet") and path.is_file():
-        return in_table(path), []
+        return list_table(path), []
     raise UserError(
         f"{source} is no folder and no .csv or .parquet file of paths; torchvision:NAME takes a"
         " data set"
     )
 
 
-def in_folder(folder: Path) -> tuple[list[LabeledFile], list[str]]:
-    """Images in the folders of their classes, or, where no folder holds any, those in the folder
-    itself.
+def list_folder(folder: Path) -> tuple[list[LabeledFile], list[str]]:
+    """The images in the folders of the classes, or, if there are none, in the folder itself.
+
+    Links that lead out of the folder are skipped.
     """
-    classes = sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
-    found, skipped = [], []
-    for place, label in [(each, each.name) for each in classes] or [(folder, None)]:
+    subfolders = sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
+    places: list[tuple[Path, Label]] = [(subfolder, subfolder.name) for subfolder in subfolders]
+    files: list[LabeledFile] = []
+    skipped: list[str] = []
+    for place, label in places or [(folder, None)]:
         for file in sorted(place.iterdir()):
             if file.name.startswith(".") or file.suffix.lower() not in ENDINGS:
                 continue
             if file.resolve().is_relative_to(folder.resolve()):
-                found.append(LabeledFile(file, label))
+                files.append(LabeledFile(file, label))
             else:
                 skipped.append(f"{file}: a link that leads out of the folder")
-    if not found:
+    if not files:
         raise UserError(
             f"{folder} holds no images ({', '.join(sorted(ENDINGS))}), neither itself nor in a"
             " folder per class"
         )
-    return found, skipped
+    return files, skipped
 
 
-def in_table(table: Path) -> list[LabeledFile]:
-    """The rows of a table: `path`, from the table's folder, and `label`, a class name or index,
-    which may be missing.
-    """
+def list_table(table: Path) -> list[LabeledFile]:
+    """The rows of a table: `path`, relative to the table's folder, and `label`, if it is known."""
     import pandas
 
+    is_parquet = table.suffix.lower() == ".parquet"
     try:
-        rows = (
-            pandas.read_parquet(table)
-            if table.suffix.lower() == ".parquet"
-            else pandas.read_csv(table)
-        )
+        rows = pandas.read_parquet(table) if is_parquet else pandas.read_csv(table)
     except (ValueError, OSError) as error:
         raise UserError(f"{table} is no readable table: {error}") from error
     if "path" not in rows.columns or rows.empty:
@@ -150,95 +155,121 @@ def in_table(table: Path) -> list[LabeledFile]:
             f"{table} has no column path, or no rows; its columns are"
             f" {', '.join(map(str, rows.columns))}"
         )
-    labels = [None] * len(rows)
-    if "label" in rows.columns:
-        if rows["label"].isna().any() and not rows["label"].isna().all():
-            raise UserError(
-                f"{table}: some rows have a label and some have none; label all of them or none"
-            )
-        if not rows["label"].isna().any():
-            labels = [
-                int(label) if isinstance(label, int) else str(label)
-                for label in rows["label"].tolist()
-            ]
+    paths = rows["path"].astype(str).tolist()
+    labels = read_labels(table, rows["label"].tolist()) if "label" in rows.columns else []
     return [
         LabeledFile(table.parent / path, label)
-        for path, label in zip(rows["path"].astype(str), labels)
+        for path, label in zip(paths, labels or [None] * len(paths))
     ]
 
 
+def read_labels(table: Path, values: list[Any]) -> list[Label]:
+    """Class indices as whole numbers, class names as text; empty when no row has a label.
+
+    Raises: UserError when only some rows have one.
+    """
+    import pandas
+
+    missing = [bool(pandas.isna(value)) for value in values]
+    if all(missing):
+        return []
+    if any(missing):
+        raise UserError(
+            f"{table}: some rows have a label and some have none; label all of them or none"
+        )
+    return [int(value) if isinstance(value, int) else str(value) for value in values]
+
+
 def from_torchvision(name: str, size: int, limit: int, rng: torch.Generator) -> CleanImages:
-    """Images of the test part of one of torchvision's data sets, which must lie there already."""
-    from torchvision import datasets
+    """Images of the test part of a data set of torchvision, which must be downloaded already.
+
+    Raises: UserError when there is no such data set, or not in `RNP_DATA`.
+    """
     from torchvision.transforms import functional
 
-    if not isinstance(getattr(datasets, name, None), type):
-        raise UserError(f"torchvision has no data set {name!r}")
-    root, failures = os.environ.get("RNP_DATA") or "data", []
-    for part in ({"train": False}, {"split": "test"}, {"split": "val"}, {}):
-        try:
-            data = getattr(datasets, name)(root, **part)
-            break
-        except (TypeError, ValueError) as error:  # another signature
-            failures.append(str(error))
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"torchvision:{name} is not in {root}: {error}") from error
-    else:
-        raise UserError(
-            f"torchvision:{name} cannot be opened with its folder alone: {failures[-1]}"
-        )
+    data = open_torchvision(name)
     order = torch.randperm(len(data), generator=rng)[:limit].tolist()
-    images, labels = allocate_images(len(order), 3, size, size), []
+    images = allocate_images(len(order), 3, size, size)
+    labels = []
     for row, position in enumerate(order):
         image, label = data[position]
-        image = functional.center_crop(functional.resize(image.convert("RGB"), size), [size, size])
-        images[row] = functional.pil_to_tensor(image)
+        resized = functional.resize(image.convert("RGB"), [size])
+        images[row] = functional.pil_to_tensor(functional.center_crop(resized, [size, size]))
         labels.append(int(label))
     return CleanImages(images, labels, [])
 
 
-def map_labels_to_outputs(
-    gathered: CleanImages, named: Sequence[str], k: int
-) -> tuple[Labels | None, tuple[str, ...]]:
-    """Labels as indices of the model's `k` outputs, and the outputs' names. `named` are those
-    names, if they are known.
+def open_torchvision(name: str) -> Any:
+    """The test part of a data set; its constructors name that part in different ways."""
+    from torchvision import datasets
 
-    Raises: UserError when names and outputs do not match; nothing is guessed where the numbers
-    differ.
+    kind = getattr(datasets, name, None)
+    if not isinstance(kind, type):
+        raise UserError(f"torchvision has no data set {name!r}")
+    root = os.environ.get("RNP_DATA") or "data"
+    failure = ""
+    for part in ({"train": False}, {"split": "test"}, {"split": "val"}, {}):
+        try:
+            return cast(Any, kind)(root, **part)
+        except (TypeError, ValueError) as error:  # another signature
+            failure = str(error)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"torchvision:{name} is not in {root}: {error}") from error
+    raise UserError(f"torchvision:{name} cannot be opened with its folder alone: {failure}")
+
+
+def map_labels_to_outputs(
+    clean: CleanImages, named: Sequence[str], num_classes: int
+) -> tuple[Labels | None, tuple[str, ...]]:
+    """The labels as indices of the model's outputs, and the names of the outputs.
+
+    `named` are these names, if they are known.
+
+    Raises: UserError when labels, names and outputs do not fit each other; nothing is guessed.
     """
-    if named and len(named) != k:
+    if named and len(named) != num_classes:
         raise UserError(
-            f"the model has {k} outputs, but {len(named)} classes are named; name all, in the order"
-            " of the outputs"
+            f"the model has {num_classes} outputs, but {len(named)} classes are named; name all, in"
+            " the order of the outputs"
         )
-    if gathered.labels is None:
-        return None, tuple(named) or tuple(map(str, range(k)))
-    if isinstance(gathered.labels[0], int):
-        highest, lowest = max(gathered.labels), min(gathered.labels)
-        if not 0 <= lowest <= highest < k:
-            raise UserError(
-                f"labels go from {lowest} to {highest}, the model's outputs from 0 to {k - 1}"
-            )
-        return torch.tensor(gathered.labels), tuple(named) or tuple(map(str, range(k)))
-    own = sorted(set(gathered.labels))
-    names = tuple(named) or tuple(own)
-    if len(names) != k:
+    names = tuple(named) or tuple(map(str, range(num_classes)))
+    labels = clean.labels
+    if labels is None:
+        return None, names
+    if isinstance(labels[0], str):
+        return map_names_to_outputs(cast("list[str]", labels), named, num_classes)
+    indices = cast("list[int]", labels)
+    highest, lowest = max(indices), min(indices)
+    if not 0 <= lowest <= highest < num_classes:
         raise UserError(
-            f"the model has {k} outputs, the images {len(own)} classes ({', '.join(own[:5])} ...);"
-            " name all classes in the order of the outputs: --classes cat,dog,... or a file with"
-            " one name a line"
+            f"labels go from {lowest} to {highest}, the model's outputs from 0 to {num_classes - 1}"
         )
-    strange = [name for name in own if name not in names]
-    if strange:
+    return torch.tensor(indices), names
+
+
+def map_names_to_outputs(
+    labels: list[str], named: Sequence[str], num_classes: int
+) -> tuple[Labels, tuple[str, ...]]:
+    """`map_labels_to_outputs` for class names; without `named` they are in alphabetical order."""
+    present = sorted(set(labels))
+    names = tuple(named) or tuple(present)
+    if len(names) != num_classes:
         raise UserError(
-            f"images of class {strange[0]!r}, which is not among the named ones:"
+            f"the model has {num_classes} outputs, the images {len(present)} classes"
+            f" ({', '.join(present[:5])} ...); name all classes in the order of the outputs:"
+            " --class-names cat,dog,... or a file with one name per line"
+        )
+    unknown = [name for name in present if name not in names]
+    if unknown:
+        raise UserError(
+            f"images of class {unknown[0]!r}, which is not among the named ones:"
             f" {', '.join(names[:10])}"
         )
-    return torch.tensor([names.index(label) for label in gathered.labels]), names
+    return torch.tensor([names.index(label) for label in labels]), names
 
 
-def pseudo_labels(model: nn.Module, images: Bytes, confidence: float) -> tuple[Indices, Tensor]:
-    """Positions of the images that the model itself is sure of, and what it says they show."""
-    probability, label = predict(model, images).softmax(1).max(1)
-    sure = (probability >= confidence).nonzero().squeeze(1)
-    return sure, label[sure]
+def pseudo_labels(model: nn.Module, images: Bytes, confidence: float) -> tuple[Indices, Labels]:
+    """Positions of the images that the model is confident about, and its predictions for them."""
+    probability, predicted = predict(model, images).softmax(1).max(1)
+    confident = (probability >= confidence).nonzero().squeeze(1)
+    return confident, predicted[confident]

@@ -1,4 +1,4 @@
-"""What a file of weights may cost, and words about it that are safe to print."""
+"""Limits for an untrusted file, and messages about it that are safe to print."""
 
 from __future__ import annotations
 
@@ -15,33 +15,36 @@ MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Limits(Hyperparameters):
-    """What a file of weights may cost. The defaults fit any image classifier; honest files need no
-    more.
-    """
+    """What a file of weights may need at most; the defaults suffice for image classifiers."""
 
-    file_size: Annotated[int, Gt(0), "MiB, size of the file, and of what is written"] = 4096
+    file_size: Annotated[int, Gt(0), "size of the input file, and of the output file, in MiB"] = (
+        4096
+    )
     memory: Annotated[
-        int, Gt(0), "MiB, memory of the reading process besides torch itself and twice the file"
+        int,
+        Gt(0),
+        "memory of the reading process, in MiB, besides PyTorch and twice the size of the file",
     ] = 512
     seconds: Annotated[
-        int, Gt(0), "s, time of the reading process, by the clock and by the processor"
+        int, Gt(0), "time of the reading process, in seconds, both elapsed and of the processor"
     ] = 120
     tensors: Annotated[int, Gt(0), "number of tensors"] = 20_000
     elements: Annotated[int, Gt(0), "number of values in all tensors"] = 1_000_000_000
 
 
 def sanitize(text: str) -> str:
-    """One line without control characters and direction marks, however hostile the names in it."""
+    """`text` as one line, with control characters and direction marks escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def quote(text: object) -> str:
-    """What a file says, quoted and not too long."""
-    text = str(text)
-    return repr(text if len(text) <= 80 else f"{text[:80]}...")
+    """A value from a file, in quotes, shortened to 80 characters."""
+    shown = str(text)
+    return repr(shown if len(shown) <= 80 else f"{shown[:80]}...")
 
 
-def over_limit(what: str, found: int, most: int, option: str) -> UserError:
+def over_limit(unit: str, amount: int, limit: int, option: str) -> UserError:
+    """The error for a file with more of `unit` than `option` allows."""
     return UserError(
-        f"holds {found:,} {what}, the limit is {most:,}; raise {option} if you expect that"
+        f"holds {amount:,} {unit}, the limit is {limit:,}; raise {option} if you expect that"
     )

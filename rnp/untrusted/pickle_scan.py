@@ -1,4 +1,4 @@
-"""Look at a checkpoint from outside, without PyTorch and without running anything in it."""
+"""Check a checkpoint of torch.save from outside, without PyTorch and without running its pickle."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import os
 import pickletools
 import zipfile
-from typing import BinaryIO
+from typing import IO, BinaryIO, cast
 
 from rnp.errors import UserError
 from rnp.untrusted.limits import quote
@@ -17,13 +17,9 @@ EXPORT = (
     "on the machine that made it, export the weights alone:"
     " safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
 )
-MAGIC = (  # what torch.save wrote first before it wrote zip archives
-    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-)
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""The first bytes of a file that torch.save wrote before it wrote zip archives."""
 
-
-# Globals that weights and the usual counters beside them need; fewer than torch's restricted
-# unpickler allows.
 ALLOWED = {
     "collections.OrderedDict",
     "collections.Counter",
@@ -39,47 +35,39 @@ ALLOWED = {
     "torch.storage.UntypedStorage",
     "torch.Size",
     "torch.device",
+    *(f"torch.{dtype.torch}" for dtype in DTYPES.values()),
 }
-ALLOWED |= {f"torch.{dtype.torch}" for dtype in DTYPES.values()}
+"""Globals that weights and the usual counters beside them need.
+
+They are fewer than those that torch's restricted unpickler allows.
+"""
 
 
 def check(file: BinaryIO) -> None:
-    """Look at a checkpoint from outside, which takes no torch and refuses most hostile files.
+    """Check a checkpoint from outside: that needs no PyTorch and refuses most hostile files.
 
-    Raises: UserError naming what is wrong; whatever zipfile and pickletools raise on damaged files.
+    Raises: UserError that says what is wrong; whatever zipfile and pickletools raise for damaged
+    files.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    if file.read(4) == b"PK\x03\x04":  # torch's rule
+    if file.read(4) == b"PK\x03\x04":  # torch.load tells the two formats apart by this too
         check_archive(zipfile.ZipFile(file), size)
     else:
         check_legacy(file)
 
 
 def check_archive(archive: zipfile.ZipFile, size: int) -> None:
-    """Judge a zip archive by its directory and checksums, and its pickle by the globals that it
-    names.
+    """Check a zip archive's directory and checksums, and the globals in its pickle.
 
     Raises: UserError unless torch.save can have written it.
     """
+    check_records(archive)
     records = archive.infolist()
-    roots = {name.partition("/")[0] for name in archive.namelist()}
-    names = {name.partition("/")[2] for name in archive.namelist()}
-    if "constants.pkl" in names or any(name.startswith("code/") for name in names):
-        raise UserError(f"is a TorchScript archive, which is a program; {EXPORT}")
-    if {"archive_format", "serialized_exported_program.json"} & (names | roots):
-        raise UserError(f"is an archive of torch.export (.pt2), which is a program; {EXPORT}")
-    if "data.pkl" not in names:
-        raise UserError("is a zip archive that torch.save did not write: it has no data.pkl")
-    if len(roots) > 1 or len({name.lower() for name in names}) < len(records):
-        raise UserError(
-            "is a zip archive that torch.save did not write: it has a record twice, or several"
-            " folders"
-        )
     packed = [
-        r
-        for r in records
-        if r.compress_type != zipfile.ZIP_STORED or r.file_size != r.compress_size
+        record
+        for record in records
+        if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size
     ]
     if packed:
         raise UserError(
@@ -92,7 +80,8 @@ def check_archive(archive: zipfile.ZipFile, size: int) -> None:
             f"is a zip archive with a false directory: it claims {claimed:,} bytes, the file has"
             f" {size:,}"
         )
-    with archive.open(f"{min(roots)}/data.pkl") as stream:
+    root = records[0].filename.partition("/")[0]
+    with archive.open(f"{root}/data.pkl") as stream:
         check_pickle(stream)
     damaged = archive.testzip()
     if damaged:
@@ -101,9 +90,28 @@ def check_archive(archive: zipfile.ZipFile, size: int) -> None:
         )
 
 
+def check_records(archive: zipfile.ZipFile) -> None:
+    """Raises: UserError unless the names in the archive are those of torch.save."""
+    parts = [name.partition("/") for name in archive.namelist()]
+    roots = {root for root, _, _ in parts}
+    names = {name for _, _, name in parts}
+    if "constants.pkl" in names or any(name.startswith("code/") for name in names):
+        raise UserError(f"is a TorchScript archive, which is a program; {EXPORT}")
+    if {"archive_format", "serialized_exported_program.json"} & (names | roots):
+        raise UserError(f"is an archive of torch.export (.pt2), which is a program; {EXPORT}")
+    if "data.pkl" not in names:
+        raise UserError("is a zip archive that torch.save did not write: it has no data.pkl")
+    if len(roots) > 1 or len({name.lower() for name in names}) < len(parts):
+        raise UserError(
+            "is a zip archive that torch.save did not write: it has a record twice, or several"
+            " folders"
+        )
+
+
 def check_legacy(file: BinaryIO) -> None:
-    """Check the pickles of a file that torch.save wrote before it wrote zip archives; the raw
-    storages follow them.
+    """Check the pickles of a file that torch.save wrote before it wrote zip archives.
+
+    The raw storages that follow them hold no code.
 
     Raises: UserError when it is another kind of file.
     """
@@ -114,12 +122,12 @@ def check_legacy(file: BinaryIO) -> None:
             f" none; {EXPORT}"
         )
     file.seek(0)
-    start = file.read(len(MAGIC))
+    magic = file.read(len(LEGACY_MAGIC))
     file.seek(0)
     try:
         for part in range(5):  # magic number, version, system, content, keys of the storages
             check_pickle(file)
-            if part == 0 and start != MAGIC:
+            if part == 0 and magic != LEGACY_MAGIC:
                 raise UserError(f"is a pickle that torch.save did not write; {EXPORT}")
     except ValueError:
         raise UserError(
@@ -127,20 +135,21 @@ def check_legacy(file: BinaryIO) -> None:
         ) from None
 
 
-def check_pickle(stream: io.BufferedIOBase) -> None:
+def check_pickle(stream: IO[bytes] | io.BufferedIOBase) -> None:
     """Read the operations of one pickle without carrying them out.
 
-    Raises: UserError naming the first global that weights do not need, or the protocol; ValueError
-    when it is no pickle.
+    Raises: UserError naming the first global that weights do not need, or the protocol;
+    ValueError when it is no pickle.
     """
-    protocol, memo = 0, {}
-    strings = collections.deque(["?", "?"], maxlen=2)  # what protocol 4 takes for module and name
-    for operation, value, _ in pickletools.genops(stream):
+    protocol = 0
+    memo: dict[object, str] = {}
+    strings = collections.deque(["?", "?"], maxlen=2)  # protocol 4: module and name of a global
+    for operation, value, _ in pickletools.genops(cast("IO[bytes]", stream)):
         code = operation.name
         if code == "PROTO":
             protocol = value
         elif code in ("GLOBAL", "INST"):
-            require_allowed_global(value.replace(" ", "."))
+            require_allowed_global(str(value).replace(" ", "."))
         elif code == "STACK_GLOBAL":
             require_allowed_global(".".join(strings))
         elif code.startswith("EXT"):
@@ -161,6 +170,7 @@ def check_pickle(stream: io.BufferedIOBase) -> None:
 
 
 def require_allowed_global(name: str) -> None:
+    """Raises: UserError for a global that weights do not need."""
     if name not in ALLOWED:
         raise UserError(
             f"asks for {quote(name)}, which weights do not need, and is refused; {EXPORT}"

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: nothing in it can run, but all of it can lie."""
+"""The header of a safetensors file: no part of it is code, but every part may be false."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Sequence
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeGuard
 
 from rnp.errors import UserError
 from rnp.untrusted.limits import MIB, Limits, over_limit, quote
 
-HEADER = 4 * MIB  # bytes of a safetensors header: 20,000 tensors need half of it
+MAX_HEADER = 4 * MIB
+"""Bytes of a header; 20,000 tensors need half of them."""
+MAX_DIMENSIONS = 8
 NAME = re.compile(r"[\w.:/+@()\[\] -]{1,256}")
 
 
 class Dtype(NamedTuple):
+    """A type of values: its name in PyTorch and the bytes of one value.
+
+    `exponent` are the bits that are all 1 in NaN and infinity; integers have neither.
+    """
+
     torch: str
     bytes: int
-    exponent: int | None = None  # the bits that are all set in NaN and infinity
+    exponent: int | None = None
 
 
 DTYPES = {
@@ -44,108 +51,131 @@ DTYPES = {
 
 
 class Entry(NamedTuple):
-    """A tensor in a safetensors file."""
+    """A tensor in a safetensors file; its data are the bytes from `start` to `end` of the file."""
 
     dtype: str
     shape: tuple[int, ...]
-    start: int  # in the file
+    start: int
     end: int
 
 
-# safetensors: a length, a header in JSON, bytes. Nothing in it can run, but all of it can lie.
-
-
-def malformed(why: str) -> UserError:
-    return UserError(f"is no sound safetensors file: {why}")
+def malformed(reason: str) -> UserError:
+    return UserError(f"is no sound safetensors file: {reason}")
 
 
 def read_header(file: BinaryIO, limits: Limits) -> dict[str, Entry]:
-    """The tensors of a safetensors file.
+    """The tensors of a safetensors file, by name.
 
-    Raises: UserError unless the header is sound and its tensors fill the file exactly, side by
-    side.
+    Raises: UserError unless the header is sound and its tensors fill the file exactly.
     """
     size = file.seek(0, os.SEEK_END)
+    length, described = read_json_header(file, size)
+    if len(described) > limits.tensors:
+        raise over_limit("tensors", len(described), limits.tensors, "tensors")
+    start = 8 + length
+    entries = {name: parse_entry(name, text, start, limits) for name, text in described.items()}
+    if not entries:
+        raise UserError("holds no tensors")
+    elements = sum(math.prod(entry.shape) for entry in entries.values())
+    if elements > limits.elements:
+        raise over_limit("values", elements, limits.elements, "elements")
+    require_contiguous(entries, start, size)
+    return entries
+
+
+def read_json_header(file: BinaryIO, size: int) -> tuple[int, dict[str, object]]:
+    """The length of the header of a file of `size` bytes, and its description of each tensor.
+
+    Raises: UserError when it is too long or no JSON object.
+    """
     file.seek(0)
     if size < 8:
         raise malformed(f"it has {size} bytes")
     length = struct.unpack("<Q", file.read(8))[0]
-    most = min(HEADER, size - 8)
-    if length > most:
-        raise malformed(f"its header claims {length:,} bytes, of at most {most:,}")
+    longest = min(MAX_HEADER, size - 8)
+    if length > longest:
+        raise malformed(f"its header claims {length:,} bytes, of at most {longest:,}")
     try:
         described = json.loads(file.read(length).decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError):
         raise malformed("its header is no JSON") from None
     if not isinstance(described, dict):
         raise malformed("its header is no JSON object")
-    meta = described.pop("__metadata__", {})
-    if not isinstance(meta, dict) or not all(isinstance(value, str) for value in meta.values()):
+    metadata = described.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
         raise malformed("its metadata are not text")
-    if len(described) > limits.tensors:
-        raise over_limit("tensors", len(described), limits.tensors, "tensors")
-    entries = {name: entry(name, what, 8 + length, limits) for name, what in described.items()}
-    if not entries:
-        raise UserError("holds no tensors")
-    elements = sum(math.prod(entry.shape) for entry in entries.values())
-    if elements > limits.elements:
-        raise over_limit("values", elements, limits.elements, "elements")
-    at = 8 + length
-    for name, found in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if found.start != at:
+    return length, described
+
+
+def require_contiguous(entries: dict[str, Entry], start: int, size: int) -> None:
+    """Raises: UserError unless the tensors fill the file from `start` to its end."""
+    position = start
+    for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if entry.start != position:
             raise malformed(f"{quote(name)} overlaps another tensor, or leaves a gap")
-        at = found.end
-    if at != size:
-        raise malformed(f"its tensors end at byte {at:,}, the file at {size:,}")
-    return entries
+        position = entry.end
+    if position != size:
+        raise malformed(f"its tensors end at byte {position:,}, the file at {size:,}")
 
 
 def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    twice = [
-        name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1
-    ]
-    if twice:
-        raise malformed(f"its header has {quote(twice[0])} twice")
+    """The pairs as a dictionary.
+
+    Raises: UserError when a name occurs twice, of which JSON would silently keep the last.
+    """
+    counts = collections.Counter(name for name, _ in pairs)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        raise malformed(f"its header has {quote(repeated[0])} twice")
     return dict(pairs)
 
 
-def entry(name: str, what: object, offset: int, limits: Limits) -> Entry:
-    """One tensor's description, checked by itself; the data begin at `offset`."""
+def parse_entry(name: str, described: object, start: int, limits: Limits) -> Entry:
+    """One tensor, checked by itself; the data of all tensors begin at byte `start`.
+
+    Raises: UserError when its description is not sound.
+    """
     if not NAME.fullmatch(name):
         raise UserError(f"has a tensor with a name that no layer has: {quote(name)}")
-    if not isinstance(what, dict) or what.keys() != {"dtype", "shape", "data_offsets"}:
+    keys = {"dtype", "shape", "data_offsets"}
+    if not isinstance(described, dict) or described.keys() != keys:
         raise malformed(f"{quote(name)} lacks a dtype, shape or offsets")
-    dtype, shape, offsets = what["dtype"], what["shape"], what["data_offsets"]
+    dtype = described["dtype"]
+    shape = described["shape"]
+    offsets = described["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UserError(f"has {quote(name)} of dtype {quote(dtype)}; known are {', '.join(DTYPES)}")
     if (
         not is_list_of_sizes(shape)
-        or len(shape) > 8
+        or len(shape) > MAX_DIMENSIONS
         or any(side > limits.elements for side in shape)
     ):
         raise UserError(
-            f"has {quote(name)} of shape {quote(shape)}; up to 8 sides from 0 to"
+            f"has {quote(name)} of shape {quote(shape)}; up to {MAX_DIMENSIONS} sides from 0 to"
             f" {limits.elements:,} make sense"
         )
-    if (
-        not is_list_of_sizes(offsets)
-        or len(offsets) != 2
-        or offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].bytes
-    ):
+    length = math.prod(shape) * DTYPES[dtype].bytes
+    if not is_list_of_sizes(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != length:
         raise malformed(f"{quote(name)}, {dtype} {shape}, cannot lie at bytes {quote(offsets)}")
-    return Entry(dtype, tuple(shape), offset + offsets[0], offset + offsets[1])
+    return Entry(dtype, tuple(shape), start + offsets[0], start + offsets[1])
 
 
-def is_list_of_sizes(values: object) -> bool:
+def is_list_of_sizes(values: object) -> TypeGuard[list[int]]:
+    """Whether `values` are whole numbers of at least 0; `True` is none."""
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
-def make_header(tensors: Iterable[tuple[str, str, Sequence[int]]], meta: dict[str, str]) -> bytes:
-    """The start of a safetensors file whose tensors (name, dtype, shape) follow in this order."""
-    described: dict[str, object] = {"__metadata__": meta} if meta else {}
+def make_header(
+    tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: dict[str, str]
+) -> bytes:
+    """The first bytes of a safetensors file whose tensors (name, dtype, shape) follow in order."""
+    described: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for name, dtype, shape in tensors:
-        start, end = end, end + math.prod(shape) * DTYPES[dtype].bytes
+        start = end
+        end += math.prod(shape) * DTYPES[dtype].bytes
         described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(described).encode()
     text += b" " * (-len(text) % 8)

@@ -31,7 +31,7 @@ from rnp.untrusted.convert import common_prefix, convert
 from rnp.untrusted.limits import MIB, Limits
 from rnp.untrusted.pickle_scan import check
 from rnp.untrusted.safetensors_header import DTYPES, read_header
-from rnp.untrusted.sandbox import extract, isolate, reason
+from rnp.untrusted.sandbox import explain, extract, isolate
 
 resource = pytest.importorskip("resource")
 WEIGHTS = {"conv.weight": torch.arange(6.0).reshape(1, 2, 3), "bn.steps": torch.tensor(7)}
@@ -282,9 +282,9 @@ def here(monkeypatch):
             check(file)
             return extract(file, raw, limits), {"own process": False}
         except (RuntimeError, pickle.UnpicklingError) as error:
-            raise UserError(reason(error, limits)) from None
+            raise UserError(explain(error, limits)) from None
 
-    monkeypatch.setattr("rnp.untrusted.convert.in_own_process", read)
+    monkeypatch.setattr("rnp.untrusted.convert.run_sandboxed", read)
 
 
 def unread(content):
@@ -538,7 +538,7 @@ def test_limits(tmp_path, option, words):
 
 
 def test_limits_are_positive():
-    with pytest.raises(UserError, match="seconds must be at least 1, got 0"):
+    with pytest.raises(UserError, match="limits.seconds must be above 0, got 0"):
         Limits(seconds=0)
 
 
