@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from benchmarks.subprocesses import Result
-from benchmarks.timing import Clock, MacCounter, cost, timed, with_clock
+from benchmarks.timing import MacCounter, cost, timed, with_clock
+from rnp.clock import Clock
 from rnp.defenses.rnp import RNP
 from rnp.detection.base import Evidence
 from rnp.evaluation.metrics import score

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from benchmarks import reference_rnp
 from benchmarks.measure_defenses import Subject
 from benchmarks.subprocesses import Result, peak_memory
-from benchmarks.timing import Clock, now
+from rnp.clock import Clock, now
 from rnp.training.device import default_device
 from rnp.types import ImageSet, NeuronMask, backdoor_labels
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.subprocesses import Result
-from benchmarks.timing import cost, now, timed
+from benchmarks.timing import cost, timed
 from rnp.cli.prepare import data_root
+from rnp.clock import now
 from rnp.data.cifar10 import Cifar10
 from rnp.errors import UserError
 from rnp.models.build import Architecture, statistics

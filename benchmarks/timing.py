@@ -1,46 +1,20 @@
-"""Seconds, memory and multiply-adds of what one process does."""
+"""Seconds, memory and multiply-adds of a piece of work."""
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.subprocesses import Result, peak_memory
+from rnp.clock import Clock, now
 from rnp.training.device import device_of
 from rnp.types import ImageSet, to_floats
 
 T = TypeVar("T")
-
-
-class Clock:
-    """Seconds by name: `with clock("name"): work`; those of the same name are added.
-
-    `cpu` are the processor seconds of all threads.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.cpu: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = now()
-        cpu = time.process_time()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + now() - start
-        self.cpu[name] = self.cpu.get(name, 0.0) + time.process_time() - cpu
-
-
-def now() -> float:
-    """Seconds, once the GPU has finished."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def timed(work: Callable[[], T]) -> tuple[T, Result]:
@@ -60,7 +34,7 @@ def timed(work: Callable[[], T]) -> tuple[T, Result]:
     return value, numbers
 
 
-def with_clock(step: T, clock: Callable[[str], contextlib.AbstractContextManager], name: str) -> T:
+def with_clock(step: T, clock: Clock, name: str) -> T:
     """A copy of a step of RNP (a frozen dataclass that is called) whose calls are timed."""
     kind: type = type(step)
 

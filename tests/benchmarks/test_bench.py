@@ -19,8 +19,9 @@ from benchmarks.measure_published import oracle
 from benchmarks.report import FOUR_TASKS, SECTIONS, headline, markdown, number
 from benchmarks.scaling import draw, exponent, exponents
 from benchmarks.subprocesses import Failed, measure, median, peak_memory, repeat
-from benchmarks.timing import Clock, MacCounter, cost, with_clock
+from benchmarks.timing import MacCounter, cost, with_clock
 from rnp.cli.main import cli
+from rnp.clock import Clock
 from rnp.neurons.masks import prune
 from rnp.recover import Recover
 
