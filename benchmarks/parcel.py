@@ -1,7 +1,7 @@
 """CIFAR-10 as a few files of half its size, and back byte for byte.
 
-The images lie one below the other in WebP without loss; what else the files hold is compressed with
-LZMA. `benchmarks.campaign` has the commands.
+The images are stacked in lossless WebP files; the rest of each file is compressed with LZMA.
+`benchmarks.campaign` has the commands.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ STRIP = 500  # images in one WebP; its height must be less than 16,384 pixels
 
 def checksums() -> dict[str, str]:
     """The files of CIFAR-10 with the MD5 that torchvision expects."""
-    meta = (CIFAR10.meta["filename"], CIFAR10.meta["md5"])
-    return dict([*CIFAR10.train_list, *CIFAR10.test_list, meta])
+    files = {name: md5 for name, md5 in (*CIFAR10.train_list, *CIFAR10.test_list)}
+    return files | {CIFAR10.meta["filename"]: CIFAR10.meta["md5"]}
 
 
 def check(name: str, content: bytes) -> bytes:
@@ -47,22 +47,24 @@ def shrink(name: str, content: bytes) -> dict[str, bytes]:
     raw = pixels.tobytes()
     start = content.index(raw)
     rest = content[:start] + content[start + len(raw) :]
-    found = {f"{name}/{start}.xz": lzma.compress(rest)}
+    members = {f"{name}/{start}.xz": lzma.compress(rest)}
     images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     for first in range(0, len(images), STRIP):
-        strip, file = images[first : first + STRIP].reshape(-1, 32, 3), io.BytesIO()
+        strip = images[first : first + STRIP].reshape(-1, 32, 3)
+        file = io.BytesIO()
         Image.fromarray(strip).save(file, "webp", lossless=True, quality=60, method=6)
-        found[f"{name}/{first:05}.webp"] = file.getvalue()
-    return found
+        members[f"{name}/{first:05}.webp"] = file.getvalue()
+    return members
 
 
 def grow(members: dict[str, bytes]) -> bytes:
-    """What `shrink` was given."""
+    """The file from which `shrink` made these members."""
     rest = next(name for name in members if name.endswith(".xz"))
     files = [io.BytesIO(members[name]) for name in sorted(members) if name != rest]
     strips = [np.asarray(Image.open(file)).reshape(-1, 32, 32, 3) for file in files]
     images = [strip.transpose(0, 3, 1, 2).tobytes() for strip in strips]
-    around, start = lzma.decompress(members[rest]), int(Path(rest).stem)
+    around = lzma.decompress(members[rest])
+    start = int(Path(rest).stem)
     return b"".join([around[:start], *images, around[start:]])
 
 
@@ -75,7 +77,8 @@ def pack(folder: Path, limit: int) -> None:
         say(f"{name}: {sum(map(len, members.values())) / MIB:.1f} MiB so far")
     total = sum(map(len, members.values()))
     parts = math.ceil(total / (limit - MIB))  # a part exceeds its share by one member at most
-    before, shares = 0, [dict[str, bytes]() for _ in range(parts)]
+    before = 0
+    shares = [dict[str, bytes]() for _ in range(parts)]
     for name, content in members.items():
         shares[before * parts // total][name] = content
         before += len(content)
@@ -93,7 +96,7 @@ def pack(folder: Path, limit: int) -> None:
 
 
 def unpack(folders: Sequence[Path], data: Path) -> None:
-    """Make the files of CIFAR-10 below `data` of all parts in `folders`.
+    """Make the files of CIFAR-10 below `data` from all parts in `folders`.
 
     Raises: UserError when one is missing or damaged.
     """
@@ -101,10 +104,12 @@ def unpack(folders: Sequence[Path], data: Path) -> None:
     for file in (file for folder in folders for file in folder.glob("part-*.tar")):
         with tarfile.open(file) as tar:
             for member in tar:
-                members[Path(member.name).parent.name][member.name] = tar.extractfile(member).read()
-    for name, own in members.items():
-        if not any(each.endswith(".xz") for each in own):
+                content = tar.extractfile(member)
+                if content is not None:
+                    members[Path(member.name).parent.name][member.name] = content.read()
+    for name, of_file in members.items():
+        if not any(member.endswith(".xz") for member in of_file):
             raise UserError(f"no part holds the beginning of {name}")
         with atomic_write(data / CIFAR10.base_folder / name) as draft:
-            draft.write_bytes(check(name, grow(own)))
-    say(f"{data / CIFAR10.base_folder} is whole")
+            draft.write_bytes(check(name, grow(of_file)))
+    say(f"{data / CIFAR10.base_folder} is complete")

@@ -1,21 +1,36 @@
-"""The stages of dvc.yaml where there is no DVC: parameters, and commands as DVC fills them in."""
+"""The stages of dvc.yaml where there is no DVC: their parameters and their commands."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import yaml
 
-from benchmarks.suite import flags
+from benchmarks.subprocesses import ROOT
 from rnp.params.fields import iter_hyperparameters
 from rnp.params.presets import render
 from rnp.params.read import Loader
 from rnp.params.schema import check_params
 from rnp.registry import load
 
-LEFT_OUT = ("detect", "controls", "report", "publish")
+LEFT_OUT = ("images", "detect", "controls", "report", "publish")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of dvc.yaml, with the values of params.yaml filled in."""
+
+    command: str
+    deps: tuple[str, ...]
+    outs: tuple[str, ...]
+
+    def arguments(self) -> tuple[str, ...]:
+        """The command for this Python."""
+        return (sys.executable, *shlex.split(self.command)[1:])
 
 
 def put(params: dict, name: str, value: object) -> None:
@@ -34,14 +49,8 @@ def parameters(
     Raises: UserError for a name or a value that no stage takes.
     """
     params = yaml.load(render(preset), Loader)
-    known, params["defenses"] = params["defenses"], {}
-    for name in defenses:
-        params["defenses"][name] = known.get(name, {})
-        for key, _, _, default in (
-            () if name in known else iter_hyperparameters(load("defense", name), "")
-        ):
-            plain = list(default) if isinstance(default, tuple) else default
-            put(params, f"defenses.{name}.{key}", plain)
+    known = params["defenses"]
+    params["defenses"] = {name: known.get(name) or default_options(name) for name in defenses}
     params["evaluate"]["defenses"] = [*defenses]
     params |= {"seed": seed, "poison": {"attack": attack}}
     for change in changes:
@@ -51,36 +60,47 @@ def parameters(
     return params
 
 
-def lookup(name: str, values: dict) -> object:
-    for part in name.split("."):
-        values = values[part]
-    return values
+def default_options(defense: str) -> dict:
+    """The section of a defense in params.yaml."""
+    options: dict = {}
+    for key in iter_hyperparameters(load("defense", defense)):
+        default = list(key.default) if isinstance(key.default, tuple) else key.default
+        put(options, key.name, default)
+    return options
 
 
-def fill(text: str, values: dict) -> str:
-    """`text` with each `${name}` as DVC fills it in: a section becomes options."""
-
-    def found(match: re.Match[str]) -> str:
-        value = lookup(match[1], values)
-        return shlex.join(flags(value)) if isinstance(value, dict) else str(value)
-
-    return re.sub(r"\$\{([\w.]+)\}", found, text)
+def read_pipeline() -> dict:
+    """The stages in dvc.yaml."""
+    return yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
-def stages(pipeline: dict, params: dict) -> dict[str, dict]:
-    """`cmd`, `deps` and `outs` of each stage up to `evaluate`, by the names that DVC gives them."""
-
-    def filled(stage: dict, values: dict) -> dict:
-        paths = {key: [fill(path, values) for path in stage[key]] for key in ("deps", "outs")}
-        return {"cmd": fill(stage["cmd"], values), **paths}
-
-    found = {}
+def stages(pipeline: dict, params: dict) -> dict[str, Stage]:
+    """The stages up to `evaluate` without those of detection, by the names that DVC gives them."""
+    filled = {}
     for name, stage in pipeline.items():
         if name in LEFT_OUT:
             continue
         if "foreach" not in stage:
-            found[name] = filled(stage, params)
+            filled[name] = fill_stage(stage, params)
             continue
-        for key, item in lookup(stage["foreach"].strip("${}"), params).items():
-            found[f"{name}@{key}"] = filled(stage["do"], params | {"key": key, "item": item})
-    return found
+        for key in lookup(stage["foreach"].strip("${}"), params):
+            filled[f"{name}@{key}"] = fill_stage(stage["do"], params | {"key": key})
+    return filled
+
+
+def fill_stage(stage: dict, values: dict) -> Stage:
+    deps = tuple(fill(path, values) for path in stage["deps"])
+    outs = tuple(fill(path, values) for path in stage["outs"])
+    return Stage(fill(stage["cmd"], values), deps, outs)
+
+
+def fill(text: str, values: dict) -> str:
+    """`text` with each `${name}` replaced, as DVC does it."""
+    return re.sub(r"\$\{([\w.]+)\}", lambda match: str(lookup(match[1], values)), text)
+
+
+def lookup(name: str, values: dict) -> dict:
+    """The value of `a.b.c` in nested dictionaries."""
+    for part in name.split("."):
+        values = values[part]
+    return values

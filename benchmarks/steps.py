@@ -1,8 +1,9 @@
-"""How a GPU takes training steps: as they are, recorded as a CUDA graph, compiled and recorded.
+"""Training steps on a GPU: plain, as a CUDA graph, compiled and as a CUDA graph.
 
 `python -m benchmarks.steps TABLE` adds a row per way and batch size: images a second over 200
-steps, and what the first ten took, compiling and recording included. ResNet-18 at its published
-width, random images of CIFAR-10's size, augmented; it needs a GPU. `--summary` prints the table.
+steps, and the seconds of the first ten, compiling and recording included. It trains ResNet-18 at
+its published width on random images of CIFAR-10's size, augmented, and needs a GPU. `--summary`
+prints the table.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import cost, noise, product_peak
+from benchmarks.measure_training import noise, product_peak
 from benchmarks.report import number, table
+from benchmarks.timing import cost
 from rnp.io.files import read_rows, upsert_rows
 from rnp.models.build import Architecture
+from rnp.reporting.columns import format_row
 from rnp.reporting.provenance import provenance
-from rnp.reporting.rows import format_row
 from rnp.training import loop
 from rnp.training.augment import Augment
 from rnp.training.loop import cross_entropy, fit, make_optimizer
@@ -47,7 +49,7 @@ def measure(way: str, batch: int, data: ImageSet) -> dict[str, object]:
     loop.WORTH_COMPILING = 0 if way == "compiled" else 10**9
     ends: list[float] = []
 
-    def hear(*_: object) -> None:
+    def record(*_: object) -> None:
         if len(ends) + 1 in (FIRST, FIRST + STEPS):
             torch.cuda.synchronize()
         ends.append(time.perf_counter())
@@ -64,7 +66,7 @@ def measure(way: str, batch: int, data: ImageSet) -> dict[str, object]:
         rng=torch.Generator().manual_seed(0),
         augment=Augment(),
         precision="auto",
-        on_batch=hear,
+        on_batch=record,
         cuda_graph=way != "plain",
     )
     rate = STEPS * batch / (ends[-1] - ends[FIRST - 1])
@@ -78,8 +80,10 @@ def measure(way: str, batch: int, data: ImageSet) -> dict[str, object]:
 
 
 def summary(rows: list[dict[str, str]]) -> list[str]:
-    """Three multiply-adds a weight and place in forward and backward pass, two operations each; no
-    other work counts.
+    """A Markdown table of the rows.
+
+    The operations are three multiply-adds per weight and place in forward and backward pass, two
+    operations each; no other work counts.
     """
     columns = {
         "images a second": "images_per_second",

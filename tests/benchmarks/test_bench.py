@@ -5,6 +5,7 @@ here is timed.
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +14,18 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import reference_rnp, suite
-from benchmarks.measure import MEASURES, MacCounter, cost, oracle
-from benchmarks.report import FOUR, SECTIONS, headline, markdown, number
+from benchmarks.measure import MEASURES
+from benchmarks.measure_published import oracle
+from benchmarks.report import FOUR_TASKS, SECTIONS, headline, markdown, number
 from benchmarks.scaling import draw, exponent, exponents
 from benchmarks.subprocesses import Failed, measure, median, peak_memory, repeat
+from benchmarks.timing import MacCounter, cost, with_clock
 from rnp.cli.main import cli
+from rnp.clock import Clock
 from rnp.neurons.masks import prune
+from rnp.recover import Recover
+
+ROOT = Path(__file__).parents[2]
 
 MACHINE = {"name": "a machine", "cores": 2, "memory_gib": 8.0, "bf16": False}
 
@@ -97,7 +104,7 @@ def full():
         },
         "rnp": {"ours": [ours], "published": [theirs]},
         "defenses": {"rnp": [numbers], "ft": [numbers]},
-        "detectors": {key: [numbers] for key in FOUR.values()},
+        "detectors": {key: [numbers] for key in FOUR_TASKS.values()},
         "demo": {"pipeline": [{"seconds": 100.0, "setup_seconds": 5.0, "stages": stages}]},
         "noop": {"repro": [{"seconds": 1.5}]},
         "scaling": scaled(),
@@ -284,20 +291,21 @@ def test_work_is_counted_in_multiply_adds(trained, toy_set):
     assert work.total == 4 * each
 
 
-def test_flags_are_those_that_dvc_writes():
-    section = {"lr": 0.1, "flip": False, "labels": ["a", "b"], "augment": {"crop": 4, "flip": True}}
-    assert suite.flags(section) == [
-        "--lr",
-        "0.1",
-        "--no-flip",
-        "--labels",
-        "a",
-        "--labels",
-        "b",
-        "--augment.crop",
-        "4",
-        "--augment.flip",
-    ]
+def test_the_published_page_is_what_its_numbers_give():
+    record = json.loads((ROOT / "results/bench.json").read_text())
+    page = (ROOT / "results/bench.md").read_text()
+    assert markdown(record, picture="../docs/scaling.png") == page
+
+
+def test_a_step_of_rnp_is_timed_and_gives_the_same(trained, toy_set, rng):
+    """`with_clock` changes neither the options nor the result."""
+    clock = Clock()
+    recover = Recover(steps=2)
+    timed = with_clock(recover, clock, "recover")
+    assert isinstance(timed, Recover) and vars(timed) == vars(recover)
+    masks = [step(trained, toy_set(40), rng=rng()).mask for step in (recover, timed)]
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+    assert list(clock.seconds) == ["recover"] and clock.seconds["recover"] > 0
 
 
 def test_peak_is_of_this_process():
@@ -329,7 +337,9 @@ def test_without_a_checkout_it_says_what_it_needs(monkeypatch):
 def test_a_part_is_run_and_written(tmp_path, monkeypatch):
     """The command, with a part that measures nothing."""
     monkeypatch.setitem(
-        suite.PARTS, "noop", lambda shop: repeat({"repro": lambda: {"seconds": 1.5}}, shop.repeats)
+        suite.PARTS,
+        "noop",
+        lambda fixtures: repeat({"repro": lambda: {"seconds": 1.5}}, fixtures.repeats),
     )
     files = [
         word

@@ -1,6 +1,4 @@
-"""The way of CIFAR-10 in parts, stages without DVC, and what a campaign does after a kill; no
-stage of ours runs.
-"""
+"""CIFAR-10 in parts and back, stages without DVC, and a campaign after a kill; no stage runs."""
 
 import hashlib
 import pickle
@@ -15,13 +13,13 @@ import yaml
 from torchvision.datasets import CIFAR10
 
 from benchmarks import campaign, parcel
-from benchmarks.pipeline import fill, parameters, stages
+from benchmarks.pipeline import fill, parameters, read_pipeline, stages
 from rnp.errors import UserError
 from rnp.io.files import write_text
 from rnp.params.read import read_params
 
 ROOT = Path(__file__).parents[2]
-PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+PIPELINE = read_pipeline()
 
 
 @pytest.fixture
@@ -89,17 +87,17 @@ def test_commands_are_those_of_dvc(tmp_path):
     (tmp_path / ".dvc" / "config").write_text(
         (ROOT / ".dvc" / "config").read_text().replace("[core]", "[core]\n    no_scm = true")
     )
-    told = (
-        "import json, dvc.repo; print(json.dumps({s.addressing: [s.cmd, [str(d) for d in s.deps],"
-        " [str(o) for o in s.outs]]"
-    )
-    told += " for s in dvc.repo.Repo().index.stages}))"
-    done = subprocess.run(
-        [sys.executable, "-c", told], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    expected = yaml.safe_load(done.stdout)
-    found = stages(PIPELINE, params)
-    assert set(found) == {
+    code = """if True:
+        import json, dvc.repo
+        print(json.dumps({
+            stage.addressing: [stage.cmd, [*map(str, stage.deps)], [*map(str, stage.outs)]]
+            for stage in dvc.repo.Repo().index.stages
+        }))"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    expected = yaml.safe_load(result.stdout)
+    ours = stages(PIPELINE, params)
+    assert set(ours) == {
         "prepare",
         "benign",
         "poison",
@@ -111,10 +109,10 @@ def test_commands_are_those_of_dvc(tmp_path):
         "defend@bnp",
         "evaluate",
     }
-    for name, stage in found.items():
+    for name, stage in ours.items():
         command, deps, outs = expected[name]
-        assert stage["cmd"] == command
-        assert set(stage["deps"]) <= set(deps) and set(stage["outs"]) <= set(outs)
+        assert stage.command == command
+        assert set(stage.deps) <= set(deps) and set(stage.outs) <= set(outs)
 
 
 def test_parameters_are_those_of_the_preset_but_for_what_is_asked():
@@ -136,12 +134,19 @@ def test_parameters_are_those_of_the_preset_but_for_what_is_asked():
         parameters("cifar10", seed=1, attack="blend", defenses=["tf"])
 
 
-def test_sections_become_options():
-    values = {"seed": 1, "train": {"lr": 0.1, "flip": True, "augment": {"crop": 2}, "at": [1, 2]}}
-    assert (
-        fill("--seed ${seed} ${train}", values)
-        == "--seed 1 --lr 0.1 --flip --augment.crop 2 --at 1 --at 2"
+def test_names_are_replaced_by_their_values():
+    values = {"key": "ft", "data": {"name": "shapes"}}
+    assert fill("python -m stages.x ${data.name} --out a/${key}.b", values) == (
+        "python -m stages.x shapes --out a/ft.b"
     )
+    with pytest.raises(KeyError, match="poison"):
+        fill("${poison.attack}", values)
+
+
+def test_a_stage_runs_with_this_python():
+    params = parameters("demo", seed=0, attack="sig", defenses=["ft"])
+    poison = stages(PIPELINE, params)["poison"].arguments()
+    assert poison[:4] == (sys.executable, "-m", "stages.poison", "sig")
 
 
 @pytest.fixture
@@ -162,7 +167,7 @@ def planned(tmp_path):
     return make
 
 
-def test_attacks_share_data_and_twin(planned, tmp_path):
+def test_attacks_share_data_and_benign_model(planned, tmp_path):
     tasks = {str(task): task for task in planned("badnets", "blend")}
     own = ("poison", "train", "unlearn", "recover", "prune", "defend@ft", "evaluate")
     assert list(tasks) == [
@@ -205,11 +210,11 @@ def test_a_folder_of_other_parameters_is_refused(planned):
 def test_with_other_defenses_the_models_are_measured_again(planned, tmp_path):
     planned("badnets")
     for stage in ("train", "evaluate"):
-        write_text(campaign.ended(tmp_path / "badnets", stage), "{}")
+        write_text(campaign.run_record(tmp_path / "badnets", stage), "{}")
     planned("badnets")
-    assert campaign.ended(tmp_path / "badnets", "evaluate").exists()
+    assert campaign.run_record(tmp_path / "badnets", "evaluate").exists()
     tasks = planned("badnets", defenses=["ft", "bnp"])
-    assert {task.stage for task in tasks if task.done} == {"train"} and "defend@bnp" in {
+    assert {task.stage for task in tasks if task.finished} == {"train"} and "defend@bnp" in {
         task.stage for task in tasks
     }
     assert read_params(tmp_path / "badnets/params.yaml")["evaluate"]["defenses"] == ["ft", "bnp"]
@@ -217,7 +222,7 @@ def test_with_other_defenses_the_models_are_measured_again(planned, tmp_path):
 
 def fake(folder, stage, needs=(), fails=False, seconds=0.0):
     """A task that adds a line to `folder`/ran and, unless it fails, writes its report."""
-    report = campaign.ended(folder, stage)
+    report = campaign.run_record(folder, stage)
     code = (
         "import pathlib, sys, time\nwith open('ran', 'a') as file:"
         f" file.write('{stage}\\n')\ntime.sleep({seconds})\nif {fails}: sys.exit('error:"
@@ -228,7 +233,7 @@ def fake(folder, stage, needs=(), fails=False, seconds=0.0):
         folder=folder,
         stage=stage,
         command=(sys.executable, "-S", "-c", code),
-        needs=tuple(campaign.ended(folder, each) for each in needs),
+        needs=tuple(campaign.run_record(folder, each) for each in needs),
     )
 
 
