@@ -42,7 +42,7 @@ def names(family: str) -> list[str]:
     return sorted(file.stem for file in files if file.stem not in ("__init__", "base"))
 
 
-def load(family: str, name: str) -> type[Method]:
+def load(family: str, name: str) -> type[Any]:
     """The class that the file of the method `name` defines.
 
     Raises: UserError when there is no such file.
@@ -55,7 +55,7 @@ def load(family: str, name: str) -> type[Method]:
     return method
 
 
-def build(family: str, name: str, options: dict[str, Any]) -> Method:
+def build(family: str, name: str, options: dict[str, Any]) -> Any:
     """The method `name` with the given hyperparameters.
 
     Raises: UserError when there is no such method or hyperparameter, or a value is out of range.

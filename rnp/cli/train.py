@@ -13,7 +13,7 @@ from rnp.io.files import atomic_write, sha256, write_json
 from rnp.io.history import History
 from rnp.io.models import load_model, save_model
 from rnp.models.build import Architecture
-from rnp.registry import load
+from rnp.registry import build
 from rnp.reporting.plots import training_curves
 from rnp.seeds import generator
 from rnp.training.device import chosen_precision, default_device
@@ -52,7 +52,7 @@ def train(
     clean = load_images(pool)
     changes, options = load_poisoned(poisoned)
     name = options.pop("attack")
-    attack = load("attack", name)(**options)
+    attack = build("attack", name, options)
     data = changes.apply(clean)
     rng = generator(seed, "train")
     model = architecture.build_for(data, rng=rng).to(default_device())

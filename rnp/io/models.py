@@ -19,12 +19,12 @@ OLD_LAYOUT_KEY = "plain_because"
 
 
 def save_model(
-    path: Path, model: Classifier, architecture: Architecture, classes: tuple[str, ...]
+    path: Path, model: nn.Module, architecture: Architecture, classes: tuple[str, ...]
 ) -> None:
     """Write the weights, with the architecture, the class names, and why they are contiguous."""
     meta = {"kind": "model", "classes": classes, **dataclasses.asdict(architecture)}
-    if model.contiguous_reason:
-        meta["contiguous_reason"] = model.contiguous_reason
+    if reason := getattr(model, "contiguous_reason", ""):
+        meta["contiguous_reason"] = reason
     save_tensors(path, model.state_dict(), meta)
 
 
