@@ -35,7 +35,8 @@ from rnp.attacks.base import backdoored_test_set
 from rnp.cli.prepare import data_root
 from rnp.clock import Clock
 from rnp.data.base import Split
-from rnp.detection.run import Detect, roc_points, detectors, unlearn_and_detect_labels
+from rnp.detection.metrics import roc_points
+from rnp.detection.run import Detect, detectors, select_detectors, unlearn_and_detect_labels
 from rnp.evaluation.metrics import score
 from rnp.io.datasets import load_defense_set, load_images
 from rnp.io.files import upsert_rows, read_json
@@ -200,20 +201,17 @@ def verdicts(subject: Subject, params: dict) -> Iterator[dict[str, object]]:
     """
     given, clock = dict(flatten(params["detect"])), Clock()
     options = dataclasses.replace(from_section(Detect, given), labels=tuple(names("labels")))
-    ask_for = {
-        method.name: method
-        for method in (from_section(each, given, prefix) for each, prefix in detectors())
-    }
-    said = unlearn_and_detect_labels(
+    methods = [from_section(cls, given, prefix) for cls, prefix in detectors()]
+    label_scores = unlearn_and_detect_labels(
         subject.model,
         from_section(Unlearn, dict(flatten(params["unlearn"]))),
-        ask_for,
-        options,
+        select_detectors(options, methods),
+        options.trigger_checkpoint,
         subject.clean,
         params["seed"],
         clock,
     )
-    for name, each in said.items():
+    for name, each in label_scores.items():
         first = int(each.scores.argmax())
         yield {
             "detector": name,

@@ -13,8 +13,8 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rnp.evaluation.metrics import defense_effectiveness, scores_from_logits, score
-from rnp.evaluation.oracle import head, safe_window
+from rnp.evaluation.metrics import defense_effectiveness, head, score, scores_from_logits
+from rnp.evaluation.oracle import safe_window
 from rnp.io.datasets import load_defense_set, load_images
 from rnp.io.files import upsert_rows, read_json, read_rows
 from rnp.io.models import load_model
