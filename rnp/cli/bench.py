@@ -18,11 +18,7 @@ FILE = click.Path(path_type=Path)
 @click.command()
 @click.option("--only", multiple=True, help=f"a part: {PARTS}; all without it")
 @click.option(
-    "--repeats",
-    type=int,
-    default=3,
-    show_default=True,
-    help="of each measurement that takes less than a minute",
+    "--repeats", type=int, default=3, help="of each measurement that takes less than a minute"
 )
 @click.option(
     "--run",
@@ -35,19 +31,9 @@ FILE = click.Path(path_type=Path)
     is_flag=True,
     help="rnp: extrapolate the published procedure from one epoch and one evaluation",
 )
-@click.option(
-    "--json", "raw", type=FILE, default="results/bench.json", show_default=True, help="raw numbers"
-)
-@click.option(
-    "--page", type=FILE, default="results/bench.md", show_default=True, help="tables of them"
-)
-@click.option(
-    "--plot",
-    type=FILE,
-    default="docs/scaling.png",
-    show_default=True,
-    help="figure of the part scaling",
-)
+@click.option("--json", "raw", type=FILE, default="results/bench.json", help="raw numbers")
+@click.option("--page", type=FILE, default="results/bench.md", help="tables of them")
+@click.option("--plot", type=FILE, default="docs/scaling.png", help="figure of the part scaling")
 def bench(**options: Any) -> None:
     """Measure speed and memory; a part that runs again replaces its older numbers in the files."""
     sys.path.append(str(ROOT))  # where the console script does not look

@@ -18,7 +18,6 @@ from rnp.reporting.rows import collect_rows
     "--kind",
     type=click.Choice(tuple(SCHEMAS)),
     default="defenses",
-    show_default=True,
     help=(
         "defenses: one row, of a defense; detection: a row per task, detector and model; removal:"
         " a row per defense, for the table of detection; controls: a row per control experiment,"
@@ -28,21 +27,18 @@ from rnp.reporting.rows import collect_rows
 @click.option(
     "--defense",
     default="rnp",
-    show_default=True,
     help="with --kind defenses: rnp, another defense of the run, or none: the backdoored model",
 )
 @click.option(
     "--reports",
     type=click.Path(path_type=Path, exists=True),
     default="reports",
-    show_default=True,
     help="the report folders of the run",
 )
 @click.option(
     "--params",
     type=click.Path(path_type=Path),
     default="params.yaml",
-    show_default=True,
     help="the parameters of the run",
 )
 @click.pass_context

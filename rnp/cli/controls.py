@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rnp.cli.options import command
+from rnp.cli.options import Files, command
 from rnp.evaluation.controls import Controls, Run, control_metrics, run_controls
 from rnp.evaluation.metrics import EvaluationSets
 from rnp.io.datasets import load_defense_set, load_images, load_poisoned
@@ -28,21 +28,7 @@ from rnp.unlearn import Unlearn
     inputs=("model", "benign", "pruned", "defense", "pool", "poisoned", "test", "triggered"),
 )
 def controls(
-    options: Controls,
-    unlearn: Unlearn,
-    recover: Recover,
-    prune: Prune,
-    *,
-    model: Path,
-    benign: Path,
-    pruned: Path,
-    defense: Path,
-    pool: Path,
-    poisoned: Path,
-    test: Path,
-    triggered: Path,
-    report: Path,
-    seed: int,
+    options: Controls, unlearn: Unlearn, recover: Recover, prune: Prune, *, files: Files, seed: int
 ) -> None:
     """Run control experiments on a finished run, and write their scores to REPORT.
 
@@ -52,9 +38,9 @@ def controls(
     RNP with darker, noisy images.
     """
     tests = EvaluationSets(
-        load_images(test),
-        load_images(triggered / "test"),
-        read_json(triggered / "attack.json")["target_label"],
+        load_images(files.test),
+        load_images(files.triggered / "test"),
+        read_json(files.triggered / "attack.json")["target_label"],
     )
     run = Run(
         options=options,
@@ -62,11 +48,11 @@ def controls(
         recover=recover,
         prune=prune,
         seed=seed,
-        benign=load_model(benign)[0],
-        backdoored=load_model(model)[0],
-        repaired=load_model(pruned / "model.safetensors")[0],
-        defense=load_defense_set(defense),
-        poisoned=load_poisoned_images(pool, poisoned),
+        benign=load_model(files.benign)[0],
+        backdoored=load_model(files.model)[0],
+        repaired=load_model(files.pruned / "model.safetensors")[0],
+        defense=load_defense_set(files.defense),
+        poisoned=load_poisoned_images(files.pool, files.poisoned),
         tests=tests,
     )
     rows = []
@@ -76,8 +62,8 @@ def controls(
             f"{row['control']} {row['model']} {row['amount']}: CA {row['clean_accuracy']:.3f}, ASR"
             f" {row['attack_success_rate']:.3f}"
         )
-    write_rows(report / "rows.csv", rows)
-    write_json(report / "metrics.json", control_metrics(rows, options.experiments))
+    write_rows(files.report / "rows.csv", rows)
+    write_json(files.report / "metrics.json", control_metrics(rows, options.experiments))
 
 
 def load_poisoned_images(pool: Path, poisoned: Path) -> ImageSet:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import click
 import torch
 
-from rnp.cli.options import Family, command
-from rnp.cli.progress import progress
+from rnp.cli.options import Family, Files, command
 from rnp.defenses.base import UNLEARNED, Defense
 from rnp.defenses.rnp import RNP
 from rnp.evaluation.checks import check_and_warn
@@ -18,32 +16,33 @@ from rnp.io.files import write_json, write_rows
 from rnp.io.history import History
 from rnp.io.models import load_model, save_model
 from rnp.registry import load
+from rnp.reporting.progress import progress
 from rnp.seeds import generator, root
 from rnp.training.predict import accuracy
 
 
-def repair(
-    method: Defense, *, model: Path, defense: Path, out: Path, report: Path, seed: int
-) -> None:
+def repair(method: Defense, *, files: Files, seed: int) -> None:
     """Repair the backdoored model, and write it to OUT."""
-    network, architecture, classes = load_model(model)
-    clean = check_and_warn(network, classes, load_defense_set(defense))
+    network, architecture, classes = load_model(files.model)
+    clean = check_and_warn(network, classes, load_defense_set(files.defense))
     rng = generator_for(method, seed)
     with (
-        History(report / "history.csv") as history,
+        History(files.report / "history.csv") as history,
         progress(method.name, None, history) as on_epoch,
     ):
         repaired = method.repair(network, clean, rng=rng, on_epoch=on_epoch)
-    save_model(out, repaired.model, architecture, classes)
+    save_model(files.out, repaired.model, architecture, classes)
     if repaired.sweep:
-        write_rows(report / "sweep.csv", [dataclasses.asdict(point) for point in repaired.sweep])
-    report.mkdir(parents=True, exist_ok=True)
-    # A defense that trains nothing reports no epoch, and DVC wants the file.
-    (report / "history.csv").touch()
+        write_rows(
+            files.report / "sweep.csv", [dataclasses.asdict(point) for point in repaired.sweep]
+        )
+    files.report.mkdir(parents=True, exist_ok=True)
+    # A files.defense that trains nothing reports no epoch, and DVC wants the file.
+    (files.report / "history.csv").touch()
     metrics = {"accuracy_defense_val": accuracy(repaired.model, clean.val)}
     if repaired.chosen:
         metrics |= {"pruned": repaired.chosen.pruned, "threshold": repaired.chosen.threshold}
-    write_json(report / "metrics.json", metrics)
+    write_json(files.report / "metrics.json", metrics)
 
 
 def generator_for(method: Defense, seed: int) -> torch.Generator:

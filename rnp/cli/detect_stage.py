@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import torch
 
-from rnp.cli.options import command
+from rnp.cli.options import Files, command
 from rnp.detection.candidates import KnownAttack
 from rnp.detection.metrics import (
     detection_metrics,
@@ -47,35 +47,20 @@ from rnp.unlearn import Unlearn
     inputs=("model", "benign", "unlearned", "defense", "test", "triggered", "pool", "poisoned"),
     outputs={"out": "the recovered triggers"},
 )
-def detect(
-    options: Detect,
-    unlearn: Unlearn,
-    *methods: Method,
-    model: Path,
-    benign: Path,
-    unlearned: Path,
-    defense: Path,
-    test: Path,
-    triggered: Path,
-    pool: Path,
-    poisoned: Path,
-    out: Path,
-    report: Path,
-    seed: int,
-) -> None:
+def detect(options: Detect, unlearn: Unlearn, *methods: Method, files: Files, seed: int) -> None:
     """Recover triggers, predict the target label and find triggered images.
 
     OUT gets the recovered triggers, REPORT the scores of each detector. The options of the
     unlearning are for the benign model alone: of MODEL the checkpoints in UNLEARNED are read.
     """
-    backdoored, _, classes = load_model(model)
+    backdoored, _, classes = load_model(files.model)
     given = DetectorInput(
         backdoored,
-        functools.partial(load_checkpoint, unlearned),
-        read_trajectory(unlearned / "trajectory.csv"),
-        load_defense_set(defense),
+        functools.partial(load_checkpoint, files.unlearned),
+        read_trajectory(files.unlearned / "trajectory.csv"),
+        load_defense_set(files.defense),
     )
-    attack = load_attack(test, triggered, pool, poisoned)
+    attack = load_attack(files.test, files.triggered, files.pool, files.poisoned)
     selected = select_detectors(options, methods)
     detection = run_detection(
         given,
@@ -83,18 +68,18 @@ def detect(
         selected,
         options,
         seed=seed,
-        benign=load_model(benign)[0] if options.include_benign else None,
+        benign=load_model(files.benign)[0] if options.include_benign else None,
         unlearn=unlearn,
     )
     for detector in detection.skipped:
         warning = f"{detector.name} needs {detector.min_classes} classes and was not run"
         click.echo(f"warning: {warning}", err=True)
-    save_triggers(out, detection.triggers)
+    save_triggers(files.out, detection.triggers)
     metrics = detection_metrics(detection, attack, selected, backdoored, options.num_test_images)
-    write_json(report / "metrics.json", metrics)
-    write_json(report / "seconds.json", detection.seconds)
-    plot_triggers(report / "triggers.png", attack, detection.triggers, classes)
-    roc(report / "roc.png", roc_by_detector(detection))
+    write_json(files.report / "metrics.json", metrics)
+    write_json(files.report / "seconds.json", detection.seconds)
+    plot_triggers(files.report / "triggers.png", attack, detection.triggers, classes)
+    roc(files.report / "roc.png", roc_by_detector(detection))
 
 
 def load_attack(test: Path, triggered: Path, pool: Path, poisoned: Path) -> KnownAttack:

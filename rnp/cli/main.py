@@ -75,7 +75,9 @@ class Lazy(click.Group):
                 formatter.write_dl(list(commands.items()))
 
 
-@click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Lazy, context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
+)
 @click.version_option(package_name="rnp")
 def cli() -> None:
     """Remove backdoors from image classifiers: Reconstructive Neuron Pruning and what it is

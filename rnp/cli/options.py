@@ -6,6 +6,7 @@ import os
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 
@@ -20,12 +21,11 @@ from rnp.registry import names, suggest
 
 PATH = click.Path(path_type=Path)
 EXISTING = click.Path(path_type=Path, exists=True)
-SEED = click.option("--seed", type=int, default=0, show_default=True, help="random seed")
+SEED = click.option("--seed", type=int, default=0, help="random seed")
 PRECISION = click.option(
     "--precision",
     type=click.Choice(["fp32", "bf16", "auto"]),
     default="auto",
-    show_default=True,
     help="arithmetic; auto takes bf16 where the hardware has it",
 )
 
@@ -59,7 +59,6 @@ def options(cls: type, prefix: str = "", like: object = None) -> Callable:
                 **click_settings(each.type),
                 default=each.default,
                 help=each.help,
-                show_default=True,
             )
             command = option(command)
         return command
@@ -71,6 +70,10 @@ def flag_and_name(key: Hyperparameter) -> tuple[str, str]:
     """The flag, and the name under which click hands the value on."""
     name = key.name.replace("_", "-")
     return f"--{name}/--no-{name}" if key.type is bool else f"--{name}", key.argument
+
+
+class Files(SimpleNamespace):
+    """The paths of a stage, each by the name of its option."""
 
 
 class StageCommand(click.Command):
@@ -90,8 +93,8 @@ def command(
 ) -> Callable[[Callable[..., None]], StageCommand]:
     """A stage as a click command.
 
-    The function is called with the inputs and outputs as paths, `seed`, `report`, and one instance
-    of each class in `hyperparameters` (with a prefix where a tuple gives one), in that order.
+    The function is called with one instance of each class in `hyperparameters` (with a prefix
+    where a tuple gives one), with `files`, the paths of inputs, outputs and `report`, and `seed`.
     `inputs` are keys of `INPUTS`, `outputs` are options with their help texts; without them there
     is `--out`. Under torchrun only those commands run that are `parallel`.
     """
@@ -104,9 +107,11 @@ def command(
             if not parallel and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 raise UserError(f"{name} is no work for several processes; run it without torchrun")
             arithmetic = typing.cast("typing.Any", values.pop("precision", "auto"))
-            built = [build_from_values(cls, values, prefix) for cls, prefix in pairs]
+            methods = [build_from_values(cls, values, prefix) for cls, prefix in pairs]
+            paths = {name: path for name, path in values.items() if isinstance(path, Path)}
+            others = {name: value for name, value in values.items() if name not in paths}
             with use_precision(arithmetic):
-                function(*built, **values)
+                function(*methods, files=Files(**paths), **others)
 
         run.__doc__ = function.__doc__
         for cls, prefix in reversed(pairs):

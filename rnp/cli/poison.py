@@ -9,7 +9,7 @@ import click
 import torch
 
 from rnp.attacks.base import Attack
-from rnp.cli.options import Family, command
+from rnp.cli.options import Family, Files, command
 from rnp.io.datasets import load_images, save_poisoned
 from rnp.io.files import write_json
 from rnp.io.models import load_model
@@ -19,25 +19,23 @@ from rnp.seeds import generator
 from rnp.types import ImageSet, PoisonedSet, to_floats
 
 
-def poison_images(
-    attack: Attack, *, pool: Path, benign: Path, out: Path, report: Path, seed: int
-) -> None:
+def poison_images(attack: Attack, *, files: Files, seed: int) -> None:
     """Make the trigger and poison the training set.
 
     OUT gets the changed images with their positions and labels, the trigger and the options.
     """
-    clean = load_images(pool)
-    surrogate, _, _ = load_model(benign)
+    clean = load_images(files.pool)
+    surrogate, _, _ = load_model(files.benign)
     poisoned = attack.poison(clean, rng=generator(seed, "poison"), surrogate=surrogate)
-    save_poisoned(out, poisoned, {"attack": attack.name, **dataclasses.asdict(attack)})
-    largest_change = plot_examples(report / "triggers.png", clean, poisoned)
+    save_poisoned(files.out, poisoned, {"attack": attack.name, **dataclasses.asdict(attack)})
+    largest_change = plot_examples(files.report / "triggers.png", clean, poisoned)
     counts = {
         "poisoned": int((~poisoned.covers).sum()),
         "covers": int(poisoned.covers.sum()),
         "pool": len(clean),
         "largest_change": largest_change,
     }
-    write_json(report / "metrics.json", counts)
+    write_json(files.report / "metrics.json", counts)
 
 
 def plot_examples(path: Path, clean: ImageSet, poisoned: PoisonedSet) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from rnp.cli.options import Family, command
+from rnp.cli.options import Family, Files, command
 from rnp.data.base import Dataset, Split
 from rnp.io.datasets import save_defense_set, save_images
 from rnp.io.files import write_json
@@ -23,16 +23,16 @@ def data_root() -> Path:
     return Path(os.environ.get("DVC_ROOT", ".")) / os.environ.get("RNP_DATA", "data")
 
 
-def split_images(split: Split, dataset: Dataset, *, out: Path, report: Path, seed: int) -> None:
+def split_images(split: Split, dataset: Dataset, *, files: Files, seed: int) -> None:
     """Split the data set between attacker, defender and test.
 
     OUT gets the folders pool, defense and test; the attacker never sees the last two.
     """
     train, test = dataset.load(data_root(), rng=generator(seed, "prepare"))
     splits = split(train, test, rng=generator(seed, "split"))
-    save_images(out / "pool", splits.pool)
-    save_defense_set(out / "defense", splits.defense)
-    save_images(out / "test", splits.test)
+    save_images(files.out / "pool", splits.pool)
+    save_defense_set(files.out / "defense", splits.defense)
+    save_images(files.out / "test", splits.test)
     sizes = {
         "classes": len(train.classes),
         "pool": len(splits.pool),
@@ -40,7 +40,7 @@ def split_images(split: Split, dataset: Dataset, *, out: Path, report: Path, see
         "defense_val": len(splits.defense.val),
         "test": len(test),
     }
-    write_json(report / "metrics.json", sizes)
+    write_json(files.report / "metrics.json", sizes)
 
 
 def prepare_command(name: str) -> click.Command:

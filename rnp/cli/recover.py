@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 
-from rnp.cli.options import command
-from rnp.cli.progress import progress
+from rnp.cli.options import Files, command
 from rnp.evaluation.checks import require_usable
 from rnp.io.datasets import load_defense_set
 from rnp.io.files import atomic_write, write_json, write_rows
@@ -17,6 +15,7 @@ from rnp.io.models import load_model, save_model
 from rnp.io.tensors import mask_rows, save_mask
 from rnp.recover import Recover
 from rnp.reporting.plots import mask_histogram
+from rnp.reporting.progress import progress
 from rnp.seeds import generator
 from rnp.training.loop import steps_per_epoch
 from rnp.training.predict import accuracy
@@ -25,29 +24,27 @@ QUANTILES = (0.005, 0.01, 0.05, 0.1, 0.5)
 
 
 @command("recover", Recover, inputs=("unlearned", "defense"))
-def recover(
-    options: Recover, *, unlearned: Path, defense: Path, out: Path, report: Path, seed: int
-) -> None:
+def recover(options: Recover, *, files: Files, seed: int) -> None:
     """Minimize the error of the unlearned model again, one mask per neuron.
 
     OUT gets the neuron mask (safetensors and CSV) and the recovered model.
     """
-    model, architecture, classes = load_model(unlearned / "model.safetensors")
-    defense_set = load_defense_set(defense)
+    model, architecture, classes = load_model(files.unlearned / "model.safetensors")
+    defense_set = load_defense_set(files.defense)
     require_usable(defense_set, classes, len(model.mean.flatten()))
     clean = defense_set.train
     total = math.ceil(options.steps / steps_per_epoch(len(clean), options.batch_size))
     with (
-        History(report / "history.csv") as history,
+        History(files.report / "history.csv") as history,
         progress("recover", total, history) as on_epoch,
     ):
         recovered = options(model, clean, rng=generator(seed, "recover"), on_epoch=on_epoch)
-    with atomic_write(out) as draft:
+    with atomic_write(files.out) as draft:
         save_mask(draft / "mask.safetensors", recovered.mask)
         write_rows(draft / "mask.csv", mask_rows(recovered.mask, model))
         save_model(draft / "model.safetensors", recovered.model, architecture, classes)
-    mask_histogram(report / "masks.png", recovered.mask)
+    mask_histogram(files.report / "masks.png", recovered.mask)
     values = torch.cat(list(recovered.mask.values()))
     quantiles = {f"mask_quantile_{q}": values.quantile(q).item() for q in QUANTILES}
     metrics = {"accuracy": accuracy(recovered.model, clean), "neurons": len(values)}
-    write_json(report / "metrics.json", metrics | quantiles)
+    write_json(files.report / "metrics.json", metrics | quantiles)

@@ -26,17 +26,10 @@ from rnp.sweep.run import SweepSettings, aligned, open_sweep
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
     default="sweeps",
-    show_default=True,
     help="folder for a copy of the checkout and a log per configuration",
 )
 @click.option("--target", default="", help="the stage to run up to; without it the whole pipeline")
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    default=2,
-    show_default=True,
-    help="configurations at a time",
-)
+@click.option("--workers", type=click.IntRange(min=1), default=2, help="configurations at a time")
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
@@ -54,7 +47,6 @@ from rnp.sweep.run import SweepSettings, aligned, open_sweep
     "--gpus",
     type=click.FloatRange(min=0),
     default=0.0,
-    show_default=True,
     help="with --ray, GPUs of each; may be a fraction",
 )
 def sweep(

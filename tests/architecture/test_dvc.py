@@ -18,7 +18,6 @@ PLUMBING = (
     "rnp/__init__.py",
     "rnp/cli/main.py",
     "rnp/cli/options.py",
-    "rnp/cli/progress.py",
     "rnp/clock.py",
     "rnp/errors.py",
     "rnp/io",

@@ -43,8 +43,8 @@ def run(monkeypatch, params):
     def call(classes, sections, *arguments, **where):
         received = []
 
-        def work(*options, report, seed):
-            report.mkdir()
+        def work(*options, files, seed):
+            files.report.mkdir()
             received.extend([*options, seed, chosen_precision()])
 
         stage = command("toy", *classes, outputs={})(work)
@@ -100,8 +100,8 @@ def test_a_family_takes_the_part_of_its_member(monkeypatch, params):
     params("attacks", badnets={"size": 5})
     received = []
 
-    def work(attack, *, report, seed):
-        report.mkdir()
+    def work(attack, *, files, seed):
+        files.report.mkdir()
         received.append(attack)
 
     def make(name):
