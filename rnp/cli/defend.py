@@ -37,7 +37,7 @@ def repair(method: Defense, *, files: Files, seed: int) -> None:
             files.report / "sweep.csv", [dataclasses.asdict(point) for point in repaired.sweep]
         )
     files.report.mkdir(parents=True, exist_ok=True)
-    # A files.defense that trains nothing reports no epoch, and DVC wants the file.
+    # A defense that trains nothing reports no epoch, and DVC wants the file.
     (files.report / "history.csv").touch()
     metrics = {"accuracy_defense_val": accuracy(repaired.model, clean.val)}
     if repaired.chosen:

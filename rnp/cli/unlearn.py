@@ -34,7 +34,7 @@ def unlearn(options: Unlearn, *, files: Files, seed: int) -> None:
         unlearned = options(network, clean, rng=generator(seed, "unlearn"), on_epoch=on_epoch)
     if not unlearned.trajectory:
         raise UserError(
-            "the files.model forgot too much at the smallest step of the ascent; lower unlearn.lr, or set"
+            "the model forgot too much at the smallest step of the ascent; lower unlearn.lr, or set"
             " unlearn.max_drop_per_step to 0"
         )
     with atomic_write(files.out) as draft:
@@ -49,7 +49,7 @@ def unlearn(options: Unlearn, *, files: Files, seed: int) -> None:
     if not unlearned.reached:
         print(
             f"warning: accuracy never fell to {options.stop_accuracy:g} in"
-            f" {len(unlearned.trajectory)} steps; continuing with the least accurate files.model; raise"
+            f" {len(unlearned.trajectory)} steps; continuing with the least accurate model; raise"
             " unlearn.epochs or unlearn.lr"
         )
     last = unlearned.trajectory[-1]
