@@ -90,9 +90,21 @@ def test_few_files_stand_alone():
     assert len(list((ROOT / "rnp").glob("*.py"))) <= 12
 
 
-def test_commands_are_short_and_define_no_class_that_computes():
-    lines = sum(len(file.read_text().splitlines()) for file in (ROOT / "rnp/cli").glob("*.py"))
-    assert lines < 1300
+def code_lines(file: Path) -> int:
+    """Lines that are neither blank, nor part of an import or a docstring."""
+    text = file.read_text()
+    other = {number for number, line in enumerate(text.splitlines(), 1) if not line.strip()}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            other |= set(range(node.lineno, node.end_lineno + 1))
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            other |= set(range(node.lineno, node.end_lineno + 1))
+    return len(text.splitlines()) - len(other)
+
+
+def test_commands_are_short():
+    """They parse, call and print; what computes is elsewhere."""
+    assert sum(code_lines(file) for file in (ROOT / "rnp/cli").glob("*.py")) < 1300
 
 
 def test_package_files_are_empty():
