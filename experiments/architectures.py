@@ -1,81 +1,93 @@
-"""Does RNP work on networks of every kind? `python -m benchmarks.architectures TABLE` trains one
+"""Does RNP work on networks of every kind? `python -m experiments.architectures TABLE` trains one
 of each with a backdoor and repairs it.
 
 Data, attack, unlearning, recovery and pruning are those of a preset, the same for all, and so is
-the tuning of `rnp_ft` after it; width and training are of the table below. Each run is one row:
-CA, ASR and RA before, after pruning and after the tuning, with the DER of both; the neurons, the
-seconds of each step. Rows that the table has are not made again. `--summary` prints the rows as a
-Markdown table instead, means over the seeds whose backdoor passed its gate.
+the fine-tuning of `rnp_ft` after it; width and training are those of the table below. Each run is
+one row: CA, ASR and RA before, after pruning and after the fine-tuning, with the DER of both, the
+neurons, and the seconds of each step. Rows that the table has are not made again. `--summary`
+prints the rows as a Markdown table instead, means over the seeds whose backdoor passed its gate.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import datetime
-import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from torch import nn
 
-from rnp.attacks.base import backdoored_test_set
-from rnp.cli.prepare import data_root
-from rnp.data.base import Split
+from benchmarks.timing import with_clock
+from experiments.settings import configured, configured_attack, precision, split_data
+from rnp.attacks.base import Attack, backdoored_test_set
+from rnp.clock import Clock
+from rnp.data.base import Splits
+from rnp.defenses.rnp import RNP, RNPResult
 from rnp.defenses.rnp_ft import RNPFT
 from rnp.errors import NonFiniteLossError, UserError
-from rnp.evaluation.metrics import defense_effectiveness, score
-from rnp.io.files import upsert_rows, read_rows
+from rnp.evaluation.metrics import EvaluationSets, defense_effectiveness
+from rnp.io.files import read_rows, upsert_rows
 from rnp.models.build import Architecture, register_function
 from rnp.params.fields import from_section
 from rnp.params.presets import render
 from rnp.params.read import Loader, flatten
 from rnp.prune import Prune
 from rnp.recover import Recover
-from rnp.registry import load
+from rnp.reporting.columns import MEASURES, format_row
 from rnp.reporting.provenance import provenance
-from rnp.reporting.rows import MEASURES, format_row
-from rnp.seeds import generator
-from rnp.training.device import default_device
+from rnp.seeds import child, generator, root
+from rnp.training.device import Precision, default_device, use_precision
 from rnp.training.malloc import keep_freed_pages
 from rnp.training.recipe import Train
 from rnp.unlearn import Unlearn
 
-# Widths at which training takes a minute or two on two cores. Training as in the preset, but
-# without the mirror, which would move
-# the corner patch as a shift would: with it half of these networks learned no backdoor. And:
-COMMON = {"augment.flip": False}
+COMMON: dict[str, object] = {"augment.flip": False}
+"""Training as in the preset, but without the mirror image, which would move the corner patch as a
+shift would: with it half of these networks learned no backdoor.
+"""
+ADAMW: dict[str, object] = {"optimizer": "adamw", "weight_decay": 0.05, "lr": 0.001}
+EFFICIENTNET = "experiments.architectures:quarter_efficientnet"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An architecture, at a width at which training takes a minute or two on two cores."""
+
+    arch: str
+    width: int = 0
+    train: dict[str, object] = field(default_factory=dict)
+    precision: Precision = "auto"
+    """That of its training; the other steps have the preset's."""
+
+    @property
+    def options(self) -> dict[str, object]:
+        width = {"width": self.width} if self.width else {}
+        return {"arch": self.arch, **width}
 
 
 # Milliseconds a step on two cores (AMD EPYC) in fp32 and bf16: EfficientNet 83 and 191, MobileNetV2
-# 127 and 162, ViT 74 and 116
-FP32 = {"precision": "fp32"}
-ADAMW = FP32 | {"optimizer": "adamw", "weight_decay": 0.05, "lr": 0.001}
-EFFICIENTNET = "benchmarks.architectures:quarter_efficientnet"
-SUBJECTS: dict[str, tuple[dict, dict]] = {
-    "resnet18": ({"arch": "resnet18", "width": 12}, {}),
-    "preactresnet18": ({"arch": "preactresnet18", "width": 12}, {}),
-    "wrn16_1": ({"arch": "wrn16_1", "width": 16}, {}),
-    "vgg19_bn": (
-        {"arch": "vgg19_bn", "width": 12},
-        {"epochs": 16},
-    ),  # knows a seventh of the triggered images after 10
-    "mobilenet_v2": ({"arch": "mobilenet_v2", "width": 8}, FP32),
-    "efficientnet_b0": ({"arch": EFFICIENTNET}, FP32),
-    "resnet18_gn": ({"arch": "resnet18_gn", "width": 12}, ADAMW),
-    "vgg11": ({"arch": "vgg11", "width": 24}, ADAMW),
-    "convnext": ({"arch": "convnext", "width": 24}, ADAMW | {"lr": 0.002}),
-    "vit": ({"arch": "vit", "width": 48}, ADAMW | {"epochs": 20}),
+# 127 and 162, ViT 74 and 116. vgg19_bn knows a seventh of the triggered images after 10 epochs.
+SUBJECTS = {
+    "resnet18": Subject("resnet18", 12),
+    "preactresnet18": Subject("preactresnet18", 12),
+    "wrn16_1": Subject("wrn16_1", 16),
+    "vgg19_bn": Subject("vgg19_bn", 12, {"epochs": 16}),
+    "mobilenet_v2": Subject("mobilenet_v2", 8, precision="fp32"),
+    "efficientnet_b0": Subject(EFFICIENTNET, precision="fp32"),
+    "resnet18_gn": Subject("resnet18_gn", 12, ADAMW, "fp32"),
+    "vgg11": Subject("vgg11", 24, ADAMW, "fp32"),
+    "convnext": Subject("convnext", 24, ADAMW | {"lr": 0.002}, "fp32"),
+    "vit": Subject("vit", 48, ADAMW | {"epochs": 20}, "fp32"),
 }
 ATTACKS = ("badnets", "blend")
 STEPS = ("train", "unlearn", "recover", "prune", "rnp_ft")
+KEY = ("preset", "architecture", "attack", "seed")
 COLUMNS = (
-    "preset",
-    "architecture",
-    "attack",
-    "seed",
+    *KEY,
     "arch",
     "width",
     "gate",
@@ -83,7 +95,7 @@ COLUMNS = (
     "unlearned_accuracy",
     *MEASURES,
     "der",
-    *(f"{name}_guided" for name in (*MEASURES, "der")),
+    *(f"{name}_rnp_ft" for name in (*MEASURES, "der")),
     "neurons_pruned",
     "neurons",
     *(f"seconds_{step}" for step in STEPS),
@@ -95,12 +107,26 @@ COLUMNS = (
     "torch",
     "made",
 )
-KEY = ("preset", "architecture", "attack", "seed")
+HEADINGS = (
+    "architecture",
+    "attack",
+    "seeds",
+    "gate",
+    "CA before",
+    "ASR before",
+    "CA",
+    "ASR",
+    "CA, rnp_ft",
+    "ASR, rnp_ft",
+    "pruned of",
+    *(f"s {step}" for step in STEPS),
+)
 
 
 def quarter_efficientnet(num_classes: int) -> nn.Module:
-    """torchvision's EfficientNet-B0 at a quarter of its width; of the whole's 21,008 neurons 4,200
-    would be tried one by one.
+    """torchvision's EfficientNet-B0 at a quarter of its width.
+
+    Of the 21,008 neurons at full width 4,200 would be tried one by one.
     """
     from torchvision.models import EfficientNet
     from torchvision.models.efficientnet import MBConvConfig
@@ -116,189 +142,190 @@ def quarter_efficientnet(num_classes: int) -> nn.Module:
         (6, 5, 2, 112, 192, 4),
         (6, 3, 1, 192, 320, 1),
     )
-    net = EfficientNet(
-        [MBConvConfig(*stage, width_mult=0.25) for stage in stages],
-        dropout=0.2,
-        num_classes=num_classes,
-    )
-    net.features[0][0].stride = (1, 1)  # of 32 pixels a side its five halvings would leave one
+    blocks: Any = [MBConvConfig(*stage, width_mult=0.25) for stage in stages]
+    net: Any = EfficientNet(blocks, dropout=0.2, num_classes=num_classes)
+    net.features[0][0].stride = (1, 1)  # five halvings of 32 pixels a side would leave one
     return net
 
 
-class Clock:
-    """Seconds since it was last read."""
+@dataclass(frozen=True)
+class Backdoored:
+    """A backdoored model, and the images on which it is scored."""
 
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __call__(self) -> float:
-        now = time.perf_counter()
-        self.start, passed = now, now - self.start
-        return passed
+    model: nn.Module
+    splits: Splits
+    sets: EvaluationSets
 
 
 def run(params: dict, name: str, attack: str, seed: int) -> dict[str, object]:
-    """One architecture, trained with a backdoor and repaired. A step that RNP gives up is named
-    under `failed`.
+    """One architecture, trained with a backdoor and repaired; the columns of its row.
+
+    If RNP cannot repair it, the reason is in the column `failed`.
     """
-    section = {
-        key: dict(flatten(value)) for key, value in params.items() if isinstance(value, dict)
-    }
-    model_options, train_options = SUBJECTS[name]
-    dataset = params["data"]["set"]
-    source = from_section(load("dataset", dataset), section["datasets"], f"{dataset}.")
-    train, test = source.load(data_root(), rng=generator(seed, "prepare"))
-    splits = from_section(Split, section["data"])(train, test, rng=generator(seed, "split"))
-    register_function(model_options["arch"])
-    architecture, recipe = (
-        from_section(Architecture, model_options),
-        from_section(Train, section["train"] | COMMON | train_options),
-    )
-    method = from_section(load("attack", attack), section["attacks"], f"{attack}.")
-    rng, clock = generator(seed, f"architectures/{name}"), Clock()
+    subject = SUBJECTS[name]
+    method = configured_attack(params, attack)
+    clock = Clock()
+    with use_precision(precision(params)):
+        with clock("train"):
+            backdoored = train(params, subject, method, name, seed)
+        row = columns_before(backdoored, subject, method)
+        try:
+            for columns in repair(params, backdoored, clock, seed):
+                row |= columns
+        except (UserError, NonFiniteLossError) as error:
+            row["failed"] = str(error)
+    return row | {f"seconds_{step}": seconds for step, seconds in clock.seconds.items()}
+
+
+def train(params: dict, subject: Subject, attack: Attack, name: str, seed: int) -> Backdoored:
+    """Train one architecture with a backdoor."""
+    splits = split_data(params, seed)
+    register_function(subject.arch)
+    architecture = from_section(Architecture, subject.options)
+    recipe = from_section(Train, dict(flatten(params["train"])) | COMMON | subject.train)
+    rng = generator(seed, f"architectures/{name}")
     model = architecture.build_for(splits.pool, rng=rng).to(default_device())
-    changes = method.poison(splits.pool, rng=generator(seed, "poison"))
-    model, trigger = method.train(
-        model, changes.apply(splits.pool), changes.trigger, recipe, rng=rng
-    )
-    facts = {"seconds_train": clock()}
-    attacked = backdoored_test_set(trigger, test, method.target)
-    before = score(model, test, attacked, method.target, precision="auto")
-    facts |= {f"{key}_before": before.flat()[key] for key in MEASURES} | {
-        "arch": architecture.arch,
-        "width": architecture.width,
-        "gate": before.attack_success_rate.value >= method.min_asr,
-        "n_clean": len(test),
-        "n_triggered": len(attacked),
+    changes = attack.poison(splits.pool, rng=generator(seed, "poison"))
+    data = changes.apply(splits.pool)
+    with use_precision(subject.precision):
+        model, trigger = attack.train(model, data, changes.trigger, recipe, rng=rng)
+    triggered = backdoored_test_set(trigger, splits.test, attack.target)
+    return Backdoored(model, splits, EvaluationSets(splits.test, triggered, attack.target))
+
+
+def columns_before(backdoored: Backdoored, subject: Subject, attack: Attack) -> dict[str, object]:
+    before = backdoored.sets.score(backdoored.model)
+    return {
+        **{f"{key}_before": before.flat()[key] for key in MEASURES},
+        "arch": subject.arch,
+        "width": subject.width,
+        "gate": before.attack_success_rate.value >= attack.min_asr,
+        "n_clean": len(backdoored.sets.clean),
+        "n_triggered": len(backdoored.sets.triggered),
     }
-    try:
-        clock()
-        unlearn = dataclasses.replace(
-            from_section(Unlearn, section["unlearn"]), until_collapse=False
-        )
-        unlearned = unlearn(model, splits.defense.train, rng=generator(seed, "unlearn"))
-        facts |= {"unlearned_accuracy": unlearned.accuracy, "seconds_unlearn": clock()}
-        recovered = from_section(Recover, section["recover"])(
-            unlearned.model, splits.defense.train, rng=generator(seed, "recover")
-        )
-        facts["seconds_recover"] = clock()
-        pruned = from_section(Prune, section["prune"])(model, recovered.mask, splits.defense.all)
-        facts |= {
-            "seconds_prune": clock(),
-            "neurons_pruned": pruned.chosen.pruned,
-            "neurons": sum(map(len, recovered.mask.values())),
-        }
-        rnp_ft, rng = (
-            from_section(RNPFT, section["defenses"], "rnp_ft."),
-            generator(seed, "rnp_ft"),
-        )
-        triggers = rnp_ft.search.recover(model, splits.defense.train, rng=rng)
-        tuned, _ = rnp_ft.fine_tune_against(
-            copy.deepcopy(pruned.model),
-            triggers,
-            unlearned.trajectory,
-            splits.defense.all,
-            rng=rng,
-        )
-        facts["seconds_guided"] = clock()
-    except (UserError, NonFiniteLossError) as error:
-        return facts | {"failed": str(error)}
-    for after, suffix in ((pruned.model, ""), (tuned, "_guided")):
-        scores = score(after, test, attacked, method.target, precision="auto")
-        facts |= {f"{key}{suffix}": scores.flat()[key] for key in MEASURES} | {
-            f"der{suffix}": defense_effectiveness(before, scores)
-        }
-    return facts
+
+
+def repair(
+    params: dict, backdoored: Backdoored, clock: Clock, seed: int
+) -> Iterator[dict[str, object]]:
+    """Repair the model by RNP, and fine-tune it; the columns as they become known."""
+    model = backdoored.model
+    defense_set = backdoored.splits.defense
+    rnp = timed_rnp(params, clock)
+    rng = root(seed)
+    unlearned = rnp.unlearn(model, defense_set.train, rng=child(rng, "unlearn"))
+    yield {"unlearned_accuracy": unlearned.accuracy}
+    result = rnp.repair_from(model, unlearned, defense_set, rng=rng)
+    masks = result.recovered.mask
+    yield {"neurons_pruned": result.pruned.chosen.pruned, "neurons": sum(map(len, masks.values()))}
+    with clock("rnp_ft"):
+        tuned = fine_tune(params, backdoored, result, seed)
+    before = backdoored.sets.score(model)
+    for after, suffix in ((result.model, ""), (tuned, "_rnp_ft")):
+        scores = backdoored.sets.score(after)
+        yield {f"{key}{suffix}": scores.flat()[key] for key in MEASURES}
+        yield {f"der{suffix}": defense_effectiveness(before, scores)}
+
+
+def timed_rnp(params: dict, clock: Clock) -> RNP:
+    """RNP up to the stop of its unlearning, whose steps are timed."""
+    unlearn = configured(Unlearn, params, "unlearn", until_collapse=False)
+    return RNP(
+        unlearn=with_clock(unlearn, clock, "unlearn"),
+        recover=with_clock(configured(Recover, params, "recover"), clock, "recover"),
+        prune=with_clock(configured(Prune, params, "prune"), clock, "prune"),
+    )
+
+
+def fine_tune(params: dict, backdoored: Backdoored, result: RNPResult, seed: int) -> nn.Module:
+    """The pruned model, fine-tuned as by RNP-FT."""
+    rnp_ft = configured(RNPFT, params, "defenses", "rnp_ft.")
+    rng = generator(seed, "guided")  # the name it had when the published rows were made
+    triggers = rnp_ft.search.recover(backdoored.model, backdoored.splits.defense.train, rng=rng)
+    tuned, _ = rnp_ft.fine_tune_against(
+        copy.deepcopy(result.model),
+        triggers,
+        result.unlearned.trajectory,
+        backdoored.splits.defense.all,
+        rng=rng,
+    )
+    return tuned
 
 
 def summary(rows: Sequence[dict[str, str]]) -> Iterator[str]:
     """A Markdown table: a line for each architecture and attack."""
+    yield f"| {' | '.join(HEADINGS)} |"
+    yield "|---" * len(HEADINGS) + "|"
+    for name, attack in dict.fromkeys((row["architecture"], row["attack"]) for row in rows):
+        runs = [row for row in rows if (row["architecture"], row["attack"]) == (name, attack)]
+        yield f"| {' | '.join([name, attack, *cells(runs)])} |"
+
+
+def cells(runs: Sequence[dict[str, str]]) -> list[str]:
+    """The seeds of one architecture and attack, how many passed the gate, and means over them."""
+    passed = [row for row in runs if row["gate"] == "true"]
+    repaired = [row for row in passed if not row["failed"]]
+    counts = [str(len(runs)), f"{len(passed)} of {len(runs)}"]
+    if not repaired:
+        reason = passed[0]["failed"] if passed else ""
+        return [*counts, reason, *[""] * (len(HEADINGS) - 5)]
+
+    def mean(key: str) -> float:
+        return sum(float(row[key]) for row in repaired) / len(repaired)
+
     measured = [
         f"{name}{when}"
-        for when in ("_before", "", "_guided")
+        for when in ("_before", "", "_rnp_ft")
         for name in ("clean_accuracy", "attack_success_rate")
     ]
-    headings = (
-        "architecture",
-        "attack",
-        "seeds",
-        "gate",
-        "CA before",
-        "ASR before",
-        "CA",
-        "ASR",
-        "CA, rnp_ft",
-        "ASR, rnp_ft",
-        "pruned of",
-        *(f"s {step}" for step in STEPS),
-    )
-    yield f"| {' | '.join(headings)} |"
-    yield "|---" * len(headings) + "|"
-    for name, attack in dict.fromkeys((row["architecture"], row["attack"]) for row in rows):
-        own = [row for row in rows if (row["architecture"], row["attack"]) == (name, attack)]
-        passed = [row for row in own if row["gate"] == "true"]
-        done = [row for row in passed if not row["failed"]]
-
-        def mean(key):
-            return sum(float(row[key]) for row in done) / len(done)
-
-        cells = [name, attack, str(len(own)), f"{len(passed)} of {len(own)}"]
-        if done:
-            cells += [f"{mean(key):.3f}" for key in measured]
-            cells += [
-                f"{mean('neurons_pruned'):.0f} of {mean('neurons'):.0f}",
-                *(f"{mean(f'seconds_{step}'):.0f}" for step in STEPS),
-            ]
-        else:
-            cells += [passed[0]["failed"] if passed else ""]
-            cells += [""] * (len(headings) - len(cells))
-        yield f"| {' | '.join(cells)} |"
+    return [
+        *counts,
+        *(f"{mean(key):.3f}" for key in measured),
+        f"{mean('neurons_pruned'):.0f} of {mean('neurons'):.0f}",
+        *(f"{mean(f'seconds_{step}'):.0f}" for step in STEPS),
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("table", type=Path, help="CSV file that takes the rows")
-    parser.add_argument("--preset", default="demo")
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=SUBJECTS,
-        default=list(SUBJECTS),
-        metavar="NAME",
-        help=", ".join(SUBJECTS),
-    )
-    parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=["badnets"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--summary", action="store_true", help="print the table of finished runs")
-    arguments = parser.parse_args()
+    arguments = argument_parser().parse_args()
     rows = read_rows(arguments.table) if arguments.table.exists() else []
     if arguments.summary:
         print("\n".join(summary(rows)))
         return
     keep_freed_pages()
     params = yaml.load(render(arguments.preset), Loader)
-    done = {tuple(row[key] for key in KEY) for row in rows}
+    finished = {tuple(row[key] for key in KEY) for row in rows}
     for seed in arguments.seeds:
         for attack in arguments.attacks:
             for name in arguments.only:
                 key = (arguments.preset, name, attack, str(seed))
-                if key in done:
-                    continue
-                row = format_row(
-                    dict(zip(KEY, key))
-                    | run(params, name, attack, seed)
-                    | provenance()
-                    | {"made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}"},
-                    COLUMNS,
-                )
-                upsert_rows(arguments.table, [row], COLUMNS, KEY)
-                print(
-                    *(f"{column} {row[column]}" for column in COLUMNS if row[column] != ""),
-                    sep=", ",
-                    flush=True,
-                )
+                if key not in finished:
+                    add_row(arguments.table, key, run(params, name, attack, seed))
+
+
+def add_row(table: Path, key: tuple[str, ...], columns: dict[str, object]) -> None:
+    """Add a row to the table, and print it."""
+    made = {"made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}"}
+    row = format_row(dict(zip(KEY, key)) | columns | provenance() | made, COLUMNS)
+    upsert_rows(table, [row], COLUMNS, KEY)
+    shown = (f"{column} {row[column]}" for column in COLUMNS if row[column] != "")
+    print(*shown, sep=", ", flush=True)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("table", type=Path, help="CSV file that takes the rows")
+    add("--preset", default="demo")
+    known = list(SUBJECTS)
+    help = ", ".join(known)
+    add("--only", nargs="+", choices=known, default=known, metavar="NAME", help=help)
+    add("--attacks", nargs="+", choices=ATTACKS, default=["badnets"])
+    add("--seeds", nargs="+", type=int, default=[0])
+    add("--summary", action="store_true", help="print the table of finished runs")
+    return parser
 
 
 if __name__ == "__main__":

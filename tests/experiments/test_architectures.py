@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 import experiments.architectures
-from experiments.architectures import COLUMNS, SUBJECTS, main, run, summary
+from experiments.architectures import COLUMNS, STEPS, SUBJECTS, main, run, summary
+from rnp.errors import UserError
 from rnp.io.files import read_rows
 from rnp.params.presets import render
 from rnp.params.read import Loader
@@ -15,23 +16,19 @@ from rnp.params.read import Loader
 
 @pytest.fixture
 def params(monkeypatch):
-    """Of the preset, with as few images and steps as every stage bears."""
-    monkeypatch.setattr(
-        jaxtyping.config, "jaxtyping_disable", True
-    )  # PyTorch traces with stand-ins for tensors
+    """The preset with as few images and steps as every step allows."""
+    # PyTorch traces with stand-ins for tensors.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     monkeypatch.setattr(experiments.architectures, "keep_freed_pages", lambda: None)
     few = yaml.load(render("demo"), Loader)
     few["datasets"]["shapes"] |= {"train": 90, "test": 20}
     few["data"] |= {"defense_train": 20, "defense_val": 20}
-    for name, epochs in (("train", 1), ("unlearn", 1)):
-        few[name] |= {"epochs": epochs, "precision": "fp32"}
-    few["recover"] |= {"steps": 1, "precision": "fp32"}
-    few["defenses"]["rnp_ft"] = {
-        "steps": 1,
-        "precision": "fp32",
-        "search": {"steps": 1, "precision": "fp32"},
-    }
-    few["prune"] |= {"max_fraction": 0.002, "precision": "fp32"}
+    few["precision"] = "fp32"
+    few["train"] |= {"epochs": 1}
+    few["unlearn"] |= {"epochs": 1}
+    few["recover"] |= {"steps": 1}
+    few["defenses"]["rnp_ft"] = {"steps": 1, "search": {"steps": 1}}
+    few["prune"] |= {"max_fraction": 0.002}
     return few
 
 
@@ -39,8 +36,19 @@ def params(monkeypatch):
 def test_every_stage_accepts_every_architecture(name, params):
     row = run(params, name, "badnets", 0)
     assert row.get("failed", "") == "" and row["neurons"] > row["neurons_pruned"]
-    assert 0 <= row["der"] <= 1 and 0 <= row["der_guided"] <= 1 and row["seconds_guided"] > 0
+    assert 0 <= row["der"] <= 1 and 0 <= row["der_rnp_ft"] <= 1
+    assert all(row[f"seconds_{step}"] > 0 for step in STEPS)
     assert row.keys() <= set(COLUMNS)
+
+
+def test_what_was_measured_before_a_failure_is_kept(params, monkeypatch):
+    def fail(*_, **__):
+        raise UserError("no neurons to mask")
+
+    monkeypatch.setattr("rnp.recover.Recover.__call__", fail)
+    row = run(params, "resnet18", "badnets", 0)
+    assert row["failed"] == "no neurons to mask" and row["unlearned_accuracy"] > 0
+    assert row["seconds_unlearn"] > 0 and "seconds_prune" not in row and "der" not in row
 
 
 def test_rows_that_exist_are_not_made_again(params, tmp_path, monkeypatch):
@@ -78,8 +86,8 @@ def test_the_summary_by_hand():
     lines = list(
         summary(
             [
-                row | {"clean_accuracy_guided": "0.5"},
-                row | {"clean_accuracy_guided": "0.7", "gate": "false", "neurons": "9"},
+                row | {"clean_accuracy_rnp_ft": "0.5"},
+                row | {"clean_accuracy_rnp_ft": "0.7", "gate": "false", "neurons": "9"},
                 row | {"architecture": "vgg11", "failed": "the loss became non-finite", "der": ""},
             ]
         )

@@ -10,14 +10,14 @@ from rnp.errors import UserError
 from rnp.io.files import write_json
 
 
-def rows(kind, values, least, right=()):
+def rows(kind, values, threshold, right=()):
     return [
         {
             "kind": kind,
             "gate": "" if kind == "benign" else "true",
             "detector": "some",
             "score": str(value),
-            "named": str(value >= least).lower(),
+            "named": str(value >= threshold).lower(),
             "label_correct": str(i in right).lower(),
         }
         for i, value in enumerate(values)
@@ -41,9 +41,7 @@ def test_the_summary_by_hand():
 
 
 def left_behind(folder, **values):
-    """What a pipeline that stopped after the benign model leaves; `values` change the parameters after it
-    ran.
-    """
+    """The files of a pipeline that stopped after `benign`; `values` change its params.yaml."""
     for name, content in {
         "benign/run.json": {"params": {"seed": 3}},
         "benign/metrics.json": {"clean_accuracy": 0.5},
@@ -62,8 +60,8 @@ def left_behind(folder, **values):
 
 
 def test_a_folder_gives_the_models_that_it_has(tmp_path):
-    found = list(to_read(left_behind(tmp_path)))
-    assert [each.identity for each in found] == [
+    candidates = to_read(left_behind(tmp_path))
+    assert [candidate.identity for candidate in candidates] == [
         {"preset": "demo", "kind": "benign", "seed": 3, "attack": ""}
     ]
 

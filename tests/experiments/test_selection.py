@@ -18,7 +18,7 @@ def test_the_summary_by_hand():
     """
     bad, good = (
         [row("a", "x", 0.1), row("a", "y", 0.3)],
-        [row("b", "x", -0.1), row("b", "z", 0.9, min_asr="false")],
+        [row("b", "x", -0.1), row("b", "z", 0.9, gate="false")],
     )
     _, _, first, second = (
         [cell.strip() for cell in line.strip("|").split("|")] for line in summary([*bad, *good])
