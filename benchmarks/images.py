@@ -5,14 +5,12 @@ Makes N JPEGs of 224 to 500 pixels in ten classes (seeded; low-frequency noise, 
 color of the class, fine noise), then prepares, poisons and trains on squares of SIDE pixels, each
 stage in a process of its own, and prints a table. `train` is the stage without its epochs: the
 poisoned set, a few steps, the triggered test set, and accuracies on some of its images. Files,
-some 500 kB an image of 224 pixels in all, go to --folder; those behind temporary maps where TMPDIR
-says.
+some 500 kB an image of 224 pixels in all, go to --folder; temporary maps go to TMPDIR.
 
-Memory is what a stage takes above what its process held before it, which for `train` is the model,
-one step and one forward pass of it on made-up images. *Anonymous* memory is what the process must
-be given. *Resident* memory adds pages of mapped files, among them all that were touched while
-there was room; the kernel takes those back when memory is short. Both come from /proc, so that
-this needs Linux.
+Memory is that of a stage above what its process had before it, which for `train` is the model, one
+step and one forward pass on random images. *Anonymous* memory cannot be taken back from the
+process. *Resident* memory adds the pages of mapped files that were read; the kernel takes those
+back when memory is short. Both come from /proc, so this needs Linux.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -36,7 +34,7 @@ from PIL import Image, ImageDraw
 CLASSES = 10
 DECODED = 2000  # images, at most, whose decoding is timed
 EVALUATED = 256
-GATHERED = 20  # batches by which the input side is timed
+GATHERED = 20  # batches whose preparation is timed
 
 
 def measure(
@@ -50,25 +48,22 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """The numbers of each stage; files go to a temporary folder in `folder`, which is removed."""
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        work = Path(work)
-        found = {"make": make(work / "images", n)}
+        path = Path(work)
+        rows = {"make": make(path / "images", n)}
         for workers in (1, cores()):
-            found[f"decode, {workers} worker{'s' * (workers > 1)}"] = alone(
-                decode, work, side, workers
-            )
-        for name, stage, options in (
-            ("prepare", prepare, ()),
-            ("poison", poison, (arch,)),
-            ("train", train, (arch, steps, batch)),
-        ):
-            found[name] = alone(stage, work, side, *options)
-    return found
+            name = f"decode, {workers} worker{'s' * (workers > 1)}"
+            rows[name] = in_own_process(decode, path, side, workers)
+        rows["prepare"] = in_own_process(prepare, path, side)
+        rows["poison"] = in_own_process(poison, path, side, arch)
+        rows["train"] = in_own_process(train, path, side, arch, steps, batch)
+    return rows
 
 
-def table(found: dict[str, dict[str, float]]) -> Iterator[str]:
+def table(rows: dict[str, dict[str, float]]) -> Iterator[str]:
+    """The lines of a Markdown table, and a sentence about training."""
     yield "| stage | seconds | images | images/s | before, MB | anonymous, MB | resident, MB |"
     yield "|---|---|---|---|---|---|---|"
-    for name, row in found.items():
+    for name, row in rows.items():
         memory = (
             f"{row[key] / 1e6:.0f}" if key in row else "–"
             for key in ("before", "anonymous", "resident")
@@ -77,10 +72,10 @@ def table(found: dict[str, dict[str, float]]) -> Iterator[str]:
             f"| {name} | {row['seconds']:.1f} | {row['images']} |"
             f" {row['images'] / row['seconds']:.0f} | {' | '.join(memory)} |"
         )
-    inputs, step = (found["train"][f"{key}_images_per_second"] for key in ("input", "step"))
+    inputs, step = (rows["train"][f"{key}_images_per_second"] for key in ("input", "step"))
     yield (
-        f"\nIn training the input side alone (gather, to floats, augment) gives {inputs:.0f}"
-        f" images/s, a whole step {step:.1f}."
+        f"\nIn training the preparation of a batch alone (gather, to floats, augment) gives"
+        f" {inputs:.0f} images/s, a whole step {step:.1f}."
     )
 
 
@@ -88,8 +83,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def alone(stage: Callable[..., dict], *arguments: object) -> dict[str, float]:
-    """What `stage` returns, from a process of its own."""
+def in_own_process(stage: Callable[..., dict], *arguments: object) -> dict[str, float]:
+    """The numbers of a stage that runs in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(stage, *arguments).result()
 
@@ -125,17 +120,19 @@ def grain() -> Image.Image:
     return Image.fromarray(noise.astype(np.uint8)).convert("RGB")
 
 
-def resident() -> tuple[int, int]:
+def resident() -> tuple[int, ...]:
     """Anonymous and all resident memory of this process, in bytes."""
-    values = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    lines = Path("/proc/self/status").read_text().splitlines()
+    values = dict(line.split(":", 1) for line in lines)
     return tuple(1024 * int(values[key].split()[0]) for key in ("RssAnon", "VmRSS"))
 
 
 class MemoryWatch:
-    """Seconds, memory before, and the peaks above it while the block runs, looked at every 5 ms."""
+    """Seconds, memory before, and the peaks above it while the block runs, read every 5 ms."""
 
     def __enter__(self) -> MemoryWatch:
-        self.before, self.done = resident(), threading.Event()
+        self.before = resident()
+        self.stop = threading.Event()
         self.peaks = self.before
         self.thread = threading.Thread(target=self._look)
         self.thread.start()
@@ -143,22 +140,22 @@ class MemoryWatch:
         return self
 
     def _look(self) -> None:
-        while not self.done.wait(0.005):
+        while not self.stop.wait(0.005):
             self.peaks = tuple(map(max, self.peaks, resident()))
 
     def __exit__(self, *_: object) -> None:
         self.seconds = time.perf_counter() - self.start
-        self.done.set()
+        self.stop.set()
         self.thread.join()
 
     def row(self, images: int) -> dict[str, float]:
-        anonymous, everything = (peak - before for peak, before in zip(self.peaks, self.before))
+        anonymous, total = (peak - before for peak, before in zip(self.peaks, self.before))
         return {
             "seconds": self.seconds,
             "images": images,
             "before": self.before[0],
             "anonymous": anonymous,
-            "resident": everything,
+            "resident": total,
         }
 
 
@@ -171,7 +168,7 @@ def decode(work: Path, side: int, workers: int) -> dict[str, float]:
     files, _ = flatten_classes(scan(work / "images"))
     files = files[:: max(1, len(files) // DECODED)]
     for file in files:
-        file.read_bytes()  # both numbers of workers find them in the page cache
+        file.read_bytes()  # so that for both numbers of workers they are in the page cache
     with MemoryWatch() as watch:
         decode([files], side)
     return watch.row(len(files))
@@ -183,28 +180,17 @@ def prepare(work: Path, side: int) -> dict[str, float]:
 
     keep_freed_pages()
     n = sum(1 for _ in (work / "images").glob("*/*.jpg"))
-    held = str(min(500, n // 10))
+    half = min(500, n // 10)
+    options = {"path": work / "images", "size": side, "defense-train": half, "defense-val": half}
+    files = {"out": work / "data", "report": work / "report"}
     with MemoryWatch() as watch:
-        prepare.main(
-            [
-                "--set",
-                "imagefolder",
-                "--imagefolder.path",
-                str(work / "images"),
-                "--imagefolder.size",
-                str(side),
-                "--defense_train",
-                held,
-                "--defense_val",
-                held,
-                "--out",
-                str(work / "data"),
-                "--report",
-                str(work / "report"),
-            ],
-            standalone_mode=False,
-        )
+        prepare.main(["imagefolder", *flags(options | files)], standalone_mode=False)
     return watch.row(n)
+
+
+def flags(options: Mapping[str, object]) -> list[str]:
+    """The words of a command line."""
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 def poison(work: Path, side: int, arch: str) -> dict[str, float]:
@@ -217,29 +203,16 @@ def poison(work: Path, side: int, arch: str) -> dict[str, float]:
     from rnp.training.malloc import keep_freed_pages
 
     keep_freed_pages()
-    pool, architecture = load_images(work / "data/pool"), Architecture(arch=arch)
-    benign = architecture.build(
-        CLASSES, 3, torch.full((3,), 0.5), torch.full((3,), 0.25), rng=torch.Generator()
-    )
+    pool = load_images(work / "data/pool")
+    architecture = Architecture(arch=arch)
+    mean = torch.full((3,), 0.5)
+    benign = architecture.build(CLASSES, 3, mean, mean / 2, rng=torch.Generator())
     save_model(work / "benign.safetensors", benign, architecture, pool.classes)
+    inputs = {"pool": work / "data/pool", "benign": work / "benign.safetensors"}
+    files = {"out": work / "poisoned", "report": work / "report"}
+    options = {"size": max(1, side // 16)}
     with MemoryWatch() as watch:
-        poison.main(
-            [
-                "--attack",
-                "badnets",
-                "--badnets.size",
-                str(max(1, side // 16)),
-                "--pool",
-                str(work / "data/pool"),
-                "--benign",
-                str(work / "benign.safetensors"),
-                "--out",
-                str(work / "poisoned"),
-                "--report",
-                str(work / "report"),
-            ],
-            standalone_mode=False,
-        )
+        poison.main(["badnets", *flags(options | inputs | files)], standalone_mode=False)
     return watch.row(len(pool))
 
 
@@ -247,7 +220,7 @@ def train(work: Path, side: int, arch: str, steps: int, batch: int) -> dict[str,
     import torch
 
     from rnp.attacks.base import backdoored_test_set
-    from rnp.evaluation.metrics import score
+    from rnp.evaluation.metrics import EvaluationSets
     from rnp.io.datasets import load_images, load_poisoned
     from rnp.models.build import Architecture, statistics
     from rnp.training.augment import Augment
@@ -259,12 +232,11 @@ def train(work: Path, side: int, arch: str, steps: int, batch: int) -> dict[str,
 
     keep_freed_pages()
     rng = torch.Generator().manual_seed(0)
-    made_up = torch.randint(0, 256, (EVAL_BATCH, 3, side, side), dtype=torch.uint8, generator=rng)
-    made_up = made_up[: max(batch, len(eval_batches(made_up)[0]))]
-    made_up = ImageSet(
-        made_up, torch.arange(len(made_up)) % CLASSES, tuple(map(str, range(CLASSES)))
-    )
-    model = Architecture(arch=arch).build_for(made_up, rng=rng).to(default_device())
+    images = torch.randint(0, 256, (EVAL_BATCH, 3, side, side), dtype=torch.uint8, generator=rng)
+    images = images[: max(batch, len(eval_batches(images)[0]))]
+    labels = torch.arange(len(images)) % CLASSES
+    random_set = ImageSet(images, labels, tuple(map(str, range(CLASSES))))
+    model = Architecture(arch=arch).build_for(random_set, rng=rng).to(default_device())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
 
     def run(data: ImageSet, number: int) -> None:
@@ -281,36 +253,29 @@ def train(work: Path, side: int, arch: str, steps: int, batch: int) -> dict[str,
             precision="auto",
         )
 
-    run(made_up, 1)
-    predict(model, made_up.images, precision="auto")
-    del made_up
+    run(random_set, 1)
+    predict(model, images, precision="auto")
+    del images, random_set
     with MemoryWatch() as watch:
-        clean, (changes, options) = (
-            load_images(work / "data/pool"),
-            load_poisoned(work / "poisoned"),
-        )
-        data = changes.apply(clean)
+        changes, options = load_poisoned(work / "poisoned")
+        data = changes.apply(load_images(work / "data/pool"))
         mean, std = statistics(data)
-        model.mean.copy_(mean.view_as(model.mean)), model.std.copy_(std.view_as(model.std))
+        model.mean.copy_(mean.view_as(model.mean))
+        model.std.copy_(std.view_as(model.std))
         start = time.perf_counter()
         run(data, steps)
-        trained = time.perf_counter() - start
+        seconds = time.perf_counter() - start
         tests = load_images(work / "data/test")
-        attacked = backdoored_test_set(changes.trigger, tests, options["target_label"])
-        some = torch.arange(min(EVALUATED, len(attacked)))
-        scores = score(
-            model,
-            tests.subset(some),
-            attacked.subset(some),
-            options["target_label"],
-            precision="auto",
-        )
-    start, augment = time.perf_counter(), Augment()
+        target = options["target_label"]
+        triggered = backdoored_test_set(changes.trigger, tests, target)
+        scores = EvaluationSets(tests, triggered, target).first(EVALUATED).score(model)
+    augment = Augment()
+    start = time.perf_counter()
     for positions in torch.randint(len(data), (GATHERED, batch), generator=rng):
         augment(to_floats(data.images.index_select(0, positions)), rng=rng)
     return watch.row(steps * batch) | {
         "input_images_per_second": GATHERED * batch / (time.perf_counter() - start),
-        "step_images_per_second": steps * batch / trained,
+        "step_images_per_second": steps * batch / seconds,
         "clean_accuracy": scores.clean_accuracy.value,
         "attack_success_rate": scores.attack_success_rate.value,
     }
@@ -329,8 +294,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     options = vars(parser.parse_args())
     as_json = options.pop("json")
-    found = measure(**options)
-    print(json.dumps(found, indent=2) if as_json else "\n".join(table(found)))
+    rows = measure(**options)
+    print(json.dumps(rows, indent=2) if as_json else "\n".join(table(rows)))
 
 
 if __name__ == "__main__":

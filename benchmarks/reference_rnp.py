@@ -1,9 +1,8 @@
-"""The published RNP procedure, restated plainly: the benchmark runs against it, and the parity
-tests hold ours to it.
+"""The published RNP procedure, restated plainly, for the benchmark and the parity tests.
 
 Source: the authors' release of December 2023 (main.py, mask_batchnorm.py), restated from a
 description of it; no line is theirs.
-Differs: the weights ask for no gradient while the masks learn, which favors it; its clipping,
+Differs: the weights require no gradient while the masks are learned, which favors it; its clipping,
 which acts on empty gradients, is left out.
 """
 
@@ -29,8 +28,9 @@ THRESHOLDS = tuple(i / 20 for i in range(19))
 def ascent(
     model: nn.Module, batches: Batches, *, lr: float = 0.01, epochs: int = 21
 ) -> Iterator[tuple[nn.Module, float]]:
-    """After each epoch the model, a copy that goes on changing, and its running accuracy; whoever
-    listens stops at `STOP`.
+    """After each epoch the model, one copy that keeps changing, and its running accuracy.
+
+    The caller stops at `STOP`.
     """
     model = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
@@ -54,7 +54,8 @@ class MaskedBatchNorm(nn.Module):
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()
-        self.norm, self.mask = norm, nn.Parameter(torch.ones_like(norm.weight))
+        self.norm = norm
+        self.mask = nn.Parameter(torch.ones_like(norm.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.norm
@@ -79,8 +80,9 @@ def recovery(
     epochs: int = 20,
     after_step: Callable[[NeuronMask], None] = lambda masks: None,
 ) -> Iterator[tuple[nn.Module, NeuronMask]]:
-    """After each epoch the masked model and its masks, which go on changing: SGD .2 with momentum
-    .9 on .2 times the loss, masks clamped to [0, 1] after each step.
+    """After each epoch the masked model and its masks, which keep changing.
+
+    SGD 0.2 with momentum 0.9 on 0.2 times the loss; masks are clamped to [0, 1] after each step.
     """
     model = copy.deepcopy(unlearned).requires_grad_(False)
     norms = {
@@ -116,9 +118,7 @@ def write_masks(path: Path, masks: NeuronMask) -> None:
 
 
 def sweep(model: nn.Module, masks: Path) -> Iterator[tuple[float, int, nn.Module]]:
-    """For each threshold the number of pruned neurons and the model, a copy that goes on
-    changing.
-    """
+    """Threshold, number of pruned neurons, and the model, one copy that keeps changing."""
     model = copy.deepcopy(model)
     rows = [line.split() for line in masks.read_text().splitlines()]
     pruned = 0

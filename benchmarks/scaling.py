@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,27 +46,27 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def points(runs: Runs) -> Points:
-    """By axis and phase what grows and the median seconds; the number of neurons tried concerns
-    pruning alone.
+    """By axis and phase the sizes and the median seconds.
+
+    The number of neurons tried concerns pruning alone.
     """
-    found: Points = {}
+    by_axis: Points = {}
     for name in runs:
         axis, value, *phase = name.split("/")
         if axis == "subject" or (axis == "max_fraction" and phase != ["prune"]):
             continue
         x = median(runs, name, "tried") if axis == "max_fraction" else float(value)
         seconds = median(runs, name, PHASES[phase[0]][0])
-        if seconds is not None:
-            found.setdefault("tried" if axis == "max_fraction" else axis, {}).setdefault(
-                phase[0], []
-            ).append((x, seconds))
-    return found
+        if x is not None and seconds is not None:
+            phases = by_axis.setdefault("tried" if axis == "max_fraction" else axis, {})
+            phases.setdefault(phase[0], []).append((x, seconds))
+    return by_axis
 
 
 def exponents(runs: Runs) -> dict[str, dict[str, float | None]]:
     """None where there are too few points."""
     fits = {
-        axis: {phase: exponent(*zip(*some)) for phase, some in phases.items()}
+        axis: {phase: exponent(*zip(*pairs)) for phase, pairs in phases.items()}
         for axis, phases in points(runs).items()
     }
     return {
@@ -75,31 +76,21 @@ def exponents(runs: Runs) -> dict[str, dict[str, float | None]]:
 
 
 def draw(path: Path, part: dict) -> None:
-    """Seconds against each thing that grows, both on logarithmic scales; the exponent stands at
-    the end of each line.
-    """
+    """Seconds against each size, both on logarithmic scales; the exponents are beside the lines."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     figure, axes = canvas(5.4, 2, 2)
     plain = FuncFormatter(lambda value, _: f"{value:g}")
+    by_axis = points(part["runs"])
     for ax, (axis, title) in zip(axes.flat, AXES.items()):
-        ends, at = [], set()
-        for phase, some in points(part["runs"]).get(axis, {}).items():
-            _, name, color = PHASES[phase]
-            x, y = zip(*sorted(some))
-            ax.plot(x, y, color=color, marker="o", markersize=3.5, linewidth=1.8)
-            fit = part["exponents"][axis][phase]
-            ends.append(
-                (
-                    y[-1],
-                    f"{name}\n{'' if fit is None else f'exponent {round(fit, 2) + 0.0:.2f}'}",
-                    color,
-                )
-            )
-            at |= set(x)
+        phases = by_axis.get(axis, {})
+        ends = [
+            plot_phase(ax, phase, pairs, part["exponents"][axis][phase])
+            for phase, pairs in phases.items()
+        ]
         ax.set(xscale="log", yscale="log")
         ax.margins(y=0.15)
-        ax.set_xticks(sorted(at))
+        ax.set_xticks(sorted({x for pairs in phases.values() for x, _ in pairs}))
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         ax.yaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter(plain)
@@ -110,3 +101,14 @@ def draw(path: Path, part: dict) -> None:
         name_lines(ax, ends, gap=0.2)
     figure.supxlabel(part["machine"]["name"], x=0.01, ha="left", fontsize=SMALL, color=GRAY)
     save(figure, path)
+
+
+def plot_phase(
+    ax: Any, phase: str, pairs: list[tuple[float, float]], fit: float | None
+) -> tuple[float, str, str]:
+    """Draw the line of a phase; its end, its name with the exponent, its color."""
+    _, name, color = PHASES[phase]
+    x, y = zip(*sorted(pairs))
+    ax.plot(x, y, color=color, marker="o", markersize=3.5, linewidth=1.8)
+    text = "" if fit is None else f"exponent {round(fit, 2) + 0.0:.2f}"
+    return y[-1], f"{name}\n{text}", color
