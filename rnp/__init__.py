@@ -26,7 +26,7 @@ __all__ = [
     "load_model",
     "purify",
 ]
-MODULES = {
+_MODULES = {
     "RNP": "rnp.defenses.rnp",
     "RNPFT": "rnp.defenses.rnp_ft",
     "DefenseSet": "rnp.types",
@@ -42,9 +42,9 @@ wait_briefly()  # before PyTorch is loaded
 
 
 def __getattr__(name: str) -> object:
-    if name not in MODULES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'rnp' has no attribute {name!r}")
-    return getattr(importlib.import_module(MODULES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

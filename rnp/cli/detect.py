@@ -107,9 +107,9 @@ def triggers(source: Source, search: NeuralCleanse, *, out: Path) -> None:
     for trigger in sorted(recovered, key=lambda trigger: trigger.l1):
         click.echo(
             sanitize(
-                f"class {trigger.label} ({case.classes[trigger.label]}): {trigger.l1:.1f} pixels"
-                f" change {trigger.success:.3f} of the images to it; without them"
-                f" {trigger.baseline:.3f} are predicted as it"
+                f"class {trigger.label} ({case.classes[trigger.label]}): {trigger.l1:.1f} pixels;"
+                f" predicted for {trigger.success:.3f} of the other images with the trigger,"
+                f" {trigger.baseline:.3f} without"
             )
         )
 
