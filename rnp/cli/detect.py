@@ -1,272 +1,158 @@
-"""Ask the detectors of a stranger's model: which label a backdoor would have, by which trigger,
-and in which images.
-"""
+"""Detect a backdoor in a model of unknown origin: its target label, its trigger, its images."""
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import click
-import torch
 
-from rnp.cli import unlearn as unlearn_stage
 from rnp.cli.detect_stage import detect as stage
-from rnp.cli.options import options
-from rnp.cli.purify import about_the_subject
-from rnp.clock import Clock
-from rnp.detection.base import threshold
-from rnp.detection.run import Detect, recover_and_detect_labels, score_candidates
+from rnp.cli.help import out_option
+from rnp.cli.untrusted import Source, untrusted_command, warn
+from rnp.detection.base import LabelDetector, SampleDetector
+from rnp.detection.run import Detect, skipped_label_detectors
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
-from rnp.detection.unlearned import load_checkpoint, unlearned_by_detector
 from rnp.io.files import write_rows
-from rnp.io.history import read_trajectory
-from rnp.io.tensors import save_tensors
-from rnp.params.fields import build_from_values
 from rnp.registry import Method, load, names
-from rnp.reporting.plots import recovered_triggers
-from rnp.seeds import generator
-from rnp.training.predict import predict
 from rnp.unlearn import Unlearn
-from rnp.untrusted.audit import AuditCase, prepare
-from rnp.untrusted.images import load_images_in_order
+from rnp.untrusted.case import unlearn_model
+from rnp.untrusted.detection import recover_triggers, score_suspects, search_and_detect_labels
 from rnp.untrusted.limits import sanitize
-from rnp.untrusted.spec import ModelSpec
+from rnp.untrusted.report import HINT, SEARCH, describe_verdict
 
+M = TypeVar("M", bound=Method)
 DEFAULTS = Detect()
-MAX_SHOWN = 10  # recovered triggers in the picture, the smallest ones
+UNLEARN_PART = (Unlearn, "unlearn.", None)
+SEARCH_PART = (NeuralCleanse, "search.", SEARCH)
 
 
-class Detection(click.Group):
-    """With options alone this is the stage of the pipeline."""
+class DetectGroup(click.Group):
+    """Options without a sub-command are those of the pipeline's stage."""
 
-    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
-        if (
-            arguments
-            and arguments[0].startswith("-")
-            and arguments[0] not in context.help_option_names
-        ):
-            arguments = ["stage", *arguments]
-        return super().parse_args(context, arguments)
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
+            args = ["stage", *args]
+        return super().parse_args(ctx, args)
 
 
-@click.group(cls=Detection)
-def detect() -> None:
-    """Recover triggers, name the target label, find triggered images: of a stranger's model, or as
-    a stage.
-    """
+def detector_parts(family: str) -> list[tuple[type, str, object]]:
+    """The options of every detector of a family, for `untrusted_command`."""
+    return [(load(family, name), f"{name}.", None) for name in names(family)]
 
 
-detect.add_command(stage, "stage")
+def detector_headings(family: str) -> dict[str, Sequence[str]]:
+    return {f"Detector {name}": (f"{name.replace('_', '-')}.",) for name in names(family)}
 
 
-@dataclass(frozen=True)
-class UnlearnedCase:
-    """The model and the images in the form that detectors take, and where the checkpoints of its
-    unlearning lie.
-    """
-
-    case: AuditCase
-    unlearned: Path
-
-
-@contextlib.contextmanager
-def prepare_and_unlearn(
-    model: Path, clean: str, seed: int, values: dict[str, object]
-) -> Iterator[UnlearnedCase]:
-    """Read both and unlearn; what click collected for that is taken out of `values`."""
-    subject, unlearn = (
-        build_from_values(ModelSpec, values),
-        build_from_values(Unlearn, values, "unlearn."),
+def detector_option(family: str, default: tuple[str, ...]) -> Callable:
+    return click.option(
+        "--detector",
+        "chosen",
+        multiple=True,
+        type=click.Choice(names(family)),
+        default=default,
+        show_default=True,
+        metavar="NAME",
+        help=f"detector to run, may be repeated: {', '.join(names(family))}",
     )
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        case = prepare(model, clean, subject, seed, work)
-        unlearn_stage.unlearn.work(
-            unlearn,
-            model=work / "models" / "backdoored.safetensors",
-            defense=work / "data" / "defense",
-            out=work / "unlearned",
-            report=work / "report",
-            seed=seed,
-        )
-        yield UnlearnedCase(case, work / "unlearned")
 
 
-def detector_options(family: str, default: tuple[str, ...]) -> Callable:
-    """Options that choose the detectors of a family, and those of each."""
-
-    def decorate(function: Callable) -> Callable:
-        for name in reversed(names(family)):
-            function = options(load(family, name), f"{name}.")(function)
-        return click.option(
-            "--by",
-            multiple=True,
-            type=click.Choice(names(family)),
-            default=default,
-            show_default=True,
-            help="detector to ask; may be repeated",
-        )(function)
-
-    return decorate
+def select(methods: Sequence[M], chosen: Sequence[str]) -> list[M]:
+    """The methods of the chosen names, in the order of the names."""
+    by_name = {method.name: method for method in methods}
+    return [by_name[name] for name in chosen]
 
 
-def selected_detectors(
-    family: str, detector_options: tuple[str, ...], values: dict[str, object]
-) -> list[Method]:
-    methods = {
-        name: build_from_values(load(family, name), values, f"{name}.") for name in names(family)
-    }
-    return [methods[name] for name in detector_options]
-
-
-@detect.command()
-@detector_options("labels", DEFAULTS.labels)
-@about_the_subject
-def labels(
-    model: Path, clean: str, seed: int, detector_options: tuple[str, ...], **values: object
-) -> None:
-    """Name the label that a backdoor of MODEL would have, by each detector, without and with the
-    unlearned model.
-    """
-    search, methods = (
-        build_from_values(NeuralCleanse, values, "search."),
-        selected_detectors("labels", detector_options, values),
-    )
-    with prepare_and_unlearn(model, clean, seed, values) as it:
-        train = it.case.defense.train
-        nets = {
-            "backdoored": it.case.adopted.model,
-            "unlearned": load_checkpoint(it.unlearned, DEFAULTS.trigger_checkpoint),
-        }
-        trajectory = read_trajectory(it.unlearned / "trajectory.csv")
-        for name, each in recover_and_detect_labels(
-            search, methods, nets, trajectory, train, seed, Clock()
-        ).items():
-            verdict = each.verdict
-            said = (
-                "no decision"
-                if verdict.label is None
-                else f"class {verdict.label} ({train.classes[verdict.label]})"
-            )
-            click.echo(sanitize(f"{name}: {said}, margin {verdict.margin:.2f}"))
-    click.echo("a benign model drifts to some class too: a label named is a hint, not a proof")
-
-
-@detect.command()
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    required=True,
-    help="folder for the triggers",
+@untrusted_command(
+    UNLEARN_PART, SEARCH_PART, *detector_parts("labels"), headings=detector_headings("labels")
 )
-@about_the_subject
-def triggers(model: Path, clean: str, out: Path, seed: int, **values: object) -> None:
-    """Recover the smallest trigger of each label of MODEL: OUT gets triggers.safetensors,
-    triggers.csv and triggers.png.
+@detector_option("labels", DEFAULTS.labels)
+def labels(
+    source: Source,
+    unlearn: Unlearn,
+    search: NeuralCleanse,
+    *methods: LabelDetector,
+    chosen: tuple[str, ...],
+) -> None:
+    """Predict the target label of a backdoor in MODEL, by several detectors.
 
-    They are asked of MODEL alone: asked of the unlearned one they were smaller and fooled MODEL
-    less.
+    A name that ends in `_unlearned` is that of a detector on the unlearned model.
     """
-    search, subject = (
-        build_from_values(NeuralCleanse, values, "search."),
-        build_from_values(ModelSpec, values),
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        case = prepare(model, clean, subject, seed, Path(folder))
-    data = case.defense.train
-    found = search.recover(case.adopted.model, data, rng=generator(seed, "triggers/backdoored"))
-    save_tensors(
-        out / "triggers.safetensors",
-        {
-            part: torch.stack([getattr(each, part) for each in found])
-            for part in ("mask", "pattern")
-        },
-        {"kind": "recovered triggers"},
-    )
-    found = sorted(found, key=lambda trigger: trigger.l1)
-    write_rows(
-        out / "triggers.csv",
-        [
-            {
-                "label": each.label,
-                "class": data.classes[each.label],
-                "l1": f"{each.l1:.5g}",
-                "success": f"{each.success:.5g}",
-                "baseline": f"{each.baseline:.5g}",
-                "gain": f"{each.gain:.5g}",
-            }
-            for each in found
-        ],
-    )
-    recovered_triggers(
-        out / "triggers.png",
-        None,
-        [
-            (f"class {data.classes[each.label]}, {each.l1:.1f} pixels", each.pattern, each.mask)
-            for each in found[:MAX_SHOWN]
-        ],
-    )
-    for each in found:
+    case = source.load()
+    detectors = select(methods, chosen)
+    for detector in skipped_label_detectors(detectors, len(case.classes)):
+        warn(f"{detector.name} needs {detector.min_classes} classes and was not run")
+    unlearned = unlearn_model(case, unlearn)
+    verdicts = search_and_detect_labels(case, unlearned, detectors, search)
+    for name, verdict in verdicts.items():
+        click.echo(sanitize(f"{name}: {describe_verdict(verdict, case.classes)}"))
+    click.echo(HINT)
+
+
+@untrusted_command(SEARCH_PART)
+@out_option(True, "folder for the triggers", file_okay=False)
+def triggers(source: Source, search: NeuralCleanse, *, out: Path) -> None:
+    """Recover the smallest trigger of each label of MODEL.
+
+    OUT gets triggers.safetensors, triggers.csv and triggers.png. Triggers are recovered from MODEL
+    only; those recovered from its unlearned copy were smaller and changed fewer predictions.
+    """
+    from rnp.untrusted.files import write_triggers  # loads the figures
+
+    case = source.load()
+    recovered = recover_triggers(case, search)
+    write_triggers(recovered, case.classes, out)
+    for trigger in sorted(recovered, key=lambda trigger: trigger.l1):
         click.echo(
             sanitize(
-                f"class {each.label} ({data.classes[each.label]}): {each.l1:.1f} pixels move"
-                f" {each.success:.3f} of the images, {each.baseline:.3f} go there without"
+                f"class {trigger.label} ({case.classes[trigger.label]}): {trigger.l1:.1f} pixels;"
+                f" predicted for {trigger.success:.3f} of the other images with the trigger,"
+                f" {trigger.baseline:.3f} without"
             )
         )
 
 
-@detect.command()
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
-    required=True,
-    help="CSV file for the scores",
+@untrusted_command(
+    UNLEARN_PART,
+    *detector_parts("samples"),
+    headings=detector_headings("samples"),
+    arguments={"suspects": "the images to score: a folder, or a .csv or .parquet file of paths"},
 )
-@detector_options("samples", DEFAULTS.samples)
-@about_the_subject
+@detector_option("samples", DEFAULTS.samples)
+@out_option(True, "CSV file for the scores", dir_okay=False)
 @click.argument("suspects")
 def samples(
-    model: Path,
-    clean: str,
+    source: Source,
+    unlearn: Unlearn,
+    *methods: SampleDetector,
     suspects: str,
     out: Path,
-    seed: int,
-    detector_options: tuple[str, ...],
-    **values: object,
+    chosen: tuple[str, ...],
 ) -> None:
-    """Score the images of SUSPECTS, a folder or a table as --clean takes: OUT gets a row per
-    image, high = suspicious.
+    """Find images among SUSPECTS that carry a trigger of MODEL.
 
-    An image is flagged where its score is above that of all but 5 % of the clean images that the
-    unlearning has not seen.
+    OUT gets a row per image with the score of each detector, high = suspicious. An image is
+    flagged if its score is above that of 95 % of the clean images that the unlearning has not
+    seen.
     """
-    build_from_values(NeuralCleanse, values, "search.")
-    methods = selected_detectors("samples", detector_options, values)
-    with prepare_and_unlearn(model, clean, seed, values) as it:
-        net, defense = it.case.adopted.model, it.case.defense
-        paths, images, skipped = load_images_in_order(suspects, size=defense.train.shape[1])
-        rows = [
-            {"path": str(path), "predicted": defense.train.classes[label]}
-            for path, label in zip(paths, predict(net, images).argmax(1).tolist())
-        ]
-        weak = unlearned_by_detector(methods, it.unlearned, DEFAULTS.sample_checkpoint)
-        for method in methods:
-            scores, own = score_candidates(method, net, images, defense, weak[method.name], seed)
-            limit = threshold(own)
-            for row, score in zip(rows, scores.tolist()):
-                row |= {
-                    method.name: f"{score:.6g}",
-                    f"{method.name}_flagged": str(score > limit).lower(),
-                }
-            click.echo(
-                f"{method.name}: {int((scores > limit).sum())} of {len(rows)} images flagged"
-            )
-        write_rows(out, rows)
-    for line in skipped:
-        click.echo(sanitize(f"warning: skipped {line}"), err=True)
+    case = source.load()
+    unlearned = unlearn_model(case, unlearn)
+    scored = score_suspects(case, unlearned, select(methods, chosen), suspects)
+    write_rows(out, scored.rows())
+    for name, results in scored.by_detector.items():
+        flagged = int(results.flagged.sum())
+        click.echo(f"{name}: {flagged} of {len(scored.paths)} images flagged")
+    for line in scored.skipped:
+        warn(f"skipped {line}")
+
+
+@click.group(cls=DetectGroup)
+def detect() -> None:
+    """Detect a backdoor in a model of unknown origin, or run the detectors of the pipeline."""
+
+
+for command in (labels, triggers, samples):
+    detect.add_command(command)
+detect.add_command(stage, "stage")

@@ -10,17 +10,16 @@ from typing import cast
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from rnp.clock import Clock, now
+from rnp.clock import now
 from rnp.defenses.rnp import RNP
 from rnp.defenses.rnp_ft import RNPFT
-from rnp.detection.base import LabelVerdict, RecoveredTrigger
+from rnp.detection.base import RecoveredTrigger
 from rnp.detection.labels.consensus import Consensus
 from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
 from rnp.detection.labels.prediction_drift import PredictionDrift
 from rnp.detection.labels.trigger_survival import TriggerSurvival
-from rnp.detection.run import Detect, run_label_detectors, skipped_label_detectors
+from rnp.detection.run import skipped_label_detectors
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
-from rnp.detection.unlearned import restore_checkpoint
 from rnp.evaluation.metrics import Proportion
 from rnp.models.classifier import Classifier
 from rnp.prune import Prune
@@ -30,6 +29,7 @@ from rnp.training.predict import accuracy, predict
 from rnp.types import ImageSet, NeuronMask, OnEpoch, no_callback
 from rnp.unlearn import Unlearn, Unlearned
 from rnp.untrusted.case import AuditCase, load_case, unlearn_model
+from rnp.untrusted.detection import detect_labels, recover_triggers
 from rnp.untrusted.report import (
     AuditReport,
     AuditSettings,
@@ -117,9 +117,8 @@ def audit(case: AuditCase, settings: AuditSettings, on_epoch: OnEpoch = no_callb
     """
     start = now()
     unlearned = unlearn_model(case, settings.unlearn, on_epoch)
-    rng = generator(case.seed, "triggers/backdoored")
-    triggers = settings.search.recover(case.loaded.model, case.defense.train, rng=rng)
-    labels = detect_label(case, unlearned, triggers)
+    triggers = recover_triggers(case, settings.search)
+    labels = detect_labels(case, unlearned, DETECTORS, triggers)
     repair = None
     if isinstance(settings, RepairSettings):
         repair = repair_model(case, settings, unlearned, triggers, on_epoch)
@@ -140,24 +139,6 @@ def audit(case: AuditCase, settings: AuditSettings, on_epoch: OnEpoch = no_callb
         seed=case.seed,
         seconds=round(case.seconds + now() - start, 1),
     )
-
-
-def detect_label(
-    case: AuditCase, unlearned: Unlearned, triggers: list[RecoveredTrigger]
-) -> dict[str, LabelVerdict]:
-    """Which label a backdoor would have, by each of `DETECTORS` that can judge so many classes."""
-    model = case.loaded.model
-    checkpoint = restore_checkpoint(model, unlearned, Detect().trigger_checkpoint)
-    label_scores = run_label_detectors(
-        DETECTORS,
-        {"backdoored": model, "unlearned": checkpoint},
-        {"backdoored": triggers},
-        unlearned.trajectory,
-        case.defense.train,
-        case.seed,
-        Clock(),
-    )
-    return {name: scores.verdict for name, scores in label_scores.items()}
 
 
 def find_doubts(case: AuditCase, settings: AuditSettings, unlearned: Unlearned) -> Iterator[str]:

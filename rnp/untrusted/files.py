@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from rnp.detection.base import RecoveredTrigger
 from rnp.io.files import sha256, write_json, write_rows, write_text
 from rnp.io.models import save_model
 from rnp.io.tensors import mask_rows, save_tensors
@@ -16,6 +20,9 @@ from rnp.untrusted.report import AuditReport, Repair
 
 WEIGHTS = "purified.safetensors"
 MASKS = "masks.csv"
+PARTS = ("mask", "pattern")
+MAX_SHOWN = 10
+"""Triggers in a picture, at most."""
 
 
 def write_reports(report: AuditReport, out: Path, command: str = "") -> None:
@@ -78,6 +85,32 @@ def write_stage_reports(report: AuditReport, reports: Path) -> None:
         metrics |= {stage: described[stage] for stage in ("recover", "prune")}
     for stage, values in metrics.items():
         write_json(reports / stage / "metrics.json", values)
+
+
+def write_triggers(
+    triggers: Sequence[RecoveredTrigger], classes: tuple[str, ...], out: Path
+) -> None:
+    """Write the triggers of all classes, in order, and a table and a picture of the smallest."""
+    parts = {part: torch.stack([getattr(t, part) for t in triggers]) for part in PARTS}
+    save_tensors(out / "triggers.safetensors", parts, {"kind": "recovered triggers"})
+    smallest_first = sorted(triggers, key=lambda trigger: trigger.l1)
+    rows = [
+        {
+            "label": trigger.label,
+            "class": classes[trigger.label],
+            "l1": f"{trigger.l1:.5g}",
+            "success": f"{trigger.success:.5g}",
+            "baseline": f"{trigger.baseline:.5g}",
+            "gain": f"{trigger.gain:.5g}",
+        }
+        for trigger in smallest_first
+    ]
+    write_rows(out / "triggers.csv", rows)
+    pictures = [
+        (f"class {classes[t.label]}, {t.l1:.1f} pixels", t.pattern, t.mask)
+        for t in smallest_first[:MAX_SHOWN]
+    ]
+    recovered_triggers(out / "triggers.png", None, pictures)
 
 
 def log_to_mlflow(report: AuditReport, out: Path | None) -> None:

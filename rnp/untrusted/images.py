@@ -268,7 +268,7 @@ def map_names_to_outputs(
     return torch.tensor([names.index(label) for label in labels]), names
 
 
-def pseudo_labels(model: nn.Module, images: Bytes, confidence: float) -> tuple[Indices, Labels]:
+def pseudo_labels(model: nn.Module, images: Bytes, confidence: float) -> tuple[Indices, Indices]:
     """Positions of the images that the model is confident about, and its predictions for them."""
     probability, predicted = predict(model, images).softmax(1).max(1)
     confident = (probability >= confidence).nonzero().squeeze(1)

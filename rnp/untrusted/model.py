@@ -64,16 +64,16 @@ def load_untrusted_model(
     the normalization is not stated.
     """
     with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / "weights.safetensors"
-        converted = convert(path, weights)
-        state, _ = load_tensors(weights)
+        safetensors = Path(folder) / "weights.safetensors"
+        converted = convert(path, safetensors)
+        state, _ = load_tensors(safetensors)
     metadata = read_metadata(path)
     architecture = choose_architecture(path, arch, width, metadata)
     has_normalization = is_classifier_state(state)
     if has_normalization:
         channel_mean, channel_std = state["mean"].flatten(), state["std"].flatten()
-        own = {"mean", "std"}
-        state = {name.removeprefix("net."): state[name] for name in state if name not in own}
+        names = state.keys() - {"mean", "std"}
+        state = {name.removeprefix("net."): state[name] for name in sorted(names)}
     else:
         channel_mean, channel_std = choose_normalization(architecture, mean, std)
     require_normalization(channel_mean, channel_std)
@@ -86,8 +86,8 @@ def load_untrusted_model(
     model = build(infer_num_classes(build, state, str(path)))
     require_same_dtypes(model.net.state_dict(), state, path)
     load_state(model.net, state, f"{path} ({architecture.arch})")
-    names = metadata.get("classes")
-    classes = tuple(map(str, names)) if isinstance(names, list) else ()
+    stated = metadata.get("classes")
+    classes = tuple(map(str, stated)) if isinstance(stated, list) else ()
     model = model.to(default_device()).eval()
     return LoadedModel(model, architecture, classes, has_normalization, converted)
 

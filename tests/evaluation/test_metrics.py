@@ -13,6 +13,7 @@ from rnp.evaluation.metrics import (
     Scores,
     defense_effectiveness,
     gate_failure,
+    paired_interval,
     score,
 )
 from rnp.training.augment import Augment
@@ -174,3 +175,12 @@ def test_later_losses_do_not_count():
         )
     assert losses.mean()[[0, 2]].tolist() == pytest.approx([math.log(2)] * 2)
     assert losses.mean()[1].isnan()
+
+
+def test_the_paired_interval_in_closed_form():
+    """(12 - 5) / 102 with a variance of (17 / 102 - (7 / 102)^2) / 102."""
+    low, high = paired_interval(11, 4, 100)
+    half = 1.959964 * ((17 / 102 - (7 / 102) ** 2) / 102) ** 0.5
+    assert (low, high) == pytest.approx((7 / 102 - half, 7 / 102 + half))
+    low, high = paired_interval(0, 0, 10)
+    assert low == -high and high > 0, "no image turned, yet ten do not prove that none would"

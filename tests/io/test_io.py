@@ -477,5 +477,5 @@ def test_the_source_knows_no_unpickling():
     )
     files = list((Path(rnp.__file__).parent).rglob("*.py"))
     found = {file.name: word.findall(file.read_text()) for file in files}
-    (opened,) = found.pop("quarantine.py")  # the one place for strangers' files
+    (opened,) = found.pop("sandbox.py")  # the one place for untrusted files
     assert "weights_only=True" in opened and len(found) > 30 and not any(found.values())

@@ -210,7 +210,7 @@ def test_an_audited_model_has_its_own_section(tmp_path: Path) -> None:
         "accuracy_after": accuracy | {"value": 0.89},
         "cost": accuracy | {"value": 0.01, "n": 100, "turned_wrong": 2, "turned_right": 1},
         "tuned_against": ["cat"],
-        "settings": {"rounds": 3},
+        "settings": {"tuning_rounds": 3},
         "images": {"source": "images"},
         "model": {"architecture": HOSTILE},
         "classes": {0: "cat"},

@@ -538,7 +538,7 @@ def test_limits(tmp_path, option, words):
 
 
 def test_limits_are_positive():
-    with pytest.raises(UserError, match="limits.seconds must be above 0, got 0"):
+    with pytest.raises(UserError, match=r"limits\.seconds must be above 0, got 0"):
         Limits(seconds=0)
 
 
@@ -596,12 +596,18 @@ def script(folder, program):
 
 def test_isolated_process_has_no_network_and_no_room():
     program = (
-        "import json, resource, socket, sys; from rnp.untrusted.sandbox import *; from rnp.untrusted.limits import *; granted ="
-        " isolate(Limits(seconds=9))\ndef tries(what):\n    try: what()\n    except (OSError,"
-        " MemoryError): return False\n    return True\nreached = tries(lambda:"
-        " socket.create_connection(('127.0.0.1', int(sys.argv[1])), 5))\nlarge = tries(lambda:"
-        " bytearray(600 * 2**20))\nprint(json.dumps([granted, reached, large,"
-        " resource.getrlimit(resource.RLIMIT_CPU)]))"
+        "import json, resource, socket, sys\n"
+        "from rnp.untrusted.limits import Limits\n"
+        "from rnp.untrusted.sandbox import isolate\n"
+        "granted = isolate(Limits(seconds=9))\n"
+        "def tries(what):\n"
+        "    try: what()\n"
+        "    except (OSError, MemoryError): return False\n"
+        "    return True\n"
+        "port = int(sys.argv[1])\n"
+        "reached = tries(lambda: socket.create_connection(('127.0.0.1', port), 5))\n"
+        "large = tries(lambda: bytearray(600 * 2**20))\n"
+        "print(json.dumps([granted, reached, large, resource.getrlimit(resource.RLIMIT_CPU)]))"
     )
     with socket.create_server(("127.0.0.1", 0)) as server:
         done = subprocess.run(
