@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from rnp.cli.help import out_option
-from rnp.cli.progress import progress
 from rnp.cli.untrusted import MLFLOW, Source, typed_command, untrusted_command, warn
+from rnp.reporting.progress import progress
 from rnp.untrusted.audit import audit
 from rnp.untrusted.limits import sanitize
 from rnp.untrusted.report import AuditSettings, RepairSettings, summarize

@@ -68,5 +68,5 @@ def test_impossible_settings_are_refused(options):
 
 
 def test_more_cosines_than_pixels_are_refused(toy_set, toy_model, rng):
-    with pytest.raises(UserError, match="num_frequencies must be at most 8, .*, got 9"):
+    with pytest.raises(UserError, match=r"num_frequencies must be at most 8, .*, got 9"):
         LowFrequency(num_frequencies=9).make_trigger(toy_set(4), rng=rng(), surrogate=toy_model())

@@ -34,16 +34,16 @@ CHAIN = {
         "--out data --report reports/prepare --size 16 --defense-train 100 --defense-val 100"
     ),
     "benign": (
-        "--pool data/pool --test data/test --out models/benign.safetensors --report reports/benign NET"
-        " TRAIN"
+        "--pool data/pool --test data/test --out models/benign.safetensors --report reports/benign"
+        " NET TRAIN"
     ),
     "poison blend": (
         "--pool data/pool --benign models/benign.safetensors --out data/poisoned --report"
         " reports/poison --cover-rate 0.05"
     ),
     "train": (
-        "--pool data/pool --poisoned data/poisoned --test data/test --benign models/benign.safetensors"
-        " --out models/backdoored.safetensors --triggered data/triggered --report reports/train NET"
+        "--pool data/pool --poisoned data/poisoned --test data/test"
+        " --benign models/benign.safetensors --out models/backdoored.safetensors --triggered data/triggered --report reports/train NET"
         " TRAIN"
     ),
     "unlearn": (
@@ -645,10 +645,10 @@ def test_a_variant_is_a_row_of_its_defense(ended):
     }
     Path("params.yaml").write_text(yaml.safe_dump(params))
     done = ended("--kind", "removal")
-    assert (
-        isinstance(done.exception, UserError)
-        and "defend/ft_unlearned ran with defenses.ft_unlearned.unlearn.lr 0.1, params.yaml says 0.2"
-        in str(done.exception)
+    assert isinstance(
+        done.exception, UserError
+    ) and "ran with defenses.ft_unlearned.unlearn.lr 0.1, params.yaml says 0.2" in str(
+        done.exception
     )
 
 

@@ -147,7 +147,8 @@ folder, found = Path(sys.argv[1]), {}
 
 def work(size):
     rng = torch.Generator().manual_seed(0)
-    splits = Split(defense_train=10, defense_val=10)(*ImageFolder(path="images", size=size).load(folder, rng=rng), rng=rng)
+    parts = ImageFolder(path="images", size=size).load(folder, rng=rng)
+    splits = Split(defense_train=10, defense_val=10)(*parts, rng=rng)
     for part in ("pool", "test"):
         save_images(folder / part, getattr(splits, part))
     save_defense_set(folder / "defense", splits.defense)
