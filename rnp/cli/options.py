@@ -59,6 +59,7 @@ def options(cls: type, prefix: str = "", like: object = None) -> Callable:
                 **click_settings(each.type),
                 default=each.default,
                 help=each.help,
+                show_default=each.default != "",
             )
             command = option(command)
         return command

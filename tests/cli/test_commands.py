@@ -43,8 +43,8 @@ CHAIN = {
     ),
     "train": (
         "--pool data/pool --poisoned data/poisoned --test data/test"
-        " --benign models/benign.safetensors --out models/backdoored.safetensors --triggered data/triggered --report reports/train NET"
-        " TRAIN"
+        " --benign models/benign.safetensors --out models/backdoored.safetensors"
+        " --triggered data/triggered --report reports/train NET TRAIN"
     ),
     "unlearn": (
         "--model models/backdoored.safetensors --defense data/defense --out models/unlearned"
