@@ -82,7 +82,7 @@ MISTAKES = [
     (
         "attacks.badnets.poison_rate",
         10.0,
-        "badnets.poison_rate must be in (0, 1], got 10; it is a fraction, not percent: did you mean",
+        "badnets.poison_rate must be in (0, 1], got 10; it is a fraction, not percent: did you",
     ),
     ("attacks.blend.alpha", 0.0, "alpha must be in (0, 1], got 0"),
     ("poison.attack", "badnet", "'badnet' is not one of"),
