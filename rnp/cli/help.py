@@ -59,8 +59,12 @@ class GroupedCommand(click.Command):
         if isinstance(param, click.Argument):
             return param.make_metavar(ctx), self.arguments[param.name or ""]
         record = param.get_help_record(ctx)
-        # The heading says it already.
-        return record and (record[0], record[1].removesuffix("[required]").rstrip())
+        if record is None:
+            return None
+        flags, text = record
+        for needless in ("[required]", '[default: ""]'):  # the heading, and an empty text
+            text = text.removesuffix(needless).rstrip()
+        return flags, text
 
     def _heading(self, param: click.Parameter) -> str:
         if param.required:

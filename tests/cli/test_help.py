@@ -47,7 +47,7 @@ def test_purify():
         "--max-images",
     ]
     assert flags(text, "Options")[:2] == ["--seed", "--precision"]
-    assert "[required]" not in text
+    assert "[required]" not in text and '[default: ""]' not in text
 
 
 @pytest.mark.parametrize(
