@@ -28,13 +28,13 @@ def save_model(
     save_tensors(path, model.state_dict(), meta)
 
 
-def load_model(path: Path) -> tuple[Classifier, Architecture, tuple[str, ...]]:
+def load_model(path: Path | str) -> tuple[Classifier, Architecture, tuple[str, ...]]:
     """The model in eval mode on the default device, its architecture and class names.
 
     Raises: UserError when the file holds no model, or weights that do not fit the architecture
     that it names.
     """
-    state, meta = load_tensors(path)
+    state, meta = load_tensors(Path(path))
     if meta.get("kind") != "model":
         raise UserError(f"{path} holds {meta.get('kind')!r}, not a model")
     kinds = {"arch": str, "width": int, "classes": list}
