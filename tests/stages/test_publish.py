@@ -137,8 +137,10 @@ def test_nothing_new_asks_no_mlflow(project, capsys, monkeypatch):
         from stages.publish import publish
         publish()
         print({"torch", "mlflow", "numpy"} & set(sys.modules))"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "set()"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines()[-1] == "set()"
 
 
 def test_store_gone(project, crowd):
@@ -155,11 +157,12 @@ def test_store_gone(project, crowd):
         runs = Store().search("")
         kinds = sorted((run.data.tags["rnp.kind"], "rnp.backfill" in run.data.tags) for run in runs)
         print(kinds, len({run.data.tags.get("mlflow.parentRunId") for run in runs}))"""
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )  # here the old file is open
     assert (
-        done.stdout.splitlines()[-1] == "[('pipeline', False), ('stage', True), ('stage', True)] 2"
+        result.stdout.splitlines()[-1]
+        == "[('pipeline', False), ('stage', True), ('stage', True)] 2"
     )
 
 
@@ -298,8 +301,8 @@ def test_models(project):
         assert project.stage(stage) == 0
     publish()
     (row,), store = project.rows(), project.store()
-    made = dict(zip(("backdoored", "repaired"), project.runs()))
-    for name, run in made.items():
+    runs = dict(zip(("backdoored", "repaired"), project.runs()))
+    for name, run in runs.items():
         model = store.client.get_logged_model(row.data.tags[f"rnp.model.{name}"])
         assert (model.name, model.source_run_id) == (name, run.info.run_id)
         assert model.tags["rnp.backdoored"] == str(name == "backdoored").lower()
@@ -381,9 +384,9 @@ def test_repro_experiment_edit(repository):
     )
 
     repository.write({**toy.PARAMS, "recover": {"lr": 0.7}})
-    said = dvc("repro")
+    output = dvc("repro")
     assert (
-        "is cached" in said and second.info.run_name in said
+        "is cached" in output and second.info.run_name in output
     )  # DVC brings back run.json with the weights
     assert repository.run_json("recover")["run_id"] == recover.info.run_id
     assert len(repository.rows()) == 2 and len(repository.runs()) == 3
