@@ -137,10 +137,7 @@ def test_nothing_new_asks_no_mlflow(project, capsys, monkeypatch):
         from stages.publish import publish
         publish()
         print({"torch", "mlflow", "numpy"} & set(sys.modules))"""
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.splitlines()[-1] == "set()"
+    assert run_code(code) == "set()"
 
 
 def test_store_gone(project, crowd):
@@ -157,13 +154,15 @@ def test_store_gone(project, crowd):
         runs = Store().search("")
         kinds = sorted((run.data.tags["rnp.kind"], "rnp.backfill" in run.data.tags) for run in runs)
         print(kinds, len({run.data.tags.get("mlflow.parentRunId") for run in runs}))"""
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )  # here the old file is open
-    assert (
-        result.stdout.splitlines()[-1]
-        == "[('pipeline', False), ('stage', True), ('stage', True)] 2"
-    )
+    # In a process of its own, since here the old file is open.
+    assert run_code(code) == "[('pipeline', False), ('stage', True), ('stage', True)] 2"
+
+
+def run_code(code):
+    """The last line that the code prints."""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return result.stdout.splitlines()[-1]
 
 
 def test_deleted_store_is_noticed(project):
