@@ -14,8 +14,10 @@ import pytest
 import torch
 import toy
 import yaml
+from click.testing import CliRunner
 
 import stages.publish
+from rnp.cli.main import cli
 from rnp.errors import UserError
 from rnp.io.models import save_model
 from rnp.models.build import Architecture
@@ -410,3 +412,13 @@ def test_dvc_killed_alone(repository):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert not Path("dvc.lock").exists()
+
+
+def test_setup(repository):
+    """The store and the schema of params.yaml; where there is git, DVC uses it."""
+    dvc("config", "--local", "core.no_scm", "true")
+    for _ in range(2):
+        CliRunner().invoke(cli, ["setup"], catch_exceptions=False)
+    schema = json.loads(Path(".rnp/params.schema.json").read_text())
+    assert "train" in schema["properties"] and Path("mlflow.db").exists()
+    assert "no_scm" not in dvc("config", "--local", "--list")
