@@ -1,3 +1,3 @@
 """Speed and memory of everything; `python -m benchmarks.NAME` starts one."""
 
-import rnp  # before PyTorch: it says how threads wait
+import rnp  # before PyTorch: it sets how threads wait

@@ -1,3 +1,3 @@
 """Studies of results; `python -m experiments.NAME` starts one."""
 
-import rnp  # before PyTorch: it says how threads wait
+import rnp  # before PyTorch: it sets how threads wait

@@ -97,7 +97,7 @@ FIGURES = {
     ),
     "detect/roc": (
         "ROC curves of the sample detectors.",
-        "How well triggered images are told from clean ones.",
+        "Triggered images against clean ones.",
     ),
 }
 """By stage and name: the alternative text of a figure, and its caption."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rnp.errors import UserError
-from rnp.io.files import read_json, write_json, write_text
+from rnp.io.files import read_json, sha256, write_json, write_text
 from rnp.sweep.grid import PARAMS, digest
 
 if TYPE_CHECKING:
@@ -77,17 +76,13 @@ class Snapshot:
         names = [name for name in sources(root) if without is None or root / name != without]
         return cls(
             root=root,
-            files={name: file_digest(root / name) for name in names},
+            files={name: sha256(root / name) for name in names},
             cache=Path(dvc_config(root)["cache"].get("dir") or root / ".dvc/cache"),
         )
 
     def key(self, params: str, target: str) -> str:
         """A digest of the parameters, of the files and of the stage to run up to."""
         return digest([params, target, *(part for item in self.files.items() for part in item)])
-
-
-def file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def dvc_config(root: Path) -> Any:
@@ -146,7 +141,7 @@ class Configuration:
             (self.folder / name).unlink(missing_ok=True)
         for name, content in snapshot.files.items():
             target = self.folder / name
-            if not target.is_file() or file_digest(target) != content:
+            if not target.is_file() or sha256(target) != content:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.unlink(missing_ok=True)
                 shutil.copy2(snapshot.root / name, target)

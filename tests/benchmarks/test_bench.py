@@ -1,5 +1,5 @@
-"""The benchmark's own logic: fits, medians, merging, tables, the published restatement; nothing
-here is timed.
+"""The logic of the benchmark: fits, medians, merging, tables, the published procedure; nothing is
+timed.
 """
 
 import json
@@ -110,9 +110,9 @@ def full():
         "scaling": scaled(),
     }
     record = {}
-    for name, some in runs.items():
-        more = {"exponents": exponents(some)} if name == "scaling" else {}
-        record = suite.merge(record, name, part(some, **more))
+    for name, of_part in runs.items():
+        more = {"exponents": exponents(of_part)} if name == "scaling" else {}
+        record = suite.merge(record, name, part(of_part, **more))
     return record
 
 
@@ -127,9 +127,9 @@ def test_one_point_has_no_exponent():
 
 
 def test_exponents_of_known_costs():
-    found = exponents(scaled())
-    assert found["images"] == pytest.approx({"unlearn": 0, "recover": 1, "prune": 2}, abs=1e-9)
-    assert found["tried"] == pytest.approx({"prune": 1})
+    fits = exponents(scaled())
+    assert fits["images"] == pytest.approx({"unlearn": 0, "recover": 1, "prune": 2}, abs=1e-9)
+    assert fits["tried"] == pytest.approx({"prune": 1})
 
 
 def test_what_failed_has_no_median_and_the_rest_is_repeated():
@@ -138,15 +138,15 @@ def test_what_failed_has_no_median_and_the_rest_is_repeated():
     def fail():
         raise Failed("why")
 
-    found = repeat(
+    runs = repeat(
         {"good": lambda: {"seconds": float(len(calls)), "at": calls.append(1)}, "bad": fail}, 3
     )
-    assert [each["seconds"] for each in found["good"]] == [0.0, 1.0, 2.0] and found["bad"] == {
+    assert [result["seconds"] for result in runs["good"]] == [0.0, 1.0, 2.0] and runs["bad"] == {
         "failed": "why"
     }
     assert (
-        median(found, "good", "seconds") == 1.0
-        and median(found, "bad", "seconds") is median(found, "none", "seconds") is None
+        median(runs, "good", "seconds") == 1.0
+        and median(runs, "bad", "seconds") is median(runs, "none", "seconds") is None
     )
 
 
@@ -189,9 +189,9 @@ def test_a_failed_part_says_so_and_gives_no_number():
 
 
 def test_headline():
-    found = headline(full()["parts"])
-    assert found["ratio"] == {"rnp_vs_published": {"cpu": 30.0}, "train_vs_fp32": {"cpu": 2.0}}
-    assert found["seconds"] == {"stage_start": 2.5, "noop_repro": 1.5, "demo_pipeline": 100.0}
+    numbers = headline(full()["parts"])
+    assert numbers["ratio"] == {"rnp_vs_published": {"cpu": 30.0}, "train_vs_fp32": {"cpu": 2.0}}
+    assert numbers["seconds"] == {"stage_start": 2.5, "noop_repro": 1.5, "demo_pipeline": 100.0}
 
 
 def test_the_page_shows_every_part():
@@ -250,15 +250,15 @@ def test_the_published_sweep_is_cumulative_and_rounds_to_four_decimals(
         "bn2": torch.tensor([0.3, 0.31, *[0.95] * 6]),
     }
     reference_rnp.write_masks(tmp_path / "masks.txt", masks)
-    found = {
+    swept = {
         t: (n, {k: v.clone() for k, v in model.state_dict().items()})
         for t, n, model in reference_rnp.sweep(unchanged(trained), tmp_path / "masks.txt")
     }
-    assert list(found) == [i / 20 for i in range(19)] and [
-        found[t][0] for t in (0.0, 0.05, 0.25, 0.3, 0.35, 0.9)
+    assert list(swept) == [i / 20 for i in range(19)] and [
+        swept[t][0] for t in (0.0, 0.05, 0.25, 0.3, 0.35, 0.9)
     ] == [1, 2, 2, 4, 5, 5]
     ours = prune(trained, [("bn1", 0), ("bn1", 2), ("bn2", 0), ("bn1", 1)]).state_dict()
-    assert all(torch.equal(found[0.3][1][name], value) for name, value in ours.items())
+    assert all(torch.equal(swept[0.3][1][name], value) for name, value in ours.items())
 
 
 def test_published_evaluation(trained, toy_set):
@@ -283,12 +283,12 @@ def test_the_readers_choice_costs_at_most_two_points():
 
 def test_work_is_counted_in_multiply_adds(trained, toy_set):
     data = toy_set(4)
-    each = 64 * 8 * 27 + 64 * 8 * 72 + 8 * 4
-    assert cost(trained, data) == each
+    one_image = 64 * 8 * 27 + 64 * 8 * 72 + 8 * 4
+    assert cost(trained, data) == one_image
     with MacCounter() as work:
         trained(data.as_floats())
     trained(data.as_floats())
-    assert work.total == 4 * each
+    assert work.total == 4 * one_image
 
 
 def test_the_published_page_is_what_its_numbers_give():
@@ -320,9 +320,9 @@ def test_a_failed_measurement_says_why():
 
 def test_an_unknown_part_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(cli, ["bench", "--only", "trian"])
+    result = CliRunner().invoke(cli, ["bench", "--only", "trian"])
     assert (
-        "unknown part 'trian'; did you mean 'train'?" in str(done.exception)
+        "unknown part 'trian'; did you mean 'train'?" in str(result.exception)
         and list(tmp_path.iterdir()) == []
     )
 
@@ -346,8 +346,8 @@ def test_a_part_is_run_and_written(tmp_path, monkeypatch):
         for name in ("json", "page")
         for word in (f"--{name}", str(tmp_path / "results" / name))
     ]
-    done = CliRunner().invoke(cli, ["bench", "--only", "noop", "--repeats", "2", *files])
-    assert done.exit_code == 0, done.exception
+    result = CliRunner().invoke(cli, ["bench", "--only", "noop", "--repeats", "2", *files])
+    assert result.exit_code == 0, result.exception
     record = json.loads((tmp_path / "results/json").read_text())
     assert (
         record["seconds"] == {"noop_repro": 1.5}

@@ -52,11 +52,11 @@ def test_what_was_measured_before_a_failure_is_kept(params, monkeypatch):
 
 
 def test_rows_that_exist_are_not_made_again(params, tmp_path, monkeypatch):
-    made = []
+    runs = []
     monkeypatch.setattr(
         experiments.architectures,
         "run",
-        lambda _, *key: made.append(key) or {"der": 0.5, "failed": ""},
+        lambda _, *key: runs.append(key) or {"der": 0.5, "failed": ""},
     )
     monkeypatch.setattr(experiments.architectures, "render", lambda _: yaml.dump({}))
     for only in (["vit"], ["vit", "vgg11"]):
@@ -66,7 +66,7 @@ def test_rows_that_exist_are_not_made_again(params, tmp_path, monkeypatch):
             ["architectures", str(tmp_path / "rows.csv"), "--seeds", "0", "1", "--only", *only],
         )
         main()
-    assert made == [
+    assert runs == [
         ("vit", "badnets", 0),
         ("vit", "badnets", 1),
         ("vgg11", "badnets", 0),

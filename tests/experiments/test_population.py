@@ -25,8 +25,9 @@ def rows(kind, values, threshold, right=()):
 
 
 def test_the_summary_by_hand():
-    """Of 2 x 4 pairs 7 are in the right order, three of the four lie above .575; who failed the
-    gate does not count.
+    """Of 2 x 4 pairs 7 are in the right order, three of the four are above 0.575.
+
+    A model that failed the gate does not count.
     """
     benign, bad = (
         rows("benign", [0.1, 0.6], 0.5),

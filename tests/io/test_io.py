@@ -164,6 +164,15 @@ def test_rows_and_text(path):
     assert read_json(path) == {"é": [1, None]} and sha256(path) == sha256(path)
 
 
+def test_an_absent_file_has_the_default(path):
+    assert read_json(path, default={"a": 1}) == {"a": 1}
+    with pytest.raises(UserError, match="does not exist"):
+        read_json(path)
+    write_text(path, "[1]")
+    with pytest.raises(UserError, match="not a JSON object"):
+        read_json(path, default={})
+
+
 def test_mask_rows(model):
     mask = {"net.bn1": torch.tensor([0.25, 1.0])}
     assert mask_rows(mask, model) == [

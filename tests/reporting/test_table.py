@@ -100,8 +100,8 @@ def test_the_mean_over_attacks_leaves_out_those_that_are_not_real():
 )
 def test_stale_rows_are_left_out(old):
     kept = [row(), row(seed=2), row("sig", own="c"), row(defense="ft", common="f")]
-    found = latest_comparable([old, *kept])
-    assert sorted(map(str, found)) == sorted(map(str, kept))
+    current = latest_comparable([old, *kept])
+    assert sorted(map(str, current)) == sorted(map(str, kept))
 
 
 def digest(params, defense):
@@ -144,7 +144,7 @@ def test_settings_are_what_the_defense_uses():
 def test_from_files(tmp_path):
     write_rows(tmp_path / "one.csv", [row(), row("blend", asr=0.25)])
     write_rows(tmp_path / "two.csv", [row(made="2025-12-31", asr=1.0)])
-    done = CliRunner().invoke(
+    result = CliRunner().invoke(
         cli,
         [
             "table",
@@ -153,7 +153,7 @@ def test_from_files(tmp_path):
             str(tmp_path / "t.csv"),
         ],
     )
-    lines = done.stdout.splitlines()
+    lines = result.stdout.splitlines()
     assert lines[0].startswith(
         "| preset | defense | attack | seeds | gate | CA before | ASR before | CA | ASR |"
     )
@@ -162,15 +162,15 @@ def test_from_files(tmp_path):
         "blend",
         "mean of 2",
     ] and "0.125" in lines[4]
-    assert "1 rows left out" in done.stderr
+    assert "1 rows left out" in result.stderr
     assert read_rows(tmp_path / "t.csv")[1]["attack_success_rate"] == "0.25"
 
 
 def test_a_file_of_another_kind(tmp_path):
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
-    done = CliRunner().invoke(cli, ["table", str(tmp_path / "x.csv")])
-    assert isinstance(done.exception, UserError) and "is no table of `rnp collect`" in str(
-        done.exception
+    result = CliRunner().invoke(cli, ["table", str(tmp_path / "x.csv")])
+    assert isinstance(result.exception, UserError) and "is no table of `rnp collect`" in str(
+        result.exception
     )
 
 
@@ -224,15 +224,15 @@ def test_a_table_of_detection(tmp_path):
         "auroc": "0.4",
     }
     write_rows(tmp_path / "detection.csv", [*labels, *samples, filtering])
-    done = CliRunner().invoke(
+    result = CliRunner().invoke(
         cli, ["table", str(tmp_path / "detection.csv")], catch_exceptions=False
     )
-    found = cells(done.output)
-    assert found[2][:8] == ["demo", "labels", "mm_bd", "backdoored", "test", "2", "1 of 2", "–"]
-    assert found[3][:8] == ["demo", "samples", "strip", "backdoored", "test", "2", "–", "0.850"]
+    table = cells(result.output)
+    assert table[2][:8] == ["demo", "labels", "mm_bd", "backdoored", "test", "2", "1 of 2", "–"]
+    assert table[3][:8] == ["demo", "samples", "strip", "backdoored", "test", "2", "–", "0.850"]
     assert (
-        found[4][:8] == ["demo", "samples", "strip", "backdoored", "training", "1", "–", "0.400"]
-        and len(found) == 5
+        table[4][:8] == ["demo", "samples", "strip", "backdoored", "training", "1", "–", "0.400"]
+        and len(table) == 5
     )
 
 
@@ -241,12 +241,12 @@ def test_one_measure_by_attack(tmp_path):
         tmp_path / "t.csv",
         [row("wanet", asr=0.2), row("badnets", asr=0.1), row("badnets", asr=0.9, defense="ft")],
     )
-    done = CliRunner().invoke(
+    result = CliRunner().invoke(
         cli,
         ["table", str(tmp_path / "t.csv"), "--measure", "attack_success_rate"],
         catch_exceptions=False,
     )
-    assert cells(done.output) == [
+    assert cells(result.output) == [
         ["preset", "defense", "badnets", "wanet", "mean of 2"],
         ["---"] * 5,
         ["demo", "ft", "0.900", "–", "–"],
@@ -283,13 +283,13 @@ def test_a_table_of_controls(tmp_path):
     lines = cells(
         CliRunner().invoke(cli, ["table", str(tmp_path / "c.csv")], catch_exceptions=False).output
     )
-    found = [dict(zip(lines[0], line)) for line in lines[2:]]
+    table = [dict(zip(lines[0], line)) for line in lines[2:]]
     assert [
-        [line[name] for name in ("amount", "runs", "ASR", "CA", "pruned")] for line in found
+        [line[name] for name in ("amount", "runs", "ASR", "CA", "pruned")] for line in table
     ] == [["50", "1", "0.300", "–", "7"], ["100", "2", "0.150", "–", "7"]]
     write_rows(tmp_path / "d.csv", [dict.fromkeys(DETECTION_COLUMNS, "")])
-    done = CliRunner().invoke(cli, ["table", *(str(tmp_path / f"{name}.csv") for name in "cd")])
-    assert isinstance(done.exception, UserError) and "cannot be combined" in str(done.exception)
+    result = CliRunner().invoke(cli, ["table", *(str(tmp_path / f"{name}.csv") for name in "cd")])
+    assert isinstance(result.exception, UserError) and "cannot be combined" in str(result.exception)
 
 
 def test_one_measure_of_detection_by_attack(tmp_path):

@@ -109,8 +109,8 @@ class Project:
     def runs(self, kind: str = "stage") -> list:
         """The runs of this kind, oldest first."""
         store = self.store()
-        found = store.search(f"tags.`rnp.kind` = '{kind}'")
-        return sorted(found, key=lambda run: run.info.start_time)
+        runs = store.search(f"tags.`rnp.kind` = '{kind}'")
+        return sorted(runs, key=lambda run: run.info.start_time)
 
     def rows(self) -> list:
         return self.runs("pipeline")

@@ -14,8 +14,10 @@ import pytest
 import torch
 import toy
 import yaml
+from click.testing import CliRunner
 
 import stages.publish
+from rnp.cli.main import cli
 from rnp.errors import UserError
 from rnp.io.models import save_model
 from rnp.models.build import Architecture
@@ -137,8 +139,7 @@ def test_nothing_new_asks_no_mlflow(project, capsys, monkeypatch):
         from stages.publish import publish
         publish()
         print({"torch", "mlflow", "numpy"} & set(sys.modules))"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "set()"
+    assert run_code(code) == "set()"
 
 
 def test_store_gone(project, crowd):
@@ -155,12 +156,15 @@ def test_store_gone(project, crowd):
         runs = Store().search("")
         kinds = sorted((run.data.tags["rnp.kind"], "rnp.backfill" in run.data.tags) for run in runs)
         print(kinds, len({run.data.tags.get("mlflow.parentRunId") for run in runs}))"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )  # here the old file is open
-    assert (
-        done.stdout.splitlines()[-1] == "[('pipeline', False), ('stage', True), ('stage', True)] 2"
-    )
+    # In a process of its own, since here the old file is open.
+    assert run_code(code) == "[('pipeline', False), ('stage', True), ('stage', True)] 2"
+
+
+def run_code(code):
+    """The last line that the code prints."""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return result.stdout.splitlines()[-1]
 
 
 def test_deleted_store_is_noticed(project):
@@ -298,8 +302,8 @@ def test_models(project):
         assert project.stage(stage) == 0
     publish()
     (row,), store = project.rows(), project.store()
-    made = dict(zip(("backdoored", "repaired"), project.runs()))
-    for name, run in made.items():
+    runs = dict(zip(("backdoored", "repaired"), project.runs()))
+    for name, run in runs.items():
         model = store.client.get_logged_model(row.data.tags[f"rnp.model.{name}"])
         assert (model.name, model.source_run_id) == (name, run.info.run_id)
         assert model.tags["rnp.backdoored"] == str(name == "backdoored").lower()
@@ -381,9 +385,9 @@ def test_repro_experiment_edit(repository):
     )
 
     repository.write({**toy.PARAMS, "recover": {"lr": 0.7}})
-    said = dvc("repro")
+    output = dvc("repro")
     assert (
-        "is cached" in said and second.info.run_name in said
+        "is cached" in output and second.info.run_name in output
     )  # DVC brings back run.json with the weights
     assert repository.run_json("recover")["run_id"] == recover.info.run_id
     assert len(repository.rows()) == 2 and len(repository.runs()) == 3
@@ -408,3 +412,13 @@ def test_dvc_killed_alone(repository):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert not Path("dvc.lock").exists()
+
+
+def test_setup(repository):
+    """The store and the schema of params.yaml; where there is git, DVC uses it."""
+    dvc("config", "--local", "core.no_scm", "true")
+    for _ in range(2):
+        CliRunner().invoke(cli, ["setup"], catch_exceptions=False)
+    schema = json.loads(Path(".rnp/params.schema.json").read_text())
+    assert "train" in schema["properties"] and Path("mlflow.db").exists()
+    assert "no_scm" not in dvc("config", "--local", "--list")

@@ -1,6 +1,4 @@
-"""What MLflow sees of a stage, and that nothing which it does, or fails to do, reaches the
-stage.
-"""
+"""What MLflow records of a stage, and that no failure of MLflow reaches the stage."""
 
 import os
 import signal
@@ -103,15 +101,13 @@ def test_a_leftover_run_id_does_not_merge_stages(project, monkeypatch):
 
 @pytest.fixture
 def interruptible():
-    """Shells start background jobs deaf to Ctrl-C, nohup to hanging up; stages respect that, the
-    tests shall not depend on it.
-    """
-    before = {each: signal.getsignal(each) for each in SIGNALS}
-    for each in before:
-        signal.signal(each, signal.SIG_DFL)
+    """Default handlers: shells let background jobs ignore Ctrl-C, which stages respect."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in before:
+        signal.signal(number, signal.SIG_DFL)
     yield
-    for each, handler in before.items():
-        signal.signal(each, handler)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +121,7 @@ def interruptible():
     ],
 )
 def test_a_stage_that_ends_early(project, do, status, code, interruptible):
-    handlers = [signal.getsignal(each) for each in SIGNALS]
+    handlers = [signal.getsignal(number) for number in SIGNALS]
     if code is RuntimeError:
         with pytest.raises(RuntimeError, match="no luck"):
             project.stage("train", do)
@@ -137,7 +133,7 @@ def test_a_stage_that_ends_early(project, do, status, code, interruptible):
     if status == "FAILED":
         assert do in artifact(project.store(), run, "error.txt")
     assert not Path("reports/train/run.json").exists()
-    assert handlers == [signal.getsignal(each) for each in SIGNALS]
+    assert handlers == [signal.getsignal(number) for number in SIGNALS]
 
 
 def test_what_nohup_ignores_stays_ignored(bare, monkeypatch):
@@ -180,8 +176,8 @@ def test_killed_without_a_word(project):
         experiment, tags={**dead.data.tags, "rnp.kind": "pipeline"}
     ).info.run_id
     project.store()
-    found = {run.info.run_id: run.info.status for run in client.search_runs([experiment])}
-    assert found == {dead.info.run_id: "KILLED", living: "RUNNING", elsewhere: "RUNNING"}
+    statuses = {run.info.run_id: run.info.status for run in client.search_runs([experiment])}
+    assert statuses == {dead.info.run_id: "KILLED", living: "RUNNING", elsewhere: "RUNNING"}
     assert client.get_run(half_a_row).info.lifecycle_stage == "deleted"
 
 
@@ -208,9 +204,9 @@ def test_a_stage_shows_up_once_it_has_lasted(project, monkeypatch):
         assert run.id is None
         run.start, run.sent = run.start - 100, run.sent - 100
         run.row({"step": 1, "loss": 0.5})
-        (found,) = project.runs()
+        (opened,) = project.runs()
         assert metrics(project.store(), run.id, "loss") == [(0, 1.0), (1, 0.5)]
-        assert time.time() - found.info.start_time / 1000 > 90, "it began when the stage did"
+        assert time.time() - opened.info.start_time / 1000 > 90, "it began when the stage did"
 
 
 def test_usage_error_opens_no_run(project, capsys):

@@ -1,5 +1,5 @@
-"""A grid on a project of two trivial stages: every point ends as `dvc repro` would end it, whoever
-is killed meanwhile.
+"""A grid on a project of two trivial stages: every point ends as `dvc repro` would end it, whatever
+process is killed meanwhile.
 """
 
 import importlib.util
@@ -102,13 +102,13 @@ class Toy:
         return out + err
 
     def hang(self, what: str) -> None:
-        """The first time that this is worked out, it takes for ever."""
+        """The first time that this stage runs with these inputs, it never ends."""
         (self.facts / f"hang {what}").touch()
 
     def wait_for_hanging(self) -> None:
         deadline = time.monotonic() + 60
         while not (self.facts / "hanging").exists():
-            assert time.monotonic() < deadline, "it never came to hang"
+            assert time.monotonic() < deadline, "the stage never ran"
             time.sleep(0.05)
 
     def log(self) -> Counter:
@@ -123,10 +123,10 @@ class Toy:
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    made = Toy(tmp_path)
-    monkeypatch.chdir(made.root)
-    yield made
-    runners.terminate_tree(made.root)
+    checkout = Toy(tmp_path)
+    monkeypatch.chdir(checkout.root)
+    yield checkout
+    runners.terminate_tree(checkout.root)
 
 
 ONCE = {
@@ -138,9 +138,7 @@ ONCE = {
 
 @pytest.mark.parametrize("victim", ["dvc", "stage"])
 def test_a_worker_is_killed(victim, toy):
-    """The stage that it was at begins anew, all others run once, and each point ends as `dvc
-    repro` does in a fresh folder.
-    """
+    """Its stage runs again, all others run once, and each point ends as in a new folder."""
     toy.hang("a1 b2")
     process = toy.start(*GRID, "--workers", "2")
     toy.wait_for_hanging()
@@ -183,7 +181,7 @@ def test_the_sweep_is_killed_and_goes_on(toy):
     out = toy.sweep(*GRID)
     assert (
         out.count("finished before") == 4 and toy.at_work() == []
-    )  # two points, told when it ends and in the table
+    )  # two points, reported when it ends and in the table
     assert toy.log() == ONCE | {"begin a2 b1": 2}
 
     assert toy.sweep(*GRID).count("finished before") == 8 and toy.log() == ONCE | {"begin a2 b1": 2}
@@ -221,7 +219,7 @@ def test_an_interrupted_sweep_leaves_nothing_at_work(toy):
     assert process.returncode == 128 + signal.SIGTERM and toy.at_work() == []
 
 
-def test_what_fails_is_tried_again_and_told(toy):
+def test_what_fails_is_tried_again_and_reported(toy):
     out = toy.sweep("-S", "a.value=3,1", "-S", "b.value=1", "--target", "a", code=1)
     failed, finished = out.splitlines()[-2:]
     assert (
@@ -233,9 +231,7 @@ def test_what_fails_is_tried_again_and_told(toy):
 
 
 def test_a_copy_follows_the_checkout(toy):
-    """Of git the tracked files as they lie there; a file that is gone goes, what the stages made
-    stays.
-    """
+    """Deleted files are deleted in the copy too; outputs of stages stay."""
     one = Configuration(
         name="one", folder=toy.root.parent / "one", params="a: {value: 1}\n", key="k"
     )
@@ -320,23 +316,23 @@ def test_names_are_names_of_folders():
 
 
 def test_rows_that_a_table_would_confuse(tmp_path):
-    made = []
+    configurations = []
     for seed, lr in ((0, 1), (1, 1), (1, 2)):
-        made.append(
+        configurations.append(
             Configuration(name=f"{seed}-{lr}", folder=tmp_path / f"{seed}-{lr}", params="", key="")
         )
-        made[-1].folder.mkdir()
-        (made[-1].folder / "params.yaml").write_text(
+        configurations[-1].folder.mkdir()
+        (configurations[-1].folder / "params.yaml").write_text(
             f"seed: {seed}\npoison: {{attack: sig}}\nlr: {lr}\n"
         )
-    check_rows_differ(made[:2])
+    check_rows_differ(configurations[:2])
     with pytest.raises(UserError, match="which 1-1 and 1-2 share"):
-        check_rows_differ(made)
+        check_rows_differ(configurations)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is an extra")
 def test_ray_loses_a_worker(toy):
-    """It starts the task anew elsewhere, which ends what the lost one left."""
+    """It starts the task again, which ends the processes of the lost worker."""
     toy.hang("a1 b2")
     process = toy.start(*GRID, "--ray", "--threads", "1")
     toy.wait_for_hanging()
