@@ -12,7 +12,8 @@ from rnp.models.vit import position_embedding
 from rnp.neurons.masks import maskable
 from rnp.types import ImageSet
 
-MEAN, STD = torch.full((3,), 0.5), torch.full((3,), 0.25)
+MEAN = torch.full((3,), 0.5)
+STD = torch.full((3,), 0.25)
 
 
 def build(arch="resnet10", *, width=4, classes=5, channels=3, rng):
