@@ -24,7 +24,8 @@ def test_is_a_frozen_dataclass_with_defaults(method):
     instance = method()
     with pytest.raises(dataclasses.FrozenInstanceError):
         instance.anything = 1
-    assert instance == method() and hash(instance) == hash(method())
+    assert instance == method()
+    assert hash(instance) == hash(method())
     with pytest.raises(TypeError):
         method(1)  # keywords only
 
@@ -68,3 +69,24 @@ def test_unknown_names_get_a_suggestion(family, typo, answer):
     with pytest.raises(UserError, match="unknown") as caught:
         registry.load(family, typo)
     assert answer in str(caught.value)
+
+
+def test_a_method_is_built_from_its_name_and_options():
+    attack = registry.build("attack", "badnets", {"size": 2, "label_mode": "all_to_all"})
+    assert attack == registry.load("attack", "badnets")(size=2, label_mode="all_to_all")
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("badnet", {}, "unknown attack 'badnet'; did you mean 'badnets'"),
+        ("a_blend", {}, "unknown attack 'a_blend'; did you mean 'blend'"),
+        ("badnets", {"sise": 2}, "unknown option badnets.sise; did you mean 'size'"),
+        ("badnets", {"labels": "all_to_all"}, "unknown option badnets.labels; did you mean"),
+        ("badnets", {"poison_rate": 2}, "badnets.poison_rate must be"),
+    ],
+)
+def test_a_wrong_name_option_or_value_is_named(name, options, message):
+    with pytest.raises(UserError) as caught:
+        registry.build("attack", name, options)
+    assert message in str(caught.value)

@@ -13,7 +13,9 @@ from rnp.training.predict import predict
 from rnp.training.recipe import Train
 from rnp.types import ImageSet
 
-N, CLASSES, TARGET = 100, 5, 2
+N = 100
+CLASSES = 5
+TARGET = 2
 
 
 # the attack on weights poisons no images, as tests/attacks/test_awp.py asserts

@@ -1,6 +1,4 @@
-"""The reader of CIFAR-10 on a folder of ten images, and its errors. The real files are too large
-for a test.
-"""
+"""The reader of CIFAR-10 on a folder of ten images, because the real files are too large."""
 
 import hashlib
 import pickle
@@ -10,22 +8,17 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10
 
-from rnp.data.cifar10 import Cifar10
+from rnp.data.cifar10 import FOLDER, Cifar10
 from rnp.errors import UserError
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """Six training and four test images; pixel values are channel * 50 + column, labels count down
-    from 9.
-    """
-    folder = tmp_path / CIFAR10.base_folder
+    """Six training and four test images: pixels are channel * 50 + column, labels count from 9."""
+    folder = tmp_path / FOLDER
     folder.mkdir()
-    one = (
-        (np.arange(3)[:, None, None] * 50 + np.zeros((32, 1), int) + np.arange(32))
-        .astype(np.uint8)
-        .reshape(1, -1)
-    )
+    pixels = np.arange(3)[:, None, None] * 50 + np.zeros((32, 1), int) + np.arange(32)
+    image = pixels.astype(np.uint8).reshape(1, -1)
 
     def write(name, content):
         data = pickle.dumps(content)
@@ -33,7 +26,7 @@ def root(tmp_path, monkeypatch):
         return [name, hashlib.md5(data).hexdigest()]
 
     def batch(n):
-        return {"data": one.repeat(n, 0), "labels": list(range(9, 9 - n, -1))}
+        return {"data": image.repeat(n, 0), "labels": list(range(9, 9 - n, -1))}
 
     monkeypatch.setattr(CIFAR10, "train_list", [write("a", batch(4)), write("b", batch(2))])
     monkeypatch.setattr(CIFAR10, "test_list", [write("c", batch(4))])
@@ -44,28 +37,32 @@ def root(tmp_path, monkeypatch):
 
 def test_channels_first_and_in_order(root, rng):
     train, test = Cifar10().load(root, rng=rng())
-    assert (
-        train.labels.tolist() == [9, 8, 7, 6, 9, 8]
-        and len(test) == 4
-        and train.classes[3] == "class3"
-    )
-    assert (
-        train.shape == (3, 32, 32)
-        and train.images.dtype == torch.uint8
-        and train.images.is_contiguous()
-    )
+    assert train.labels.tolist() == [9, 8, 7, 6, 9, 8]
+    assert train.classes[3] == "class3"
+    assert len(test) == 4
+    assert train.shape == (3, 32, 32)
+    assert train.images.dtype == torch.uint8
+    assert train.images.is_contiguous()
     assert train.images[0, 2, 5].tolist() == list(range(100, 132))
 
 
-@pytest.mark.parametrize("spoil", ["missing", "corrupt", "meta"])
-def test_missing_or_corrupt_is_one_line(spoil, root, rng):
-    victim = root / CIFAR10.base_folder / ("meta" if spoil == "meta" else "b")
-    victim.unlink() if spoil == "missing" else victim.write_bytes(victim.read_bytes()[:-1])
-    with pytest.raises(
-        UserError, match=r"missing or corrupt under .*cifar-10-batches-py.*RNP_DATA"
-    ) as caught:
+@pytest.mark.parametrize("name", ["b", "c", "meta"])
+@pytest.mark.parametrize("missing", [True, False])
+def test_missing_or_corrupt_files_are_one_line(missing, name, root, rng):
+    victim = root / FOLDER / name
+    content = victim.read_bytes()
+    victim.unlink()
+    if not missing:
+        victim.write_bytes(content[:-1])
+    message = r"missing or corrupt under .*cifar-10-batches-py.*RNP_DATA"
+    with pytest.raises(UserError, match=message) as caught:
         Cifar10().load(root, rng=rng())
-    assert str(root) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(root) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_folder_is_the_one_of_torchvision():
+    assert FOLDER == CIFAR10.base_folder
 
 
 def test_a_download_without_network_is_one_line(tmp_path, rng, monkeypatch):

@@ -1,4 +1,4 @@
-"""Who gets which image: disjoint, stratified, and never more than there are."""
+"""The split of the images: disjoint, stratified, and never more than there are."""
 
 import pytest
 import torch
@@ -9,25 +9,23 @@ from rnp.errors import UserError
 
 
 def keys(data) -> set[bytes]:
-    """The images themselves; noise makes each of them unique."""
+    """The bytes of the images; noise makes each of them unique."""
     return {image.numpy().tobytes() for image in data.images}
 
 
 @pytest.mark.parametrize("classes, n", [(2, 20), (4, 40), (7, 70), (10, 500)])
-def test_every_stretch_of_k_holds_each_class_once(classes, n, rng):
+def test_every_run_of_k_has_each_class_once(classes, n, rng):
     labels = torch.arange(n)[torch.randperm(n, generator=rng())] % classes
     order = interleave(labels, classes, rng(1))
     assert order.sort().values.tolist() == list(range(n))
-    assert all(len(set(stretch)) == classes for stretch in labels[order].view(-1, classes).tolist())
+    assert all(len(set(run)) == classes for run in labels[order].view(-1, classes).tolist())
 
 
 @pytest.mark.parametrize(
     "sizes, off", [((50, 50, 50), 1), ((90, 9, 1), 2), ((30, 20, 10, 5), 2), ((1, 0, 7), 2)]
 )
 def test_every_beginning_is_stratified(sizes, off, rng):
-    """Each class has its share of the first n, to within one image for equal classes, for
-    every n.
-    """
+    """For every n each class has its share of the first n, equal classes to within one image."""
     labels = torch.cat([torch.full((size,), label) for label, size in enumerate(sizes)])
     share = torch.arange(1, len(labels) + 1).unsqueeze(1) * torch.tensor(sizes) / len(labels)
     for seed in range(5):
@@ -35,7 +33,7 @@ def test_every_beginning_is_stratified(sizes, off, rng):
         assert (counts - share).abs().max() < off, f"seed {seed}"
 
 
-def test_the_generator_decides_who(rng):
+def test_the_generator_decides(rng):
     labels = torch.arange(40) % 4
     assert torch.equal(interleave(labels, 4, rng(1)), interleave(labels, 4, rng(1)))
     assert not torch.equal(interleave(labels, 4, rng(1)), interleave(labels, 4, rng(2)))
@@ -43,12 +41,18 @@ def test_the_generator_decides_who(rng):
 
 @pytest.mark.parametrize("from_pool", [False, True])
 def test_defender_and_pool(from_pool, toy_set, rng):
-    train, test = toy_set(60), toy_set(12, seed=1)
+    train = toy_set(60)
+    test = toy_set(12, seed=1)
     splits = Split(defense_train=8, defense_val=6, from_pool=from_pool)(train, test, rng=rng())
-    ours, val, pool = keys(splits.defense.train), keys(splits.defense.val), keys(splits.pool)
-    assert (len(ours), len(val), len(pool)) == (8, 6, 60 if from_pool else 46)
-    assert not ours & val and (ours | val <= pool if from_pool else not (ours | val) & pool)
-    assert ours | val | pool == keys(train) and splits.test is test
+    optimize = keys(splits.defense.train)
+    val = keys(splits.defense.val)
+    pool = keys(splits.pool)
+    assert (len(optimize), len(val), len(pool)) == (8, 6, 60 if from_pool else 46)
+    assert not optimize & val
+    shared = (optimize | val) & pool
+    assert shared == (optimize | val if from_pool else set())
+    assert optimize | val | pool == keys(train)
+    assert splits.test is test
     assert splits.defense.train.labels.bincount().tolist() == [2, 2, 2, 2]
     assert set(splits.defense.val.labels.bincount(minlength=4).tolist()) == {1, 2}
 
@@ -65,8 +69,8 @@ def test_images_keep_their_labels(toy_set, rng):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"defense_train": 0}, "defense_train must be at least 1, got 0"),
-        ({"defense_val": -3}, "defense_val must be at least 1, got -3"),
+        ({"defense_train": 0}, "data.defense_train must be at least 1, got 0"),
+        ({"defense_val": -3}, "data.defense_val must be at least 1, got -3"),
         (
             {"defense_train": 30, "defense_val": 10},
             "= 40 leaves nothing of 40 training images; ask for fewer",
@@ -84,7 +88,6 @@ def test_too_much_is_refused(options, message, toy_set, rng):
 
 
 def test_all_of_the_pool_may_be_borrowed(toy_set, rng):
-    splits = Split(defense_train=30, defense_val=10, from_pool=True)(
-        toy_set(40), toy_set(4), rng=rng()
-    )
+    split = Split(defense_train=30, defense_val=10, from_pool=True)
+    splits = split(toy_set(40), toy_set(4), rng=rng())
     assert len(splits.pool) == 40

@@ -1,6 +1,4 @@
-"""What `test_narrow.py` runs in a process of its own, for a crash ends it: `shortcuts` or
-`networks`.
-"""
+"""Runs `shortcuts` or `networks` for `test_narrow.py`, which starts it as a process."""
 
 import sys
 
@@ -18,20 +16,26 @@ WIDTHS = range(1, 17)
 
 
 def shortcut_error(inputs: int, stride: int) -> float:
-    """Largest relative difference between the gradients of our shortcut and those of a strided
-    convolution in float64.
+    """Largest relative error of our shortcut against a strided convolution in float64.
+
+    Compared are outputs and gradients.
     """
     torch.manual_seed(inputs)
     strided = nn.Conv2d(inputs, 8, 1, stride, bias=False).double()
     ours = nn.Conv2d(inputs, 8, 1, bias=False).to(memory_format=torch.channels_last)
     ours.load_state_dict(strided.state_dict())
     images = torch.randn(32, inputs, 16, 16, dtype=torch.float64, requires_grad=True)
-    same = images.detach().float().contiguous(memory_format=torch.channels_last).requires_grad_()
-    truth = strided(images)
-    made = ours(subsample(same, stride))
-    truth.square().sum().backward()
-    made.square().sum().backward()
-    pairs = (truth, made), (strided.weight.grad, ours.weight.grad), (images.grad, same.grad)
+    single = images.detach().float().contiguous(memory_format=torch.channels_last)
+    single.requires_grad_()
+    expected = strided(images)
+    outputs = ours(subsample(single, stride))
+    expected.square().sum().backward()
+    outputs.square().sum().backward()
+    pairs = (
+        (expected, outputs),
+        (strided.weight.grad, ours.weight.grad),
+        (images.grad, single.grad),
+    )
     return max(float((b - a).abs().max() / a.abs().max()) for a, b in pairs)
 
 
@@ -47,21 +51,22 @@ def train_and_unlearn(arch: str, width: int) -> None:
 
 
 def shortcuts() -> None:
+    """Every width and stride, with one thread and with two."""
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for inputs in WIDTHS:
             for stride in (2, 4):
                 error = shortcut_error(inputs, stride)
-                assert error < 1e-5, (
-                    f"{threads} threads, {inputs} channels, stride {stride}: {error}"
-                )
+                case = f"{threads} threads, {inputs} channels, stride {stride}"
+                assert error < 1e-5, f"{case}: {error}"
 
 
 def networks() -> None:
+    """Every architecture in every width."""
     torch.set_num_threads(1)
     for arch in ARCHITECTURES:
         for width in WIDTHS:
-            print(arch, width, file=sys.stderr, flush=True)  # the last line tells where it crashed
+            print(arch, width, file=sys.stderr, flush=True)  # the last line is where it crashed
             train_and_unlearn(arch, width)
 
 

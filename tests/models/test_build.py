@@ -1,6 +1,4 @@
-"""Every architecture builds from its own generator, normalizes first, and refuses what it cannot
-be.
-"""
+"""Every architecture is built from its own generator, normalizes first, and explains errors."""
 
 import pytest
 import torch
@@ -10,11 +8,12 @@ from rnp.errors import UserError
 from rnp.models.build import Architecture, statistics
 from rnp.models.classifier import Classifier
 from rnp.models.names import ARCHITECTURES
-from rnp.models.vit import places
+from rnp.models.vit import position_embedding
 from rnp.neurons.masks import maskable
 from rnp.types import ImageSet
 
-MEAN, STD = torch.full((3,), 0.5), torch.full((3,), 0.25)
+MEAN = torch.full((3,), 0.5)
+STD = torch.full((3,), 0.25)
 
 
 def build(arch="resnet10", *, width=4, classes=5, channels=3, rng):
@@ -28,20 +27,21 @@ def build(arch="resnet10", *, width=4, classes=5, channels=3, rng):
 def test_builds_and_classifies(arch, channels, rng):
     model = build(arch, channels=channels, rng=rng())
     logits = model(torch.rand(2, channels, 32, 32, generator=rng()))
-    assert logits.shape == (2, 5) and logits.isfinite().all() and maskable(model)
+    assert logits.shape == (2, 5)
+    assert logits.isfinite().all()
+    assert maskable(model)
     logits.sum().backward()
-    assert all(p.grad is not None for p in model.parameters()), "a weight that takes no part"
+    assert all(p.grad is not None for p in model.parameters()), "some weight is not used"
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "vgg19_bn", "torchvision:resnet18"])
 def test_weights_come_from_the_generator_alone(arch, rng):
     before = torch.get_rng_state()
-    one, same, other = (build(arch, rng=rng(seed)).state_dict() for seed in (1, 1, 2))
+    seed_1, again, seed_2 = (build(arch, rng=rng(seed)).state_dict() for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before), "the global generator moved"
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    assert not torch.equal(
-        *(next(v for v in s.values() if v.dim() == 4 and v.shape[2] > 1) for s in (one, other))
-    )
+    assert all(torch.equal(seed_1[name], again[name]) for name in seed_1)
+    kernel = next(name for name, value in seed_1.items() if value.dim() == 4 and value.shape[2] > 1)
+    assert not torch.equal(seed_1[kernel], seed_2[kernel])
 
 
 def test_normalization_comes_first():
@@ -63,19 +63,13 @@ def test_he_initialization_by_fan_out(arch, first, rng):
 )
 def test_the_published_width_has_the_published_neurons(arch, neurons, rng):
     """4,800 masks for the CIFAR ResNet-18 is the number in the log of the published code."""
-    assert (
-        sum(
-            layer.num_features
-            for layer in maskable(build(arch, width=0, classes=10, rng=rng())).values()
-        )
-        == neurons
-    )
+    layers = maskable(build(arch, width=0, classes=10, rng=rng())).values()
+    assert sum(layer.num_features for layer in layers) == neurons
 
 
 def test_any_torchvision_classifier(rng):
-    assert build("torchvision:resnet18", rng=rng()).eval()(
-        torch.rand(2, 3, 32, 32, generator=rng())
-    ).shape == (2, 5)
+    model = build("torchvision:resnet18", rng=rng()).eval()
+    assert model(torch.rand(2, 3, 32, 32, generator=rng())).shape == (2, 5)
 
 
 @pytest.mark.parametrize(
@@ -83,11 +77,8 @@ def test_any_torchvision_classifier(rng):
     [
         ({"arch": "resnet81"}, "did you mean 'resnet18'?"),
         ({"arch": "zzz"}, "choose from resnet10"),
-        ({"width": -1}, "width must be 0 (the published one) or more, got -1"),
-        (
-            {"arch": "torchvision:resnet81"},
-            "torchvision has no classifier 'resnet81'; did you mean 'resnet18'?",
-        ),
+        ({"width": -1}, "model.width must be 0 or more, got -1"),
+        ({"arch": "torchvision:resnet81"}, "no classifier 'resnet81'; did you mean 'resnet18'?"),
         ({"arch": "torchvision:resnet18", "channels": 1}, "3 channels"),
     ],
 )
@@ -102,67 +93,55 @@ def test_statistics_by_hand():
     images[0, 0] = 255
     mean, std = statistics(ImageSet(images, torch.zeros(2, dtype=torch.int64), ("a", "b")))
     assert mean.tolist() == [0.5, 0.0]
-    assert std.tolist() == pytest.approx(
-        [(8 * 0.25 / 7) ** 0.5, 1e-3]
-    )  # a constant channel divides by no zero
+    # never 0, by which images would be divided
+    assert std.tolist() == pytest.approx([(8 * 0.25 / 7) ** 0.5, 1e-3])
 
 
 def test_statistics_are_those_of_the_floats(toy_set):
     data = toy_set(230)
     values = data.images[:210].double() / 255
     mean, std = statistics(data, 210)
-    assert torch.equal(mean, values.mean((0, 2, 3)).float()) and torch.equal(
-        std, values.std((0, 2, 3)).float()
-    )
+    assert torch.equal(mean, values.mean((0, 2, 3)).float())
+    assert torch.equal(std, values.std((0, 2, 3)).float())
 
 
-def test_torchvision_networks_with_helpers_answer_with_logits(rng):
+def test_torchvision_networks_with_auxiliary_heads_return_logits(rng):
     model = build("torchvision:googlenet", width=0, rng=rng())
     assert model.train()(torch.rand(2, 3, 64, 64, generator=rng())).shape == (2, 5)
 
 
-class Two(nn.Module):
+class TwoHeads(nn.Module):
     def forward(self, images):
         return images, images
 
 
 def test_two_heads_are_refused():
-    with pytest.raises(
-        UserError, match="Two answers with a tuple of 2 parts, not with one tensor of logits"
-    ):
-        Classifier(Two(), MEAN, STD)(torch.rand(1, 3, 4, 4))
+    message = "TwoHeads returns a tuple of 2 parts, not one tensor of logits"
+    with pytest.raises(UserError, match=message):
+        Classifier(TwoHeads(), MEAN, STD)(torch.rand(1, 3, 4, 4))
 
 
-def test_no_batch_norm_is_left_where_groups_take_its_place(rng):
-    norms = [
-        module
-        for module in build("resnet18_gn", width=24, rng=rng()).modules()
-        if isinstance(module, nn.GroupNorm)
-    ]
-    assert len(norms) == 20 and not any(
-        isinstance(module, nn.BatchNorm2d) for module in build("resnet18_gn", rng=rng()).modules()
-    )
+def test_group_norms_replace_every_batch_norm(rng):
+    modules = list(build("resnet18_gn", width=24, rng=rng()).modules())
+    norms = [module for module in modules if isinstance(module, nn.GroupNorm)]
+    assert len(norms) == 20
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in modules)
     assert all(norm.num_groups == min(32, norm.num_channels // 8) for norm in norms)
 
 
 @pytest.mark.parametrize("arch, sides", [("vit", (16, 32, 40)), ("convnext", (16, 32, 40))])
 def test_layered_networks_take_images_of_any_size(arch, sides, rng):
     model = build(arch, rng=rng()).eval()
-    assert all(
-        model(torch.rand(2, 3, side, side, generator=rng())).isfinite().all() for side in sides
-    )
+    for side in sides:
+        assert model(torch.rand(2, 3, side, side, generator=rng())).isfinite().all()
 
 
-def test_a_transformer_knows_where_things_are():
-    """Four waves for the row and four for the column, at angles of 1, .1, .01 and .001 a step; no
-    two places are alike.
-    """
-    found = places(torch.zeros(1, 16, 3, 5))[0]
-    assert found.shape == (15, 16) and len(found.unique(dim=0)) == 15
-    row, column = (
-        torch.tensor([2 * 10.0**-i for i in range(4)]),
-        torch.tensor([4 * 10.0**-i for i in range(4)]),
-    )
-    assert torch.allclose(
-        found[-1], torch.cat([row.sin(), row.cos(), column.sin(), column.cos()]), atol=1e-6
-    )
+def test_the_position_embedding_differs_at_every_place():
+    """Four waves for the row and four for the column, at angles of 1, .1, .01 and .001 a step."""
+    embedding = position_embedding(torch.zeros(1, 16, 3, 5))[0]
+    assert embedding.shape == (15, 16)
+    assert len(embedding.unique(dim=0)) == 15
+    row = torch.tensor([2 * 10.0**-i for i in range(4)])
+    column = torch.tensor([4 * 10.0**-i for i in range(4)])
+    last = torch.cat([row.sin(), row.cos(), column.sin(), column.cos()])
+    assert torch.allclose(embedding[-1], last, atol=1e-6)
