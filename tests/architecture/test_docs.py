@@ -33,7 +33,7 @@ def test_no_row_is_stale():
     printed = set()
     for path, measure in itertools.product(sorted(ROOT.glob("results/*/*.csv")), (None, *MEASURES)):
         done = CliRunner().invoke(
-            cli, ["table", str(path), *(["--by-attack", measure] if measure else [])]
+            cli, ["table", str(path), *(["--measure", measure] if measure else [])]
         )
         printed |= set(done.output.splitlines())
     presets = tuple(f"| {path.name} |" for path in ROOT.glob("results/*/"))
