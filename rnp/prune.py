@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -59,6 +61,15 @@ class Pruned:
     def neurons(self) -> list[Neuron]:
         """The pruned neurons."""
         return self.order[: self.chosen.pruned]
+
+    def metrics(self, rule: str, mask: NeuronMask) -> dict[str, Any]:
+        """The chosen point, the rule that chose it, and how many neurons each layer lost."""
+        return {
+            **dataclasses.asdict(self.chosen),
+            "rule": rule,
+            "neurons": sum(len(values) for values in mask.values()),
+            "layers": dict(Counter(layer for layer, _ in self.neurons)),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

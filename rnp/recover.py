@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from rnp.training.device import chosen_precision
 from rnp.training.loop import fit
 from rnp.types import Epoch, ImageSet, NeuronMask, OnEpoch, no_callback
 
+QUANTILES = (0.005, 0.01, 0.05, 0.1, 0.5)
+"""Of the masks, for reports; most masks are 1."""
+
 
 @dataclass(frozen=True)
 class Recovered:
@@ -36,6 +39,12 @@ class Recovered:
     final: NeuronMask
     model: nn.Module
     history: list[Epoch]
+
+    def metrics(self) -> dict[str, Any]:
+        """The number of neurons, and quantiles of their masks."""
+        values = torch.cat(list(self.mask.values()))
+        quantiles = {f"mask_quantile_{q}": values.quantile(q).item() for q in QUANTILES}
+        return {"neurons": len(values), **quantiles}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,20 @@ class Unlearned:
     stop_step: int
     accuracy: float
     retries: int
+
+    def metrics(self) -> dict[str, Any]:
+        """The numbers of a report; there must be at least one step."""
+        last = self.trajectory[-1]
+        return {
+            "reached": self.reached,
+            "stop_step": self.stop_step,
+            "accuracy": self.accuracy,
+            "learning_rate": last.learning_rate,
+            "retries": self.retries,
+            "steps": last.step,
+            "end_accuracy": last.accuracy,
+            "end_top_share": max(last.extra.values()),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

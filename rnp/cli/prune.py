@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 
 from rnp.cli.options import Files, command
 from rnp.evaluation.checks import require_usable
@@ -31,10 +30,4 @@ def prune(options: Prune, *, files: Files) -> None:
         write_json(draft / "order.json", {"order": pruned.order, "pruned": pruned.chosen.pruned})
     write_rows(files.report / "sweep.csv", [dataclasses.asdict(point) for point in pruned.sweep])
     sweep_curve(files.report / "sweep.png", pruned.sweep, pruned.chosen)
-    metrics = {
-        **dataclasses.asdict(pruned.chosen),
-        "rule": options.rule,
-        "neurons": sum(len(values) for values in mask.values()),
-        "layers": dict(Counter(layer for layer, _ in pruned.neurons)),
-    }
-    write_json(files.report / "metrics.json", metrics)
+    write_json(files.report / "metrics.json", pruned.metrics(options.rule, mask))

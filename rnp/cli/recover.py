@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from rnp.cli.options import Files, command
 from rnp.evaluation.checks import require_usable
 from rnp.io.datasets import load_defense_set
@@ -19,8 +17,6 @@ from rnp.reporting.progress import progress
 from rnp.seeds import generator
 from rnp.training.loop import steps_per_epoch
 from rnp.training.predict import accuracy
-
-QUANTILES = (0.005, 0.01, 0.05, 0.1, 0.5)
 
 
 @command("recover", Recover, inputs=("unlearned", "defense"))
@@ -44,7 +40,5 @@ def recover(options: Recover, *, files: Files, seed: int) -> None:
         write_rows(draft / "mask.csv", mask_rows(recovered.mask, model))
         save_model(draft / "model.safetensors", recovered.model, architecture, classes)
     mask_histogram(files.report / "masks.png", recovered.mask)
-    values = torch.cat(list(recovered.mask.values()))
-    quantiles = {f"mask_quantile_{q}": values.quantile(q).item() for q in QUANTILES}
-    metrics = {"accuracy": accuracy(recovered.model, clean), "neurons": len(values)}
-    write_json(files.report / "metrics.json", metrics | quantiles)
+    metrics = {"accuracy": accuracy(recovered.model, clean)} | recovered.metrics()
+    write_json(files.report / "metrics.json", metrics)

@@ -52,15 +52,4 @@ def unlearn(options: Unlearn, *, files: Files, seed: int) -> None:
             f" {len(unlearned.trajectory)} steps; continuing with the least accurate model; raise"
             " unlearn.epochs or unlearn.lr"
         )
-    last = unlearned.trajectory[-1]
-    metrics = {
-        "reached": unlearned.reached,
-        "stop_step": unlearned.stop_step,
-        "accuracy": unlearned.accuracy,
-        "learning_rate": last.learning_rate,
-        "retries": unlearned.retries,
-        "steps": last.step,
-        "end_accuracy": last.accuracy,
-        "end_top_share": max(last.extra.values()),
-    }
-    write_json(files.report / "metrics.json", metrics)
+    write_json(files.report / "metrics.json", unlearned.metrics())

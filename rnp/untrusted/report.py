@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-import torch
 from annotated_types import Ge
 
 from rnp.defenses.rnp_ft import RNPFT
@@ -34,7 +32,6 @@ NOT_TESTED = (
 HINT = "a benign model also drifts to some class: a label detected here is a hint, not a proof"
 MAX_SKIPPED = 1000
 """Skipped files that a report names at most."""
-QUANTILES = (0.005, 0.01, 0.05, 0.1, 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +175,7 @@ class AuditReport:
             "classes": dict(enumerate(self.classes)),
             "accuracy_before": describe_proportion(self.accuracy),
             **describe_detection(self),
-            "unlearn": describe_unlearning(self.unlearned),
+            "unlearn": self.unlearned.metrics(),
             "settings": {"model": dataclasses.asdict(self.spec)}
             | dataclasses.asdict(self.settings),
             **(describe_repair(self.repair, self.classes) if self.repair else {}),
@@ -208,44 +205,14 @@ def describe_detection(report: AuditReport) -> dict[str, dict]:
     return {"labels": labels, "triggers": {f"class {report.classes[trigger.label]}": size}}
 
 
-def describe_unlearning(unlearned: Unlearned) -> dict[str, object]:
-    last = unlearned.trajectory[-1]
-    return {
-        "reached": unlearned.reached,
-        "stop_step": unlearned.stop_step,
-        "accuracy": unlearned.accuracy,
-        "learning_rate": last.learning_rate,
-        "retries": unlearned.retries,
-        "steps": last.step,
-        "end_accuracy": last.accuracy,
-        "end_top_share": max(last.extra.values()),
-    }
-
-
 def describe_repair(repair: Repair, classes: tuple[str, ...]) -> dict[str, object]:
     cost = repair.cost
     return {
-        "recover": describe_recovery(repair),
-        "prune": describe_pruning(repair),
+        "recover": {"accuracy": repair.recovered_accuracy} | repair.recovered.metrics(),
+        "prune": repair.pruned.metrics(repair.rule, repair.recovered.mask),
         "accuracy_after": describe_proportion(repair.accuracy),
         "cost": dataclasses.asdict(cost) | {"value": cost.value, "interval": list(cost.interval())},
         "tuned_against": [classes[label] for label in repair.tuned_labels],
-    }
-
-
-def describe_recovery(repair: Repair) -> dict[str, object]:
-    values = torch.cat(list(repair.recovered.mask.values()))
-    quantiles = {f"mask_quantile_{q}": values.quantile(q).item() for q in QUANTILES}
-    return {"accuracy": repair.recovered_accuracy, "neurons": len(values), **quantiles}
-
-
-def describe_pruning(repair: Repair) -> dict[str, object]:
-    pruned = repair.pruned
-    return {
-        **dataclasses.asdict(pruned.chosen),
-        "rule": repair.rule,
-        "neurons": sum(len(values) for values in repair.recovered.mask.values()),
-        "layers": dict(Counter(layer for layer, _ in pruned.neurons)),
     }
 
 
