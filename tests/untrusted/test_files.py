@@ -91,7 +91,7 @@ def test_the_report_holds_what_was_measured(purified, scene):
     detectors = {"consensus", "trigger_survival", "prediction_drift", "neural_cleanse_index"}
     assert set(report["labels"]) == detectors and report["versions"]["rnp"]
     assert report["settings"]["recover"]["steps"] == 4
-    assert report["command"].startswith("rnp ")
+    assert report["command"].split()[0] == "rnp"
     assert "Any trigger" in report["not_tested"][0]
     pruned = report["prune"]
     assert f"pruned {pruned['pruned']} of {pruned['neurons']} neurons" in output
