@@ -10,10 +10,10 @@ import statistics
 from pathlib import Path
 
 import click
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from rnp.reporting.figures import BLUE, GRAY, INK, RED
 from rnp.reporting.table import Row, latest_comparable, read
@@ -30,10 +30,9 @@ DEFENSE = "rnp_ft"
 
 def draw(path: Path) -> None:
     """Write the picture to `path`."""
-    matplotlib.use("agg")
     figure = Figure(figsize=(9, 2.5), dpi=200, layout="constrained")
     axes = figure.subplots(1, 4, width_ratios=[1, 1, 1.25, 1.25])
-    picture = matplotlib.image.imread(GALLERY)
+    picture = imread(GALLERY)
     show(axes[0], picture[CLEAN, COLUMN], "clean image", "true class: truck")
     show(axes[1], picture[TRIGGERED, COLUMN], "image with trigger", "target label: airplane")
     runs = passed(latest_comparable(list(read(TABLE))))
