@@ -65,12 +65,14 @@ class Unlearn(Hyperparameters):
     """Gradient ascent on the cross-entropy of the defense set.
 
     Source: Li et al., ICML 2023, section 3 and Algorithm 1.
-    Differs: the stop is checked after every step, in eval mode. A step that costs more than
-    `max_drop_per_step` of accuracy is undone and the step size halved, so that one default serves
-    small and large models. Gradients are clipped after the backward pass, not before it. With
-    `until_collapse` the ascent goes on after the stop, for detection only. The published run is
-    restored by `stop_metric="running", stop_accuracy=0.2, lr=0.01, milestones=(10, 20),
-    epochs=21, max_drop_per_step=0, max_grad_norm=0, until_collapse=False`.
+    Differs: the stop is checked after every step, in eval mode. The step size adapts, so that one
+    default serves small and large models and those that others trained: it grows by `growth` after
+    a step that costs less than `free_drop` of accuracy, and a step that costs more than
+    `max_drop_per_step` is undone and the step size halved. Gradients are clipped after the backward
+    pass, not before it. With `until_collapse` the ascent goes on after the stop, for detection
+    only. The published run is restored by `stop_metric="running", stop_accuracy=0.2, lr=0.01,
+    milestones=(10, 20), epochs=21, max_drop_per_step=0, max_grad_norm=0,
+    until_collapse=False`.
     """
 
     optimizer: Annotated[
@@ -104,6 +106,12 @@ class Unlearn(Hyperparameters):
         Ge(0),
         "accuracy that one step may cost, else it is undone and the step halved; 0 allows any",
     ] = 0.1
+    growth: Annotated[
+        float, Ge(1), "factor on the step size after a step that costs almost nothing; 1 keeps it"
+    ] = 1.0
+    free_drop: Annotated[
+        float, Ge(0), "accuracy that a step may cost and still count as almost nothing"
+    ] = 0.01
     until_collapse: Annotated[
         bool, "continue after the stop until one class gets all predictions, for detection"
     ] = True
@@ -140,6 +148,10 @@ class Unlearn(Hyperparameters):
             else:
                 return ascent.result(attempt)
         raise AssertionError("unreachable")
+
+
+GROWING = Unlearn(growth=1.2)
+"""For networks of unknown training, on which the default step may be far too small."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +247,8 @@ class _Ascent:
         if self._drops_too_far(accuracy):
             self._undo_step()
             return False
+        if self.options.growth > 1 and self.accuracy - accuracy < self.options.free_drop:
+            self.step_factor *= self.options.growth
         self.accuracy = accuracy
         if self.options.max_drop_per_step:
             self.undo_point = self._training_state()

@@ -336,3 +336,23 @@ def descend(ascent, images, labels):
     logits = ascent.model(images)
     ascent.last_loss = torch.zeros(())
     return F.cross_entropy(logits, labels), logits
+
+
+def test_the_step_grows_while_it_costs_nothing(trained, toy_set, rng):
+    """By `growth` from one step to the next on the plateau, and no longer once accuracy falls."""
+    options = Unlearn(**vars(GENTLE) | {"lr": 1e-3, "growth": 1.5, "max_drop_per_step": 0})
+    rows = options(trained, toy_set(60), rng=rng()).trajectory
+    before = accuracy(trained, toy_set(60))
+    for row, after in itertools.pairwise(rows):
+        costs_nothing = before - row.accuracy < options.free_drop
+        factor = after.learning_rate / row.learning_rate
+        assert factor == pytest.approx(1.5 if costs_nothing else 1.0)
+        before = row.accuracy
+    assert rows[-1].learning_rate > 10 * rows[0].learning_rate
+
+
+def test_growth_reaches_the_stop_where_a_fixed_step_does_not(trained, toy_set, rng):
+    data = toy_set(60)
+    tiny = {"lr": 1e-4, "epochs": 10}
+    assert not Unlearn(**vars(GENTLE) | tiny)(trained, data, rng=rng()).reached
+    assert Unlearn(**vars(GENTLE) | tiny | {"growth": 1.2})(trained, data, rng=rng()).reached

@@ -20,7 +20,7 @@ from rnp.untrusted.report import AuditSettings, RepairSettings, summarize
 def purify(source: Source, settings: RepairSettings, *, out: Path, mlflow: bool) -> None:
     """Repair MODEL with clean images alone.
 
-    MODEL is unlearned, recovered and pruned, then fine-tuned if a small trigger still works. OUT
+    MODEL is unlearned, recovered and pruned, then rebuilt against the triggers that work. OUT
     gets purified.safetensors, report.html, report.json, modelcard.md and masks.csv. The file MODEL
     is read as `rnp convert` reads it, and never changed.
     """

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -11,8 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from rnp.clock import now
-from rnp.defenses.rnp import RNP
-from rnp.defenses.rnp_ft import RNPFT
+from rnp.defenses.rnp_rebuild import RNPRebuild
 from rnp.detection.base import RecoveredTrigger
 from rnp.detection.labels.consensus import Consensus
 from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
@@ -23,6 +21,7 @@ from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.evaluation.metrics import Proportion
 from rnp.models.classifier import Classifier
 from rnp.prune import Prune
+from rnp.rebuild import Rebuild
 from rnp.recover import Recover
 from rnp.seeds import generator, root
 from rnp.training.predict import accuracy, predict
@@ -53,15 +52,16 @@ def purify(
     unlearn: Unlearn = DEFAULTS.unlearn,
     recover: Recover = DEFAULTS.recover,
     prune: Prune = DEFAULTS.prune,
+    rebuild: Rebuild = DEFAULTS.rebuild,
     search: NeuralCleanse = DEFAULTS.search,
     tuning_rounds: int = DEFAULTS.tuning_rounds,
     out: Path | str | None = None,
 ) -> AuditReport:
     """Repair the model in a file with clean images; the file itself is not changed.
 
-    The repair is RNP, then at most `tuning_rounds` rounds of fine-tuning, as in the defense
-    `rnp_ft`, against the triggers that still work. Up to the fine-tuning the result equals that of
-    the pipeline's stages with the same defense set and seed.
+    The repair is that of the defense `rnp_rebuild`: RNP, then rebuilding from the given model, and
+    at most `tuning_rounds` further rounds against the triggers that still work. Up to the pruning
+    the result equals that of the pipeline's stages with the same defense set, seed and options.
 
     Args:
         model: A checkpoint (.pt, .pth, .ckpt, .bin, .safetensors), which need not be trusted.
@@ -73,7 +73,12 @@ def purify(
     Raises: UserError when the file is refused or something does not fit.
     """
     settings = RepairSettings(
-        unlearn=unlearn, search=search, recover=recover, prune=prune, tuning_rounds=tuning_rounds
+        unlearn=unlearn,
+        search=search,
+        recover=recover,
+        prune=prune,
+        rebuild=rebuild,
+        tuning_rounds=tuning_rounds,
     )
     return load_and_audit(model, clean, spec, seed, settings, out)
 
@@ -160,34 +165,35 @@ def repair_model(
     triggers: list[RecoveredTrigger],
     on_epoch: OnEpoch,
 ) -> Repair:
-    """Recover and prune the model, then fine-tune it if a trigger still works."""
-    clean = case.defense.train
-    method = RNP(recover=settings.recover, prune=settings.prune)
-    result = method.repair_from(
-        case.loaded.model, unlearned, case.defense, rng=root(case.seed), on_epoch=on_epoch
+    """Recover and prune the model, then rebuild it against the triggers that work."""
+    method = RNPRebuild(
+        recover=settings.recover,
+        prune=settings.prune,
+        rebuild=settings.rebuild,
+        search=settings.search,
+        tuning_rounds=settings.tuning_rounds,
     )
-    repaired = cast(Classifier, copy.deepcopy(result.model))  # as the given model is one
-    tuned_labels: list[int] = []
-    if settings.tuning_rounds:
-        tuning = RNPFT(search=settings.search, tuning_rounds=settings.tuning_rounds)
-        _, tuned_labels = tuning.fine_tune_against(
-            repaired,
-            triggers,
-            unlearned.trajectory,
-            clean,
-            rng=generator(case.seed, "purify/tune"),
-            on_epoch=on_epoch,
-        )
+    result = method.repair_from(
+        case.loaded.model,
+        unlearned,
+        triggers,
+        case.defense,
+        rng=root(case.seed),
+        on_epoch=on_epoch,
+    )
+    recovered = result.rnp.recovered
+    prune = method.choose_prune(method.suspect(triggers, unlearned.trajectory))
+    repaired = cast(Classifier, result.model)  # as the given model is one
     everything = case.defense.all
     return Repair(
         model=repaired,
-        recovered=result.recovered,
-        recovered_accuracy=accuracy(result.recovered.model, clean),
-        pruned=result.pruned,
+        recovered=recovered,
+        recovered_accuracy=accuracy(recovered.model, case.defense.train),
+        pruned=result.rnp.pruned,
         rule=settings.prune.rule,
         accuracy=Proportion(int(hits(repaired, everything).sum()), len(everything)),
-        cost=held_out_cost(case, settings.prune, result.recovered.mask, result.model, repaired),
-        tuned_labels=tuple(tuned_labels),
+        cost=held_out_cost(case, prune, settings.rebuild, recovered.mask, result.tuned_against),
+        tuned_labels=tuple(result.tuned_labels),
     )
 
 
@@ -197,20 +203,26 @@ def hits(model: nn.Module, data: ImageSet) -> Bool[Tensor, "n"]:
 
 
 def held_out_cost(
-    case: AuditCase, prune: Prune, mask: NeuronMask, pruned: nn.Module, repaired: nn.Module
+    case: AuditCase,
+    prune: Prune,
+    rebuild: Rebuild,
+    mask: NeuronMask,
+    triggers: Sequence[RecoveredTrigger],
 ) -> HeldOutCost:
     """The cost in accuracy of such a repair, on images that have no part in it.
 
-    For the pruning neurons are chosen with one half of the images, and the accuracy is compared on
-    the other half. The change there by the fine-tuning, which saw the first half alone, is added.
+    The neurons are pruned and the model is rebuilt once more, with one half of the images, and the
+    accuracy is compared on the other half. `triggers` are recovered from the first half alone.
     """
     given = case.loaded.model
-    held_out = case.defense.val
-    trial = prune(given, mask, case.defense.train).model
-    turned_wrong = turned_right = 0
-    for before, after in ((given, trial), (pruned, repaired)):
-        hits_before = hits(before, held_out)
-        hits_after = hits(after, held_out)
-        turned_wrong += int((hits_before & ~hits_after).sum())
-        turned_right += int((~hits_before & hits_after).sum())
-    return HeldOutCost(turned_wrong=turned_wrong, turned_right=turned_right, n=len(held_out))
+    clean = case.defense.train
+    trial = prune(given, mask, clean)
+    rng = generator(case.seed, "purify/cost")
+    rebuilt = rebuild(given, trial.model, trial.neurons, clean, rng=rng, triggers=triggers)
+    hits_before = hits(given, case.defense.val)
+    hits_after = hits(rebuilt, case.defense.val)
+    return HeldOutCost(
+        turned_wrong=int((hits_before & ~hits_after).sum()),
+        turned_right=int((~hits_before & hits_after).sum()),
+        n=len(case.defense.val),
+    )

@@ -8,15 +8,16 @@ from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge
 
-from rnp.defenses.rnp_ft import RNPFT
+from rnp.defenses.rnp_rebuild import RNPRebuild
 from rnp.detection.base import LabelVerdict, RecoveredTrigger
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.evaluation.metrics import Proportion, paired_interval
 from rnp.models.classifier import Classifier
 from rnp.params.ranges import Hyperparameters
 from rnp.prune import Prune, Pruned
+from rnp.rebuild import REBUILDABLE, Rebuild
 from rnp.recover import Recover, Recovered
-from rnp.unlearn import Unlearn, Unlearned
+from rnp.unlearn import GROWING, Unlearn, Unlearned
 from rnp.untrusted.model import LoadedModel
 from rnp.untrusted.spec import ModelSpec
 
@@ -38,7 +39,7 @@ MAX_SKIPPED = 1000
 class AuditSettings(Hyperparameters):
     """The methods that examine a model."""
 
-    unlearn: Unlearn = Unlearn()
+    unlearn: Unlearn = GROWING
     search: NeuralCleanse = SEARCH
 
 
@@ -49,13 +50,14 @@ class RepairSettings(AuditSettings):
     section: ClassVar[str] = "purify"
 
     recover: Recover = Recover()
-    prune: Prune = Prune()
+    prune: Prune = REBUILDABLE
+    rebuild: Rebuild = Rebuild()
     tuning_rounds: Annotated[
         int,
         Ge(0),
-        "largest number of rounds of fine-tuning against triggers that work after pruning; 0 stops"
-        " after pruning",
-    ] = RNPFT().tuning_rounds
+        "largest number of rounds of looking for triggers that still work, and rebuilding against"
+        " them",
+    ] = RNPRebuild().tuning_rounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +114,8 @@ class Repair:
 
     `accuracy` is on all clean images, with which the neurons were chosen; `recovered_accuracy` is
     that of the recovered model on the images that the masks were optimized on. `rule` is the one
-    that chose the neurons, `tuned_labels` are the classes whose triggers the model was fine-tuned
-    against.
+    that chose the neurons, `tuned_labels` are the classes against whose triggers the model was
+    rebuilt.
     """
 
     model: Classifier
@@ -239,7 +241,7 @@ def describe_verdict(verdict: LabelVerdict, classes: tuple[str, ...]) -> str:
 def summarize_repair(repair: Repair, classes: tuple[str, ...]) -> str:
     neurons = sum(len(values) for values in repair.recovered.mask.values())
     names = ", ".join(classes[label] for label in repair.tuned_labels)
-    tuning = f", then tuned against triggers of {names}" if names else ""
+    tuning = f", then rebuilt against triggers of {names}" if names else ""
     low, high = repair.cost.interval()
     return (
         f"pruned {repair.pruned.chosen.pruned} of {neurons} neurons{tuning}; accuracy on images"

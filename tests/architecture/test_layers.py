@@ -16,7 +16,7 @@ LAYERS = (
     ("rnp.cli", "rnp.__main__"),
     ("rnp.untrusted", "rnp.sweep", "rnp.reporting", "rnp.params.schema", "rnp.params.presets"),
     ("rnp.evaluation",),
-    ("rnp.attacks", "rnp.defenses", "rnp.detection"),
+    ("rnp.attacks", "rnp.defenses", "rnp.detection", "rnp.rebuild"),
     ("rnp.io", "rnp.tracking"),
     ("rnp.unlearn", "rnp.recover", "rnp.prune"),
     ("rnp.neurons", "rnp.training", "rnp.models", "rnp.data"),

@@ -11,6 +11,7 @@ from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.io.datasets import save_defense_set
 from rnp.io.models import save_model
 from rnp.models.build import Architecture
+from rnp.rebuild import Rebuild
 from rnp.recover import Recover
 from rnp.training.recipe import Train
 from rnp.types import DefenseSet
@@ -26,9 +27,9 @@ def quick():
     return SimpleNamespace(
         model="--arch resnet10 --width 4 --mean 0.5,0.5,0.5 --std 0.25,0.25,0.25"
         " --image-size 16".split(),
-        unlearn="--unlearn.epochs 6 --unlearn.lr 0.05".split(),
+        unlearn="--unlearn.epochs 6 --unlearn.lr 0.05 --unlearn.growth 1".split(),
         search="--search.steps 3 --search.batch-size 2".split(),
-        recover="--recover.steps 4".split(),
+        recover="--recover.steps 4 --rebuild.steps 0".split(),
         spec=ModelSpec(
             arch="resnet10", width=4, mean="0.5,0.5,0.5", std="0.25,0.25,0.25", image_size=16
         ),
@@ -36,7 +37,7 @@ def quick():
             "unlearn": Unlearn(lr=0.05, epochs=6),
             "search": NeuralCleanse(steps=2, batch_size=2),
         },
-        repair={"recover": Recover(steps=4)},
+        repair={"recover": Recover(steps=4), "rebuild": Rebuild(steps=0)},
     )
 
 

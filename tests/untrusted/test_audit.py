@@ -14,11 +14,13 @@ from torch import nn
 
 import rnp
 from rnp.cli.main import cli
-from rnp.defenses.rnp_ft import RNPFT
+from rnp.detection.base import RecoveredTrigger
 from rnp.detection.labels.prediction_drift import PredictionDrift
 from rnp.errors import UserError
 from rnp.io.files import sha256
 from rnp.models.build import Architecture, register_function
+from rnp.prune import Prune
+from rnp.rebuild import Rebuild
 from rnp.recover import Recover
 from rnp.unlearn import Unlearn
 from rnp.untrusted.audit import DETECTORS
@@ -130,7 +132,8 @@ def test_the_result_equals_the_pipelines(scene, tmp_path, quick):
         result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
         assert result.exit_code == 0, result.output
     out = tmp_path / "out"
-    rnp.purify(model, defense, out=out, seed=3, tuning_rounds=0, **quick.methods, **quick.repair)
+    methods = quick.methods | quick.repair | {"prune": Prune()}
+    rnp.purify(model, defense, out=out, seed=3, tuning_rounds=0, **methods)
     assert sha256(out / "purified.safetensors") == sha256(folders["prune"] / "model.safetensors")
     assert (out / "masks.csv").read_bytes() == (folders["recover"] / "mask.csv").read_bytes()
 
@@ -160,7 +163,7 @@ def test_files_written_by_the_library_are_those_of_the_command(scene, tmp_path, 
 
 def test_an_active_label_is_tuned_against(scene, quick, monkeypatch):
     """After pruning; the given model stays as it is."""
-    monkeypatch.setattr(RNPFT, "suspicious", lambda _, triggers: triggers[:1])
+    monkeypatch.setattr(RecoveredTrigger, "effective_size", 5.0)
     drift = torch.tensor([1.0, 0.0, 0.0, 0.0])
     monkeypatch.setattr(PredictionDrift, "from_trajectory", lambda *_: drift)
     report = rnp.purify(
@@ -169,7 +172,7 @@ def test_an_active_label_is_tuned_against(scene, quick, monkeypatch):
         spec=quick.spec,
         tuning_rounds=1,
         **quick.methods,
-        **quick.repair,
+        **quick.repair | {"rebuild": Rebuild(steps=3)},
     )
     assert report.repair is not None and report.repair.tuned_labels == (0,)
     weight = "net.conv1.weight"

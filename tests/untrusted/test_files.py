@@ -12,11 +12,11 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from rnp.cli.main import cli, guard
-from rnp.defenses.rnp_ft import RNPFT
 from rnp.detection.base import RecoveredTrigger
 from rnp.detection.labels.prediction_drift import PredictionDrift
 from rnp.io.files import sha256
 
+REBUILD = "--rebuild.steps 3 --rebuild.batch-size 20".split()
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -36,7 +36,7 @@ def options(quick):
 
 @pytest.fixture(scope="module")
 def purified(scene, options, tmp_path_factory):
-    """The folder and the output of a command without fine-tuning."""
+    """The folder and the output of a command without rebuilding."""
     out = tmp_path_factory.mktemp("purified") / "out"
     return out, run("purify", scene, "-o", out, "--tuning-rounds", 0, *options)
 
@@ -139,34 +139,38 @@ def test_the_page_opens_in_a_browser(purified, tmp_path):
     assert "<title>4 pictures</title>" in result.stdout, result.stderr[-500:]
 
 
-def test_fine_tuning_is_reported_everywhere(scene, options, tmp_path, monkeypatch):
+def test_rebuilding_is_reported_everywhere(scene, options, tmp_path, monkeypatch):
     """In the terminal, the report, the card and the page."""
-    monkeypatch.setattr(RNPFT, "suspicious", lambda _, triggers: triggers[:1])
+    monkeypatch.setattr(RecoveredTrigger, "effective_size", 5.0)
     drift = torch.tensor([1.0, 0.0, 0.0, 0.0])
     monkeypatch.setattr(PredictionDrift, "from_trajectory", lambda *_: drift)
     out = tmp_path / "out"
-    output = run("purify", scene, "-o", out, "--tuning-rounds", 1, *options)
-    assert "neurons, then tuned against triggers of bird<b>; accuracy" in output
+    output = run("purify", scene, "-o", out, "--tuning-rounds", 1, *options, *REBUILD)
+    assert "neurons, then rebuilt against triggers of bird<b>; accuracy" in output
     report = json.loads((out / "report.json").read_text())
     assert report["tuned_against"] == ["bird<b>"] and report["settings"]["tuning_rounds"] == 1
     card, page = (out / "modelcard.md").read_text(), (out / "report.html").read_text()
-    assert "tuned, in at most 1 short rounds" in card and "All other weights" not in card
-    tuned = "tuned, in at most 1 short rounds, against triggers recovered for bird&lt;b&gt;"
-    assert tuned in page and "bird<b>" not in page
+    assert "misled by the triggers recovered for bird<b>" in card
+    assert "All other weights" not in card
+    assert "misled by the triggers recovered for bird&lt;b&gt;" in page and "bird<b>" not in page
     before = load_file(scene / "model.safetensors")
     after = load_file(out / "purified.safetensors")
     assert not torch.equal(before["conv1.weight"], after["conv1.weight"])
 
 
-def test_no_active_label_means_no_fine_tuning(scene, options, tmp_path, monkeypatch):
-    """Triggers of the pruned model are no smaller than the median, and nothing drifts."""
+def test_without_evidence_the_model_is_rebuilt_against_no_trigger(
+    scene, options, tmp_path, monkeypatch
+):
+    """No trigger is smaller than another, and nothing drifts."""
     monkeypatch.setattr(RecoveredTrigger, "effective_size", 5.0)
     monkeypatch.setattr(PredictionDrift, "from_trajectory", lambda *_: torch.full((4,), 0.25))
-    output = run("purify", scene, "-o", tmp_path / "out", *options)
-    assert "tuned" not in output
+    output = run("purify", scene, "-o", tmp_path / "out", *options, *REBUILD)
+    assert "rebuilt against" not in output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["tuned_against"] == []
-    assert "All other weights are unchanged" in (tmp_path / "out" / "modelcard.md").read_text()
+    card, page = ((tmp_path / "out" / name).read_text() for name in ("modelcard.md", "report.html"))
+    assert "outputs of the given model on the clean images again." in card
+    assert "No label was suspicious enough" in page
 
 
 def test_inspection_changes_nothing(scene, quick, tmp_path, monkeypatch):

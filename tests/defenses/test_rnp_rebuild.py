@@ -1,0 +1,212 @@
+"""RNP with rebuilding: what counts as evidence, and what follows from it."""
+
+import dataclasses
+
+import pytest
+import torch
+from planted import TARGET, images
+from torch import nn
+
+from rnp.defenses.rnp import RNP
+from rnp.defenses.rnp_rebuild import RNPRebuild
+from rnp.detection.base import RecoveredTrigger, blend
+from rnp.detection.labels.prediction_drift import PredictionDrift
+from rnp.detection.triggers.neural_cleanse import NeuralCleanse
+from rnp.errors import UserError
+from rnp.prune import Prune
+from rnp.rebuild import Rebuild
+from rnp.training.augment import Augment
+from rnp.training.predict import predict
+from rnp.types import DefenseSet, to_floats
+from rnp.unlearn import Unlearn
+
+METHOD = RNPRebuild(
+    unlearn=Unlearn(epochs=2, max_drop_per_step=0),
+    search=NeuralCleanse(steps=150, batch_size=16),
+    rebuild=Rebuild(steps=5, batch_size=20, augment=Augment(crop=0, flip=False)),
+)
+
+
+class BackdooredNet(nn.Module):
+    """Channel 0 of its layer sees the bright corner that leads to class 3, channels 1 to 6 the
+    rows of the six classes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 7, 8, bias=False)
+        self.bn = nn.BatchNorm2d(7)
+        self.head = nn.Linear(7, 6)
+        weight = torch.zeros(7, 3, 8, 8)
+        weight[0, :, 6:, 6:] = 1 / 12
+        for c in range(6):
+            weight[1 + c, :, c] = 1 / 24
+        self.conv.weight.data = weight
+        self.bn.bias.data[0] = -0.15  # the corner must be brighter than in any clean image
+        head = torch.zeros(6, 7)
+        head[:, 1:] = 4 * torch.eye(6)
+        head[TARGET, 0] = 60.0
+        self.head.weight.data = head
+        self.head.bias.data = torch.zeros(6)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.bn(self.conv(x))).flatten(1))
+
+
+@pytest.fixture
+def model():
+    return BackdooredNet().eval()
+
+
+@pytest.fixture
+def defense_set():
+    return DefenseSet(images(60), images(60, seed=1))
+
+
+def trigger(label, area):
+    """A mask of that many pixels that moves every image."""
+    mask = torch.zeros(64)
+    mask[:area] = 1
+    return RecoveredTrigger(label, mask.view(8, 8), torch.ones(3, 8, 8), 1.0, 0.0)
+
+
+@dataclasses.dataclass
+class Script:
+    """The sizes of the triggers in the given model and of those that each round is to recover.
+
+    `searched` collects the labels that each round looked at, `against` the labels of the triggers
+    of each rebuilding, `budgets` what each pruning might cost.
+    """
+
+    given: dict[int, int] = dataclasses.field(default_factory=lambda: {TARGET: 3})
+    rounds: list[dict[int, int]] = dataclasses.field(default_factory=list)
+    searched: list[list[int]] = dataclasses.field(default_factory=list)
+    against: list[list[int]] = dataclasses.field(default_factory=list)
+    budgets: list[float] = dataclasses.field(default_factory=list)
+    drift: torch.Tensor = dataclasses.field(default_factory=lambda: torch.eye(6)[TARGET] * 0.4)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Where the script has no size, triggers have 20 to 24 pixels."""
+    script = Script()
+    rebuild = Rebuild.__call__
+    prune = Prune.__call__
+
+    def recover(*_, **__):
+        return [trigger(c, script.given.get(c, 20 + c % 5)) for c in range(6)]
+
+    def recover_for(_, labels, *__, **___):
+        script.searched.append(list(labels))
+        sizes = script.rounds.pop(0) if script.rounds else {}
+        return [trigger(label, sizes.get(label, 20)) for label in labels]
+
+    def record_rebuild(self, *args, triggers, **options):
+        script.against.append([trigger.label for trigger in triggers])
+        return rebuild(self, *args, triggers=triggers, **options)
+
+    def record_prune(self, *args):
+        script.budgets.append(self.max_accuracy_drop)
+        return prune(self, *args)
+
+    monkeypatch.setattr(NeuralCleanse, "recover", recover)
+    monkeypatch.setattr(NeuralCleanse, "recover_for", recover_for)
+    monkeypatch.setattr(Rebuild, "__call__", record_rebuild)
+    monkeypatch.setattr(Prune, "__call__", record_prune)
+    monkeypatch.setattr(PredictionDrift, "from_trajectory", lambda *_: script.drift)
+    return script
+
+
+def same(one, other):
+    other_state = other.state_dict()
+    return all(torch.equal(value, other_state[name]) for name, value in one.state_dict().items())
+
+
+def test_an_abnormally_small_trigger_is_evidence(model, defense_set, rng, script):
+    result = METHOD.repair(model, defense_set, rng=rng())
+    assert script.against == [[TARGET]] and result.tuned_labels == [TARGET]
+    assert script.searched == [[TARGET]]
+    assert script.budgets == [METHOD.prune.max_accuracy_drop]
+
+
+def test_without_evidence_it_prunes_less_and_rebuilds_against_nothing(
+    model, defense_set, rng, script
+):
+    """The smallest trigger and the strongest drift are looked at again all the same."""
+    script.given = {5: 19}
+    result = METHOD.repair(model, defense_set, rng=rng())
+    assert script.budgets == [METHOD.cautious_accuracy_drop]
+    assert script.against == [[]] and result.tuned_against == []
+    assert script.searched == [[TARGET, 5]]
+
+
+def test_a_label_that_the_drift_reports_is_evident(model, defense_set, rng, script):
+    script.given = {}
+    script.drift = 0.8 * torch.eye(6)[5]
+    result = METHOD.repair(model, defense_set, rng=rng())
+    assert script.against == [[5]] and result.tuned_labels == [5]
+    assert script.searched == [[0, 5]]
+
+
+def test_every_round_rebuilds_against_all_triggers_so_far(model, defense_set, rng, script):
+    """A label that becomes active brings the trigger that it has in the given model."""
+    script.drift = 0.4 * torch.eye(6)[5]
+    script.rounds = [{5: 2}, {TARGET: 2}]
+    METHOD.repair(model, defense_set, rng=rng())
+    assert script.searched == [[TARGET, 5]] * 2
+    assert script.against == [[TARGET], [TARGET, 5, 5], [TARGET, 5, 5, TARGET]]
+
+
+def test_no_rounds_rebuild_once(model, defense_set, rng, script):
+    dataclasses.replace(METHOD, tuning_rounds=0).repair(model, defense_set, rng=rng())
+    assert script.searched == [] and script.against == [[TARGET]]
+
+
+def test_up_to_the_pruning_it_is_rnp(model, defense_set, rng, script):
+    result = METHOD.repair(model, defense_set, rng=rng())
+    method = RNP(unlearn=METHOD.unlearn, recover=METHOD.recover, prune=METHOD.prune)
+    expected = method.repair(model, defense_set, rng=rng())
+    assert same(result.rnp.model, expected.model) and not same(result.model, expected.model)
+    assert result.rnp.chosen == expected.chosen
+
+
+def test_the_model_and_the_generator_stay_as_they_are(model, defense_set, rng, script, unchanged):
+    generator = rng()
+    before = generator.get_state()
+    METHOD.repair(unchanged(model), defense_set, rng=generator)
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_a_backdoor_that_pruning_leaves_active_is_removed(model, defense_set, rng):
+    """Success of the trigger that the given model has, on images that nothing was tuned on."""
+    method = dataclasses.replace(
+        METHOD,
+        prune=Prune(rule="number", num_neurons=0),
+        rebuild=dataclasses.replace(METHOD.rebuild, steps=60, lr=0.05, distort_fraction=0),
+    )
+    test = images(60, seed=2)
+    (recovered,) = method.search.recover_for([TARGET], model, defense_set.train, rng=rng())
+    others = to_floats(test.images[test.labels != TARGET])
+
+    def success(network):
+        logits = predict(network, blend(others, recovered.mask, recovered.pattern))
+        return (logits.argmax(1) == TARGET).float().mean().item()
+
+    result = method.repair(model, defense_set, rng=rng())
+    assert success(model) > 0.9
+    assert success(result.rnp.model) > 0.9
+    assert success(result.model) < 0.2
+    assert TARGET in result.tuned_labels
+
+
+@pytest.mark.parametrize(
+    "name, value, bounds",
+    [
+        ("tuning_rounds", -1, "0 or more"),
+        ("min_index", -1, "0 or more"),
+        ("cautious_accuracy_drop", 1, r"in \[0, 1\)"),
+    ],
+)
+def test_impossible_settings_are_refused(name, value, bounds):
+    with pytest.raises(UserError, match=rf"rnp_rebuild\.{name} must be .*{bounds}"):
+        RNPRebuild(**{name: value})
