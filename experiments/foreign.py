@@ -41,7 +41,7 @@ from rnp.training.device import use_precision
 from rnp.training.malloc import keep_freed_pages
 from rnp.training.predict import accuracy
 from rnp.types import DefenseSet, ImageSet
-from rnp.untrusted.model import load_untrusted_model
+from rnp.untrusted.model import load_untrusted_model, output_size
 
 DEFENDER = 500
 """Clean images of the defender."""
@@ -109,6 +109,7 @@ def load_case(folder: Path, file: str, seed: int) -> Case:
     loaded = load_untrusted_model(
         folder / file, arch=arch, width=0, mean=per_channel(mean), std=per_channel(std)
     )
+    output_size(loaded.model, 32)  # chooses the memory layout
     _, tests = Cifar10().load(data_root(), rng=generator(seed, "prepare"))
     order = torch.randperm(len(tests), generator=generator(seed, "foreign/images"))
     train, val, rest = order.split([DEFENDER // 2, DEFENDER // 2, len(order) - DEFENDER])

@@ -11,6 +11,7 @@ from rnp.training.openmp import wait_briefly
 if TYPE_CHECKING:
     from rnp.defenses.rnp import RNP
     from rnp.defenses.rnp_ft import RNPFT
+    from rnp.defenses.rnp_rebuild import RNPRebuild
     from rnp.io.models import load_model
     from rnp.types import DefenseSet, ImageSet
     from rnp.untrusted.audit import inspect, purify
@@ -22,6 +23,7 @@ __all__ = [
     "DefenseSet",
     "ImageSet",
     "ModelSpec",
+    "RNPRebuild",
     "inspect",
     "load_model",
     "purify",
@@ -29,6 +31,7 @@ __all__ = [
 _MODULES = {
     "RNP": "rnp.defenses.rnp",
     "RNPFT": "rnp.defenses.rnp_ft",
+    "RNPRebuild": "rnp.defenses.rnp_rebuild",
     "DefenseSet": "rnp.types",
     "ImageSet": "rnp.types",
     "ModelSpec": "rnp.untrusted.spec",

@@ -15,13 +15,14 @@ from torch import nn
 from rnp.defenses.base import Defense, Repaired
 from rnp.defenses.rnp import RNP, RNPResult
 from rnp.detection.base import RecoveredTrigger
+from rnp.detection.labels.consensus import Consensus
 from rnp.detection.labels.prediction_drift import PredictionDrift
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.prune import Prune
 from rnp.rebuild import REBUILDABLE, Rebuild
 from rnp.recover import Recover
 from rnp.seeds import child
-from rnp.types import DefenseSet, Epoch, OnEpoch, no_callback
+from rnp.types import DefenseSet, Epoch, ImageSet, OnEpoch, no_callback
 from rnp.unlearn import GROWING, Unlearn, Unlearned
 
 
@@ -29,11 +30,12 @@ from rnp.unlearn import GROWING, Unlearn, Unlearned
 class RNPRebuildResult(Repaired):
     """The repaired model, and what led to it.
 
-    `rnp` is the result before rebuilding, `tuned_against` are the triggers that the rebuilt model
-    has learned to ignore.
+    `rnp` is the result before rebuilding, `prune` the options of its pruning; `tuned_against` are
+    the triggers that the rebuilt model has learned to ignore.
     """
 
     rnp: RNPResult
+    prune: Prune
     tuned_against: list[RecoveredTrigger]
 
     @property
@@ -66,11 +68,11 @@ class RNPRebuild(Defense):
 
     There is evidence against a label when its trigger in the given model is smaller than the median
     by more than `min_index` robust standard deviations, by logarithms, or when `prediction_drift`
-    reports it. The first rebuilding is against the triggers of these labels. Suspected are also
-    the label with the smallest trigger and the one to which predictions drift most. In at most
-    `tuning_rounds` further rounds a trigger is recovered for each suspected label from the model so
-    far; while one is abnormally small for the given model, the model is rebuilt against all
-    triggers of such labels.
+    or `consensus` predicts it. The first rebuilding is against the triggers of these labels.
+    Suspected are also the label with the smallest trigger and the one to which predictions drift
+    most. In at most `tuning_rounds` further rounds a trigger is recovered for each suspected label
+    from the model so far; while one is abnormally small for the given model, the model is rebuilt
+    against all triggers of such labels.
 
     Drawn at random: what RNP, recovering the triggers and rebuilding draw, from generators that
     depend on the seed of `rng` alone; the state of `rng` does not change.
@@ -124,8 +126,10 @@ class RNPRebuild(Defense):
         `triggers` are those of all labels in `model`, in order. Triggers are recovered from the
         images of `defense_set.train` alone; the model is rebuilt on all.
         """
-        suspicion = self.suspect(triggers, unlearned.trajectory)
-        method = RNP(recover=self.recover, prune=self.choose_prune(suspicion))
+        verdicts = self.predict_labels(unlearned, defense_set.train, rng=child(rng, "labels"))
+        suspicion = self.suspect(triggers, unlearned.trajectory, verdicts)
+        prune = self.choose_prune(suspicion)
+        method = RNP(recover=self.recover, prune=prune)
         result = method.repair_from(model, unlearned, defense_set, rng=rng, on_epoch=on_epoch)
         rng = child(rng, "rebuild")
         known = [triggers[label] for label in suspicion.evident]
@@ -145,21 +149,42 @@ class RNPRebuild(Defense):
             rebuilt = self.rebuild(
                 model, rebuilt, neurons, clean, rng=rng, triggers=known, on_epoch=on_epoch
             )
-        return RNPRebuildResult(rebuilt, rnp=result, tuned_against=known)
+        return RNPRebuildResult(rebuilt, rnp=result, prune=prune, tuned_against=known)
 
-    def suspect(self, triggers: Sequence[RecoveredTrigger], trajectory: list[Epoch]) -> Suspicion:
-        """The labels to look at, from the triggers of all labels and the trajectory."""
+    def predict_labels(
+        self, unlearned: Unlearned, clean: ImageSet, *, rng: torch.Generator
+    ) -> set[int]:
+        """The labels that `prediction_drift` and `consensus` predict."""
+        drift = PredictionDrift()
+        shares = drift.from_trajectory(unlearned.trajectory, len(clean.classes))
+        verdicts = [drift.verdict(shares)]
+        consensus = Consensus()
+        if len(clean.classes) >= consensus.min_classes:
+            scores = consensus.score_unlearned(unlearned.model, clean, rng)
+            verdicts.append(consensus.verdict(scores))
+        return {verdict.label for verdict in verdicts if verdict.label is not None}
+
+    def suspect(
+        self,
+        triggers: Sequence[RecoveredTrigger],
+        trajectory: list[Epoch],
+        verdicts: set[int],
+    ) -> Suspicion:
+        """The labels to look at.
+
+        Args:
+            triggers: Those of all labels in the given model, in order.
+            trajectory: That of unlearning it.
+            verdicts: The labels that detectors predict.
+        """
         logs = torch.tensor([trigger.effective_size for trigger in triggers]).log()
         median = logs.quantile(0.5)
         # that of a Gaussian; not 0, since rounding would make every trigger abnormal
         deviation = (1.4826 * (logs - median).abs().quantile(0.5)).clamp_min(1e-6)
         small = math.exp(median - self.min_index * deviation)
-        evident = {trigger.label for trigger in triggers if trigger.effective_size < small}
-        detector = PredictionDrift()
-        drift = detector.from_trajectory(trajectory, len(triggers))
-        reported = detector.verdict(drift).label
-        if reported is not None:
-            evident.add(reported)
+        abnormal = {trigger.label for trigger in triggers if trigger.effective_size < small}
+        evident = abnormal | verdicts
+        drift = PredictionDrift().from_trajectory(trajectory, len(triggers))
         suspected = evident | {int(logs.argmin()), int(drift.argmax())}
         return Suspicion(sorted(evident), sorted(suspected), small)
 

@@ -17,6 +17,8 @@ from rnp.training.device import default_device
 OLD_LAYOUT_KEY = "plain_because"
 """The key of `contiguous_reason` in older files."""
 
+COUNTER = ".num_batches_tracked"
+
 
 def save_model(
     path: Path, model: nn.Module, architecture: Architecture, classes: tuple[str, ...]
@@ -57,9 +59,13 @@ def load_model(path: Path | str) -> tuple[Classifier, Architecture, tuple[str, .
 def load_state(model: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Copy weights into `model`; every name and shape must fit. `source` is for messages.
 
+    Files of PyTorch before 0.4.1 do not count the batches of BatchNorm; the counters then stay.
+
     Raises: UserError naming the first one that does not.
     """
     expected = model.state_dict()
+    if not any(name.endswith(COUNTER) for name in state):
+        state = state | {name: v for name, v in expected.items() if name.endswith(COUNTER)}
     for name in sorted(expected.keys() | state.keys()):
         if name not in state or name not in expected:
             problem = "lacks" if name in expected else "has an unexpected"

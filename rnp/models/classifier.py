@@ -15,6 +15,8 @@ from rnp.types import Images
 
 KERNEL_CHANNELS = 16
 """Channels that oneDNN's kernels take at a time with AVX512; 8 with AVX2."""
+TINY = 1e-30
+"""Probabilities below this count as this much, so that their logarithm is finite."""
 UNSAFE = (
     "a 1x1 convolution with a stride and few channels, on which oneDNN can crash when channels come"
     " last"
@@ -34,12 +36,15 @@ class Classifier(nn.Module):
     mean: Tensor
     std: Tensor
     contiguous_reason: str
+    gives_probabilities: bool
+    """Whether `net` ends in a softmax; the logarithm of its outputs then serves as logits."""
 
     def __init__(self, net: nn.Module, mean: Tensor, std: Tensor) -> None:
         super().__init__()
         self.register_buffer("mean", mean.view(1, -1, 1, 1).clone())
         self.register_buffer("std", std.view(1, -1, 1, 1).clone())
         self.net = net
+        self.gives_probabilities = False
         self.set_layout(find_unsafe_layer(net))
 
     def set_layout(self, contiguous_reason: str = "") -> Classifier:
@@ -61,6 +66,8 @@ class Classifier(nn.Module):
                 f"{type(self.net).__name__} returns a {type(logits).__name__} of {len(logits)}"
                 " parts, not one tensor of logits; rnp repairs classifiers with one head"
             )
+        if self.gives_probabilities:
+            return logits.float().clamp_min(TINY).log()
         return logits
 
 
@@ -161,3 +168,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def are_probabilities(outputs: Tensor) -> bool:
+    """Whether each row of `outputs` is a distribution over several classes."""
+    sums = outputs.sum(1)
+    return (
+        outputs.shape[1] > 1
+        and bool((outputs >= 0).all())
+        and torch.allclose(sums, torch.ones_like(sums), atol=1e-4)
+    )

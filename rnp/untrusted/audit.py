@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from rnp.clock import now
-from rnp.defenses.rnp_rebuild import RNPRebuild
+from rnp.defenses.rnp_rebuild import RNPRebuild, RNPRebuildResult
 from rnp.detection.base import RecoveredTrigger
 from rnp.detection.labels.consensus import Consensus
 from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
@@ -25,7 +25,7 @@ from rnp.rebuild import Rebuild
 from rnp.recover import Recover
 from rnp.seeds import generator, root
 from rnp.training.predict import accuracy, predict
-from rnp.types import ImageSet, NeuronMask, OnEpoch, no_callback
+from rnp.types import ImageSet, OnEpoch, no_callback
 from rnp.unlearn import Unlearn, Unlearned
 from rnp.untrusted.case import AuditCase, load_case, unlearn_model
 from rnp.untrusted.detection import detect_labels, recover_triggers
@@ -182,7 +182,6 @@ def repair_model(
         on_epoch=on_epoch,
     )
     recovered = result.rnp.recovered
-    prune = method.choose_prune(method.suspect(triggers, unlearned.trajectory))
     repaired = cast(Classifier, result.model)  # as the given model is one
     everything = case.defense.all
     return Repair(
@@ -192,7 +191,7 @@ def repair_model(
         pruned=result.rnp.pruned,
         rule=settings.prune.rule,
         accuracy=Proportion(int(hits(repaired, everything).sum()), len(everything)),
-        cost=held_out_cost(case, prune, settings.rebuild, recovered.mask, result.tuned_against),
+        cost=held_out_cost(case, settings.rebuild, result),
         tuned_labels=tuple(result.tuned_labels),
     )
 
@@ -202,23 +201,18 @@ def hits(model: nn.Module, data: ImageSet) -> Bool[Tensor, "n"]:
     return predict(model, data.images).argmax(1) == data.labels
 
 
-def held_out_cost(
-    case: AuditCase,
-    prune: Prune,
-    rebuild: Rebuild,
-    mask: NeuronMask,
-    triggers: Sequence[RecoveredTrigger],
-) -> HeldOutCost:
+def held_out_cost(case: AuditCase, rebuild: Rebuild, repaired: RNPRebuildResult) -> HeldOutCost:
     """The cost in accuracy of such a repair, on images that have no part in it.
 
     The neurons are pruned and the model is rebuilt once more, with one half of the images, and the
-    accuracy is compared on the other half. `triggers` are recovered from the first half alone.
+    accuracy is compared on the other half. The triggers were recovered from the first half alone.
     """
     given = case.loaded.model
     clean = case.defense.train
-    trial = prune(given, mask, clean)
+    trial = repaired.prune(given, repaired.rnp.recovered.mask, clean)
     rng = generator(case.seed, "purify/cost")
-    rebuilt = rebuild(given, trial.model, trial.neurons, clean, rng=rng, triggers=triggers)
+    against = repaired.tuned_against
+    rebuilt = rebuild(given, trial.model, trial.neurons, clean, rng=rng, triggers=against)
     hits_before = hits(given, case.defense.val)
     hits_after = hits(rebuilt, case.defense.val)
     return HeldOutCost(

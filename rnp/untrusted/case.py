@@ -89,7 +89,7 @@ def load_case(
         model=describe_model(loaded, defense.train),
         images=facts,
         accuracy=Proportion(hits, len(everything)),
-        warnings=(*problems, *describe_skipped(facts.skipped)),
+        warnings=(*problems, *describe_outputs(model), *describe_skipped(facts.skipped)),
         spec=spec,
         seed=seed,
         seconds=now() - start,
@@ -185,6 +185,13 @@ def describe_images(
         labeled=labeled,
         skipped=tuple(skipped),
     )
+
+
+def describe_outputs(model: Classifier) -> list[str]:
+    """A warning if the network ends in a softmax."""
+    if not model.gives_probabilities:
+        return []
+    return ["the network gives probabilities; their logarithms are used in place of logits"]
 
 
 def describe_skipped(skipped: tuple[str, ...]) -> list[str]:

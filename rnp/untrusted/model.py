@@ -16,7 +16,7 @@ from rnp.errors import UserError
 from rnp.io.models import load_state
 from rnp.io.tensors import META, load_tensors
 from rnp.models.build import Architecture, register_function
-from rnp.models.classifier import Classifier, choose_layout
+from rnp.models.classifier import Classifier, are_probabilities, choose_layout
 from rnp.models.names import TIMM, TORCHVISION
 from rnp.training.device import default_device
 from rnp.training.predict import predict
@@ -186,9 +186,13 @@ def infer_num_classes(build: Callable[[int], Classifier], state: State, source: 
 
 
 def output_size(model: Classifier, image_size: int) -> int:
-    """The number of outputs for square images; chooses the memory layout on the way.
+    """The number of outputs for square images.
+
+    On the way it chooses the memory layout, and notes whether the network ends in a softmax.
 
     Raises: UserError as `choose_layout` does.
     """
     images = torch.zeros(2, len(model.mean.flatten()), image_size, image_size)
-    return predict(choose_layout(model, images.to(model.mean.device)), images).shape[1]
+    outputs = predict(choose_layout(model, images.to(model.mean.device)), images)
+    model.gives_probabilities = are_probabilities(outputs)
+    return outputs.shape[1]

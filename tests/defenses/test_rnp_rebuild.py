@@ -10,6 +10,7 @@ from torch import nn
 from rnp.defenses.rnp import RNP
 from rnp.defenses.rnp_rebuild import RNPRebuild
 from rnp.detection.base import RecoveredTrigger, blend
+from rnp.detection.labels.consensus import Consensus
 from rnp.detection.labels.prediction_drift import PredictionDrift
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.errors import UserError
@@ -17,7 +18,7 @@ from rnp.prune import Prune
 from rnp.rebuild import Rebuild
 from rnp.training.augment import Augment
 from rnp.training.predict import predict
-from rnp.types import DefenseSet, to_floats
+from rnp.types import DefenseSet, Epoch, to_floats
 from rnp.unlearn import Unlearn
 
 METHOD = RNPRebuild(
@@ -114,6 +115,7 @@ def script(monkeypatch):
     monkeypatch.setattr(Rebuild, "__call__", record_rebuild)
     monkeypatch.setattr(Prune, "__call__", record_prune)
     monkeypatch.setattr(PredictionDrift, "from_trajectory", lambda *_: script.drift)
+    monkeypatch.setattr(Consensus, "score_unlearned", lambda *_: torch.zeros(6))
     return script
 
 
@@ -146,6 +148,22 @@ def test_a_label_that_the_drift_reports_is_evident(model, defense_set, rng, scri
     result = METHOD.repair(model, defense_set, rng=rng())
     assert script.against == [[5]] and result.tuned_labels == [5]
     assert script.searched == [[0, 5]]
+
+
+def test_a_label_of_the_consensus_is_evident(model, defense_set, rng, script, monkeypatch):
+    script.given = {}
+    monkeypatch.setattr(Consensus, "score_unlearned", lambda *_: 2 * torch.eye(6)[4])
+    result = METHOD.repair(model, defense_set, rng=rng())
+    assert script.against == [[4]] and result.tuned_labels == [4]
+    assert script.budgets == [METHOD.prune.max_accuracy_drop]
+
+
+def test_equal_triggers_are_no_evidence():
+    """Rounding must not make one of them abnormally small."""
+    triggers = [trigger(label, 5) for label in range(6)]
+    drift = [Epoch(epoch=0, step=1, loss=0, accuracy=0.5, learning_rate=1, gradient_norm=0)]
+    drift[0].extra.update({f"share/{c}": 0.1 for c in range(6)})
+    assert METHOD.suspect(triggers, drift, set()).evident == []
 
 
 def test_every_round_rebuilds_against_all_triggers_so_far(model, defense_set, rng, script):

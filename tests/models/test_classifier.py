@@ -6,7 +6,13 @@ from torch import nn
 
 from rnp.errors import UserError
 from rnp.models.build import REGISTERED, Architecture
-from rnp.models.classifier import Classifier, choose_layout, evaluating, find_unsafe_layer
+from rnp.models.classifier import (
+    Classifier,
+    are_probabilities,
+    choose_layout,
+    evaluating,
+    find_unsafe_layer,
+)
 from rnp.models.names import ARCHITECTURES
 from rnp.training.predict import predict
 from rnp.training.recipe import Train
@@ -180,3 +186,25 @@ def test_every_module_gets_its_mode_back(toy_model):
     assert model.training
     assert model.conv1.training
     assert not model.bn1.training
+
+
+def test_probabilities_are_recognized(rng):
+    logits = torch.randn(5, 3, generator=rng())
+    assert are_probabilities(logits.softmax(1))
+    assert not are_probabilities(logits)
+    assert not are_probabilities(logits.log_softmax(1))
+    assert not are_probabilities(logits.softmax(1) * 2)
+    assert not are_probabilities(torch.ones(5, 1))
+
+
+def test_the_logarithms_of_probabilities_serve_as_logits(rng):
+    """They are the logits but for a constant per image, and finite where a probability is 0."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    images = torch.rand(6, 3, 2, 2, generator=rng())
+    plain = Classifier(net, ZERO, ONE)
+    model = Classifier(nn.Sequential(net, nn.Softmax(1)), ZERO, ONE)
+    model.gives_probabilities = True
+    assert torch.allclose(model(images), plain(images).log_softmax(1), atol=1e-5)
+    certain = Classifier(nn.Sequential(net, nn.Threshold(100, 0)), ZERO, ONE)
+    certain.gives_probabilities = True
+    assert certain(images).isfinite().all()

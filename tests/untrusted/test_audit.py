@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rnp
@@ -59,6 +59,15 @@ class Viewing(nn.Module):
 
 def viewing(num_classes):
     return Viewing(num_classes)
+
+
+def with_softmax(num_classes):
+    """The network of the scene, with a softmax at its end and under the same names."""
+    half = torch.full((3,), 0.5)
+    architecture = Architecture(arch="resnet10", width=4)
+    net = architecture.build(num_classes, 3, half, half, rng=torch.Generator()).net
+    net.register_forward_hook(lambda *arguments: arguments[-1].softmax(1))
+    return net
 
 
 def snapshot(folder):
@@ -197,6 +206,47 @@ def test_images_without_labels(scene, tmp_path, quick):
     assert not report.images.labeled and "no labels" in report.warnings[0]
 
 
+def test_a_network_that_gives_probabilities(scene, quick, monkeypatch):
+    """Its logarithms are used, and the report says so; the verdicts are those of its logits."""
+    monkeypatch.setattr("rnp.models.build.REGISTERED", {})
+    report = rnp.purify(
+        scene / "model.safetensors",
+        scene / "clean",
+        spec=dataclasses.replace(quick.spec, arch=f"{__name__}:with_softmax", width=0),
+        **quick.methods,
+        **quick.repair | {"rebuild": Rebuild(steps=2)},
+    )
+    plain = rnp.inspect(
+        scene / "model.safetensors", scene / "clean", spec=quick.spec, **quick.methods
+    )
+    assert any("gives probabilities" in warning for warning in report.warnings)
+    assert not any("gives probabilities" in warning for warning in plain.warnings)
+    assert report.accuracy == plain.accuracy
+    one, other = (r.unlearned.trajectory for r in (report, plain))
+    assert [row.accuracy for row in one] == [row.accuracy for row in other]
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.allclose(report.repair.model.net(images).sum(1), torch.ones(2), atol=1e-5)
+
+
+def test_a_file_without_counters_of_batches(scene, quick, tmp_path):
+    """As PyTorch wrote them before 0.4.1; one that lacks only some is refused."""
+    weights = load_file(scene / "model.safetensors")
+    counters = [name for name in weights if name.endswith("num_batches_tracked")]
+    old = {name: value for name, value in weights.items() if name not in counters}
+    save_file(old, tmp_path / "old.safetensors")
+    save_file(old | {counters[0]: weights[counters[0]]}, tmp_path / "damaged.safetensors")
+
+    def inspect(file):
+        return rnp.inspect(file, scene / "clean", spec=quick.spec, **quick.methods)
+
+    assert (
+        inspect(tmp_path / "old.safetensors").accuracy
+        == inspect(scene / "model.safetensors").accuracy
+    )
+    with pytest.raises(UserError, match="lacks tensor .*num_batches_tracked"):
+        inspect(tmp_path / "damaged.safetensors")
+
+
 def test_too_few_images(scene, quick):
     with pytest.raises(UserError, match="gives 15 usable images, at least 20 are needed"):
         rnp.inspect(
@@ -249,6 +299,7 @@ def test_other_architectures_and_numbers_of_classes(
         tuning_rounds=1,
         unlearn=Unlearn(epochs=2),
         recover=Recover(steps=2),
+        rebuild=Rebuild(steps=2),
         search=quick.methods["search"],
     )
     assert report.model.num_classes == len(report.classes) == classes
@@ -264,7 +315,16 @@ def test_other_architectures_and_numbers_of_classes(
 
 
 def test_the_package_lends_its_nouns():
-    for name in ("RNP", "RNPFT", "purify", "inspect", "load_model", "ImageSet", "DefenseSet"):
+    for name in (
+        "RNP",
+        "RNPFT",
+        "RNPRebuild",
+        "purify",
+        "inspect",
+        "load_model",
+        "ImageSet",
+        "DefenseSet",
+    ):
         assert name in rnp.__all__ and name in dir(rnp) and callable(getattr(rnp, name))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         getattr(rnp, "nothing")  # noqa: B009
