@@ -22,7 +22,7 @@ from rnp.prune import Prune
 from rnp.rebuild import REBUILDABLE, Rebuild
 from rnp.recover import Recover
 from rnp.seeds import child
-from rnp.types import DefenseSet, Epoch, ImageSet, OnEpoch, no_callback
+from rnp.types import DefenseSet, ImageSet, OnEpoch, no_callback
 from rnp.unlearn import GROWING, Unlearn, Unlearned
 
 
@@ -48,13 +48,11 @@ class RNPRebuildResult(Repaired):
 class Suspicion:
     """What the defender knows before the repair.
 
-    There is evidence against the labels `evident`; `suspected` holds them, the label with the
-    smallest trigger and that to which predictions drift most. A trigger smaller than `small`
-    pixels is abnormally small in the given model.
+    There is evidence against the labels `evident`. A trigger smaller than `small` pixels is
+    abnormally small in the given model.
     """
 
     evident: list[int]
-    suspected: list[int]
     small: float
 
 
@@ -66,13 +64,14 @@ class RNPRebuild(Defense):
     defense set, without evidence against any label only `cautious_accuracy_drop`. Rebuilding
     (`Rebuild`) gives the accuracy back.
 
-    There is evidence against a label when its trigger in the given model is smaller than the median
-    by more than `min_index` robust standard deviations, by logarithms, or when `prediction_drift`
-    or `consensus` predicts it. The first rebuilding is against the triggers of these labels.
-    Suspected are also the label with the smallest trigger and the one to which predictions drift
-    most. In at most `tuning_rounds` further rounds a trigger is recovered for each suspected label
-    from the model so far; while one is abnormally small for the given model, the model is rebuilt
-    against all triggers of such labels.
+    There is evidence against a label when `consensus` predicts it, since two detectors agree
+    there, or when two others point to it: `prediction_drift` predicts it, and its trigger in the
+    given model is abnormally small, below the median by more than `min_index` robust standard
+    deviations of the logarithms. Benign networks often have one such trigger, and drift to some
+    class; rebuilding against it would cost accuracy for nothing. The first rebuilding is against
+    the triggers of the evident labels. In at most `tuning_rounds` further rounds a trigger is
+    recovered for each of them from the model so far; while one is still abnormally small for the
+    given model, the model is rebuilt against all of them.
 
     Drawn at random: what RNP, recovering the triggers and rebuilding draw, from generators that
     depend on the seed of `rng` alone; the state of `rng` does not change.
@@ -126,8 +125,7 @@ class RNPRebuild(Defense):
         `triggers` are those of all labels in `model`, in order. Triggers are recovered from the
         images of `defense_set.train` alone; the model is rebuilt on all.
         """
-        verdicts = self.predict_labels(unlearned, defense_set.train, rng=child(rng, "labels"))
-        suspicion = self.suspect(triggers, unlearned.trajectory, verdicts)
+        suspicion = self.suspect(triggers, unlearned, defense_set.train, rng=child(rng, "labels"))
         prune = self.choose_prune(suspicion)
         method = RNP(recover=self.recover, prune=prune)
         result = method.repair_from(model, unlearned, defense_set, rng=rng, on_epoch=on_epoch)
@@ -138,55 +136,52 @@ class RNPRebuild(Defense):
         rebuilt = self.rebuild(
             model, result.model, neurons, clean, rng=rng, triggers=known, on_epoch=on_epoch
         )
-        for _ in range(self.tuning_rounds):
-            searched = suspicion.suspected
-            found = self.search.recover_for(searched, rebuilt, defense_set.train, rng=rng)
+        for _ in range(self.tuning_rounds if suspicion.evident else 0):
+            found = self.search.recover_for(suspicion.evident, rebuilt, defense_set.train, rng=rng)
             active = [trigger for trigger in found if trigger.effective_size < suspicion.small]
             if not active:
                 break
-            new = set(labels_of(active)) - set(labels_of(known))
-            known += [*(triggers[label] for label in sorted(new)), *active]
+            known += active
             rebuilt = self.rebuild(
                 model, rebuilt, neurons, clean, rng=rng, triggers=known, on_epoch=on_epoch
             )
         return RNPRebuildResult(rebuilt, rnp=result, prune=prune, tuned_against=known)
 
-    def predict_labels(
-        self, unlearned: Unlearned, clean: ImageSet, *, rng: torch.Generator
-    ) -> set[int]:
-        """The labels that `prediction_drift` and `consensus` predict."""
-        drift = PredictionDrift()
-        shares = drift.from_trajectory(unlearned.trajectory, len(clean.classes))
-        verdicts = [drift.verdict(shares)]
-        consensus = Consensus()
-        if len(clean.classes) >= consensus.min_classes:
-            scores = consensus.score_unlearned(unlearned.model, clean, rng)
-            verdicts.append(consensus.verdict(scores))
-        return {verdict.label for verdict in verdicts if verdict.label is not None}
-
     def suspect(
         self,
         triggers: Sequence[RecoveredTrigger],
-        trajectory: list[Epoch],
-        verdicts: set[int],
+        unlearned: Unlearned,
+        clean: ImageSet,
+        *,
+        rng: torch.Generator,
     ) -> Suspicion:
-        """The labels to look at.
+        """The labels against which there is evidence.
 
-        Args:
-            triggers: Those of all labels in the given model, in order.
-            trajectory: That of unlearning it.
-            verdicts: The labels that detectors predict.
+        `triggers` are those of all labels in the given model, in order.
         """
-        logs = torch.tensor([trigger.effective_size for trigger in triggers]).log()
+        small = self.small_size([trigger.effective_size for trigger in triggers])
+        abnormal = {trigger.label for trigger in triggers if trigger.effective_size < small}
+        detector = PredictionDrift()
+        drift = detector.verdict(detector.from_trajectory(unlearned.trajectory, len(triggers)))
+        agreed = self.agree(unlearned, clean, rng=rng)
+        evident = {label for label in abnormal if label == drift.label} | agreed
+        return Suspicion(sorted(evident), small)
+
+    def agree(self, unlearned: Unlearned, clean: ImageSet, *, rng: torch.Generator) -> set[int]:
+        """The label that `consensus` predicts, if any."""
+        consensus = Consensus()
+        if len(clean.classes) < consensus.min_classes:
+            return set()
+        label = consensus.verdict(consensus.score_unlearned(unlearned.model, clean, rng)).label
+        return set() if label is None else {label}
+
+    def small_size(self, sizes: Sequence[float]) -> float:
+        """The size below which a trigger is abnormally small."""
+        logs = torch.tensor(sizes).log()
         median = logs.quantile(0.5)
         # that of a Gaussian; not 0, since rounding would make every trigger abnormal
         deviation = (1.4826 * (logs - median).abs().quantile(0.5)).clamp_min(1e-6)
-        small = math.exp(median - self.min_index * deviation)
-        abnormal = {trigger.label for trigger in triggers if trigger.effective_size < small}
-        evident = abnormal | verdicts
-        drift = PredictionDrift().from_trajectory(trajectory, len(triggers))
-        suspected = evident | {int(logs.argmin()), int(drift.argmax())}
-        return Suspicion(sorted(evident), sorted(suspected), small)
+        return math.exp(median - self.min_index * deviation)
 
     def choose_prune(self, suspicion: Suspicion) -> Prune:
         """`prune`, with the smaller budget where there is no evidence."""

@@ -1,6 +1,7 @@
 """RNP with rebuilding: what counts as evidence, and what follows from it."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from rnp.prune import Prune
 from rnp.rebuild import Rebuild
 from rnp.training.augment import Augment
 from rnp.training.predict import predict
-from rnp.types import DefenseSet, Epoch, to_floats
+from rnp.types import DefenseSet, to_floats
 from rnp.unlearn import Unlearn
 
 METHOD = RNPRebuild(
@@ -84,7 +85,7 @@ class Script:
     searched: list[list[int]] = dataclasses.field(default_factory=list)
     against: list[list[int]] = dataclasses.field(default_factory=list)
     budgets: list[float] = dataclasses.field(default_factory=list)
-    drift: torch.Tensor = dataclasses.field(default_factory=lambda: torch.eye(6)[TARGET] * 0.4)
+    drift: torch.Tensor = dataclasses.field(default_factory=lambda: torch.eye(6)[TARGET] * 0.8)
 
 
 @pytest.fixture
@@ -124,55 +125,50 @@ def same(one, other):
     return all(torch.equal(value, other_state[name]) for name, value in one.state_dict().items())
 
 
-def test_an_abnormally_small_trigger_is_evidence(model, defense_set, rng, script):
+def test_a_small_trigger_and_the_drift_are_evidence(model, defense_set, rng, script):
     result = METHOD.repair(model, defense_set, rng=rng())
     assert script.against == [[TARGET]] and result.tuned_labels == [TARGET]
     assert script.searched == [[TARGET]]
     assert script.budgets == [METHOD.prune.max_accuracy_drop]
 
 
-def test_without_evidence_it_prunes_less_and_rebuilds_against_nothing(
-    model, defense_set, rng, script
-):
-    """The smallest trigger and the strongest drift are looked at again all the same."""
-    script.given = {5: 19}
-    result = METHOD.repair(model, defense_set, rng=rng())
-    assert script.budgets == [METHOD.cautious_accuracy_drop]
-    assert script.against == [[]] and result.tuned_against == []
-    assert script.searched == [[TARGET, 5]]
-
-
-def test_a_label_that_the_drift_reports_is_evident(model, defense_set, rng, script):
-    script.given = {}
-    script.drift = 0.8 * torch.eye(6)[5]
-    result = METHOD.repair(model, defense_set, rng=rng())
-    assert script.against == [[5]] and result.tuned_labels == [5]
-    assert script.searched == [[0, 5]]
-
-
 def test_a_label_of_the_consensus_is_evident(model, defense_set, rng, script, monkeypatch):
     script.given = {}
     monkeypatch.setattr(Consensus, "score_unlearned", lambda *_: 2 * torch.eye(6)[4])
     result = METHOD.repair(model, defense_set, rng=rng())
-    assert script.against == [[4]] and result.tuned_labels == [4]
+    assert script.against == script.searched == [[4]] and result.tuned_labels == [4]
     assert script.budgets == [METHOD.prune.max_accuracy_drop]
 
 
-def test_equal_triggers_are_no_evidence():
-    """Rounding must not make one of them abnormally small."""
-    triggers = [trigger(label, 5) for label in range(6)]
-    drift = [Epoch(epoch=0, step=1, loss=0, accuracy=0.5, learning_rate=1, gradient_norm=0)]
-    drift[0].extra.update({f"share/{c}": 0.1 for c in range(6)})
-    assert METHOD.suspect(triggers, drift, set()).evident == []
+@pytest.mark.parametrize("given, drift", [({TARGET: 3}, 0.4), ({}, 0.8), ({5: 3}, 0.8)])
+def test_without_evidence_it_prunes_less_and_rebuilds_against_nothing(
+    given, drift, model, defense_set, rng, script
+):
+    """A small trigger alone, a drift alone, and a drift to another label than its."""
+    script.given = given
+    script.drift = drift * torch.eye(6)[TARGET]
+    result = METHOD.repair(model, defense_set, rng=rng())
+    assert script.budgets == [METHOD.cautious_accuracy_drop]
+    assert script.against == [[]] and result.tuned_against == []
+    assert script.searched == []
+
+
+def test_equal_triggers_are_not_abnormally_small():
+    """Rounding must not make one of them so."""
+    assert METHOD.small_size([5.0] * 6) < 5
+
+
+def test_abnormally_small_in_closed_form():
+    """The median of the logarithms is log 8, their median deviation log 2."""
+    expected = math.exp(math.log(8) - 2 * 1.4826 * math.log(2))
+    assert METHOD.small_size([2.0, 4, 8, 16, 32]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_round_rebuilds_against_all_triggers_so_far(model, defense_set, rng, script):
-    """A label that becomes active brings the trigger that it has in the given model."""
-    script.drift = 0.4 * torch.eye(6)[5]
-    script.rounds = [{5: 2}, {TARGET: 2}]
+    script.rounds = [{TARGET: 2}, {TARGET: 2}]
     METHOD.repair(model, defense_set, rng=rng())
-    assert script.searched == [[TARGET, 5]] * 2
-    assert script.against == [[TARGET], [TARGET, 5, 5], [TARGET, 5, 5, TARGET]]
+    assert script.searched == [[TARGET]] * 2
+    assert script.against == [[TARGET], [TARGET] * 2, [TARGET] * 3]
 
 
 def test_no_rounds_rebuild_once(model, defense_set, rng, script):
@@ -195,13 +191,14 @@ def test_the_model_and_the_generator_stay_as_they_are(model, defense_set, rng, s
     assert torch.equal(generator.get_state(), before)
 
 
-def test_a_backdoor_that_pruning_leaves_active_is_removed(model, defense_set, rng):
+def test_a_backdoor_that_pruning_leaves_active_is_removed(model, defense_set, rng, monkeypatch):
     """Success of the trigger that the given model has, on images that nothing was tuned on."""
     method = dataclasses.replace(
         METHOD,
         prune=Prune(rule="number", num_neurons=0),
         rebuild=dataclasses.replace(METHOD.rebuild, steps=60, lr=0.05, distort_fraction=0),
     )
+    monkeypatch.setattr(Consensus, "score_unlearned", lambda *_: 2 * torch.eye(6)[TARGET])
     test = images(60, seed=2)
     (recovered,) = method.search.recover_for([TARGET], model, defense_set.train, rng=rng())
     others = to_floats(test.images[test.labels != TARGET])

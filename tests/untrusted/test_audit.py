@@ -14,8 +14,7 @@ from torch import nn
 
 import rnp
 from rnp.cli.main import cli
-from rnp.detection.base import RecoveredTrigger
-from rnp.detection.labels.prediction_drift import PredictionDrift
+from rnp.defenses.rnp_rebuild import RNPRebuild
 from rnp.errors import UserError
 from rnp.io.files import sha256
 from rnp.models.build import Architecture, register_function
@@ -170,11 +169,9 @@ def test_files_written_by_the_library_are_those_of_the_command(scene, tmp_path, 
         assert sha256(tmp_path / "command" / name) == sha256(tmp_path / "library" / name)
 
 
-def test_an_active_label_is_tuned_against(scene, quick, monkeypatch):
+def test_an_evident_label_is_rebuilt_against(scene, quick, monkeypatch):
     """After pruning; the given model stays as it is."""
-    monkeypatch.setattr(RecoveredTrigger, "effective_size", 5.0)
-    drift = torch.tensor([1.0, 0.0, 0.0, 0.0])
-    monkeypatch.setattr(PredictionDrift, "from_trajectory", lambda *_: drift)
+    monkeypatch.setattr(RNPRebuild, "agree", lambda *_, **__: {0})
     report = rnp.purify(
         scene / "model.safetensors",
         scene / "clean",
@@ -243,7 +240,7 @@ def test_a_file_without_counters_of_batches(scene, quick, tmp_path):
         inspect(tmp_path / "old.safetensors").accuracy
         == inspect(scene / "model.safetensors").accuracy
     )
-    with pytest.raises(UserError, match="lacks tensor .*num_batches_tracked"):
+    with pytest.raises(UserError, match=r"lacks tensor .*num_batches_tracked"):
         inspect(tmp_path / "damaged.safetensors")
 
 
