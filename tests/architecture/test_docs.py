@@ -94,7 +94,7 @@ def test_the_table_of_the_readme_has_the_means_of_twelve_attacks():
         "fine-tuning (`ft`)": rates(means["ft"]),
         "ANP (`anp`)": rates(means["anp"]),
         "RNP": rates(means["rnp"]),
-        "RNP-FT (`rnp_ft`, what `rnp purify` does)": rates(means["rnp_ft"]),
+        "RNP-FT (`rnp_ft`)": rates(means["rnp_ft"]),
     }
 
 
@@ -104,7 +104,7 @@ def test_the_picture_of_the_readme_has_the_numbers_of_its_table(tmp_path, monkey
     monkeypatch.setattr(overview, "bars", lambda ax, values, *words: bars.append(values))
     overview.draw(tmp_path / "overview.png")
     rows = readme_rows()
-    expected = [rows["backdoored model"], rows["RNP-FT (`rnp_ft`, what `rnp purify` does)"]]
+    expected = [rows["backdoored model"], rows["RNP-FT (`rnp_ft`)"]]
     assert [[f"{value:.3f}" for value in values] for values in bars] == expected
     assert (tmp_path / "overview.png").read_bytes().startswith(b"\x89PNG")
 

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from rnp.cli.main import cli, guard
+from rnp.defenses.rnp_rebuild import RNPRebuild
 from rnp.detection.base import RecoveredTrigger
 from rnp.detection.labels.prediction_drift import PredictionDrift
 from rnp.io.files import sha256
@@ -141,9 +142,7 @@ def test_the_page_opens_in_a_browser(purified, tmp_path):
 
 def test_rebuilding_is_reported_everywhere(scene, options, tmp_path, monkeypatch):
     """In the terminal, the report, the card and the page."""
-    monkeypatch.setattr(RecoveredTrigger, "effective_size", 5.0)
-    drift = torch.tensor([1.0, 0.0, 0.0, 0.0])
-    monkeypatch.setattr(PredictionDrift, "from_trajectory", lambda *_: drift)
+    monkeypatch.setattr(RNPRebuild, "agree", lambda *_, **__: {0})
     out = tmp_path / "out"
     output = run("purify", scene, "-o", out, "--tuning-rounds", 1, *options, *REBUILD)
     assert "neurons, then rebuilt against triggers of bird<b>; accuracy" in output
