@@ -5,12 +5,11 @@ import math
 
 import pytest
 import torch
-from planted import TARGET, images
-from torch import nn
+from planted import TARGET, BackdooredNet, images, trigger
 
 from rnp.defenses.rnp import RNP
 from rnp.defenses.rnp_rebuild import RNPRebuild
-from rnp.detection.base import RecoveredTrigger, blend
+from rnp.detection.base import blend
 from rnp.detection.labels.consensus import Consensus
 from rnp.detection.labels.prediction_drift import PredictionDrift
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
@@ -29,32 +28,6 @@ METHOD = RNPRebuild(
 )
 
 
-class BackdooredNet(nn.Module):
-    """Channel 0 of its layer sees the bright corner that leads to class 3, channels 1 to 6 the
-    rows of the six classes.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 7, 8, bias=False)
-        self.bn = nn.BatchNorm2d(7)
-        self.head = nn.Linear(7, 6)
-        weight = torch.zeros(7, 3, 8, 8)
-        weight[0, :, 6:, 6:] = 1 / 12
-        for c in range(6):
-            weight[1 + c, :, c] = 1 / 24
-        self.conv.weight.data = weight
-        self.bn.bias.data[0] = -0.15  # the corner must be brighter than in any clean image
-        head = torch.zeros(6, 7)
-        head[:, 1:] = 4 * torch.eye(6)
-        head[TARGET, 0] = 60.0
-        self.head.weight.data = head
-        self.head.bias.data = torch.zeros(6)
-
-    def forward(self, x):
-        return self.head(torch.relu(self.bn(self.conv(x))).flatten(1))
-
-
 @pytest.fixture
 def model():
     return BackdooredNet().eval()
@@ -63,13 +36,6 @@ def model():
 @pytest.fixture
 def defense_set():
     return DefenseSet(images(60), images(60, seed=1))
-
-
-def trigger(label, area):
-    """A mask of that many pixels that moves every image."""
-    mask = torch.zeros(64)
-    mask[:area] = 1
-    return RecoveredTrigger(label, mask.view(8, 8), torch.ones(3, 8, 8), 1.0, 0.0)
 
 
 @dataclasses.dataclass
