@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ import yaml
 from torch import nn
 
 from benchmarks.timing import with_clock
+from experiments.rows import add_row
 from experiments.settings import configured, configured_attack, precision, split_data
 from rnp.attacks.base import Attack, backdoored_test_set
 from rnp.clock import Clock
@@ -30,15 +30,14 @@ from rnp.defenses.rnp import RNP, RNPResult
 from rnp.defenses.rnp_ft import RNPFT
 from rnp.errors import NonFiniteLossError, UserError
 from rnp.evaluation.metrics import EvaluationSets, defense_effectiveness
-from rnp.io.files import read_rows, upsert_rows
+from rnp.io.files import read_rows
 from rnp.models.build import Architecture, register_function
 from rnp.params.fields import from_section
 from rnp.params.presets import render
 from rnp.params.read import Loader, flatten
 from rnp.prune import Prune
 from rnp.recover import Recover
-from rnp.reporting.columns import MEASURES, format_row
-from rnp.reporting.provenance import provenance
+from rnp.reporting.columns import MEASURES
 from rnp.seeds import child, generator, root
 from rnp.training.device import Precision, default_device, use_precision
 from rnp.training.malloc import keep_freed_pages
@@ -300,16 +299,8 @@ def main() -> None:
             for name in arguments.only:
                 key = (arguments.preset, name, attack, str(seed))
                 if key not in finished:
-                    add_row(arguments.table, key, run(params, name, attack, seed))
-
-
-def add_row(table: Path, key: tuple[str, ...], columns: dict[str, object]) -> None:
-    """Add a row to the table, and print it."""
-    made = {"made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}"}
-    row = format_row(dict(zip(KEY, key)) | columns | provenance() | made, COLUMNS)
-    upsert_rows(table, [row], COLUMNS, KEY)
-    shown = (f"{column} {row[column]}" for column in COLUMNS if row[column] != "")
-    print(*shown, sep=", ", flush=True)
+                    row = dict(zip(KEY, key)) | run(params, name, attack, seed)
+                    add_row(arguments.table, row, COLUMNS, KEY)
 
 
 def argument_parser() -> argparse.ArgumentParser:

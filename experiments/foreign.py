@@ -14,7 +14,6 @@ a Markdown table instead, means over the seeds.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
 import statistics
 import sys
@@ -27,15 +26,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from experiments.rows import add_row
 from rnp.cli.prepare import data_root
 from rnp.clock import now
 from rnp.data.cifar10 import Cifar10
 from rnp.defenses.rnp_rebuild import RNPRebuild, RNPRebuildResult
 from rnp.evaluation.metrics import EvaluationSets
-from rnp.io.files import read_rows, upsert_rows
+from rnp.io.files import read_rows
 from rnp.models.build import register_function
-from rnp.reporting.columns import MEASURES, format_row
-from rnp.reporting.provenance import provenance
+from rnp.reporting.columns import MEASURES
 from rnp.seeds import generator, root
 from rnp.training.device import use_precision
 from rnp.training.malloc import keep_freed_pages
@@ -211,16 +210,8 @@ def main() -> None:
     for seed in arguments.seeds:
         for file in importlib.import_module("nets").FOREIGN:
             if (file, str(seed)) not in finished:
-                add_row(arguments.table, file, seed, run(arguments.folder, file, seed))
-
-
-def add_row(table: Path, file: str, seed: int, columns: dict[str, object]) -> None:
-    """Add a row to the table, and print it."""
-    made = {"made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}"}
-    row = format_row({"model": file, "seed": seed} | columns | provenance() | made, COLUMNS)
-    upsert_rows(table, [row], COLUMNS, KEY)
-    shown = (f"{column} {row[column]}" for column in COLUMNS if row[column] != "")
-    print(*shown, sep=", ", flush=True)
+                row = {"model": file, "seed": seed} | run(arguments.folder, file, seed)
+                add_row(arguments.table, row, COLUMNS, KEY)
 
 
 def argument_parser() -> argparse.ArgumentParser:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -20,7 +19,7 @@ from rnp.prune import Prune
 from rnp.training.augment import Augment
 from rnp.training.device import chosen_precision
 from rnp.training.distort import distort
-from rnp.training.loop import fit, steps_per_epoch
+from rnp.training.loop import fit, half_cosine, steps_per_epoch
 from rnp.types import Images, ImageSet, OnEpoch, no_callback
 
 REBUILDABLE = Prune(rule="accuracy_drop", max_accuracy_drop=0.06)
@@ -92,9 +91,6 @@ class Rebuild(Hyperparameters):
             for neuron in kept_out:
                 zero_channel(student, neuron)
 
-        def half_cosine(epoch: float) -> float:
-            return (1 + math.cos(math.pi * min(1.0, epoch * per_epoch / self.steps))) / 2
-
         fit(
             student,
             clean,
@@ -105,7 +101,7 @@ class Rebuild(Hyperparameters):
             optimizer=torch.optim.SGD(student.parameters(), lr=self.lr, momentum=self.momentum),
             batch_size=self.batch_size,
             augment=self.augment,
-            schedule=half_cosine,
+            schedule=half_cosine(self.steps, per_epoch),
             max_grad_norm=self.max_grad_norm,
             precision=chosen_precision(),
             after_step=keep_pruned,

@@ -247,7 +247,7 @@ class _Ascent:
         if self._drops_too_far(accuracy):
             self._undo_step()
             return False
-        if self.options.growth > 1 and self.accuracy - accuracy < self.options.free_drop:
+        if self.accuracy - accuracy < self.options.free_drop:
             self.step_factor *= self.options.growth
         self.accuracy = accuracy
         if self.options.max_drop_per_step:

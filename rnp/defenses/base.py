@@ -16,7 +16,6 @@ apply `Drawn at random:` and `Differs:`.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from rnp.prune import Prune, SweepPoint
 from rnp.registry import Method
 from rnp.training.augment import Augment
 from rnp.training.device import chosen_precision
-from rnp.training.loop import Objective, cross_entropy, fit, steps_per_epoch
+from rnp.training.loop import Objective, cross_entropy, fit, half_cosine, steps_per_epoch
 from rnp.types import DefenseSet, ImageSet, NeuronMask, OnEpoch, no_callback
 
 UNLEARNED = "_unlearned"
@@ -109,9 +108,6 @@ class TuningDefense(Defense):
         steps = steps or self.steps
         per_epoch = steps_per_epoch(len(clean), self.batch_size)
 
-        def half_cosine(epoch: float) -> float:
-            return (1 + math.cos(math.pi * min(1.0, epoch * per_epoch / steps))) / 2
-
         fit(
             model.train(),
             clean,
@@ -127,7 +123,7 @@ class TuningDefense(Defense):
             precision=chosen_precision(),
             after_step=after_step,
             on_epoch=on_epoch,
-            schedule=half_cosine,
+            schedule=half_cosine(steps, per_epoch),
         )
         return model.eval()
 

@@ -5,7 +5,6 @@ abnormally small.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -13,13 +12,14 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 from annotated_types import Gt, Interval
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from rnp.defenses.base import Repaired, TuningDefense
 from rnp.detection.base import RecoveredTrigger, anomaly_index, blend
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
 from rnp.training.device import device_of
+from rnp.training.distort import random_rectangles
 from rnp.types import DefenseSet, Images, ImageSet, OnEpoch, no_callback
 
 
@@ -121,22 +121,8 @@ def random_erase(images: Images, fraction: float, *, rng: torch.Generator) -> Im
     of at most 10 : 3.
     """
     n, c, h, w = images.shape
-    area_draw, ratio_draw, top_draw, left_draw, choice = torch.rand(5, n, generator=rng)
-    area = (0.02 + 0.31 * area_draw) * h * w
-    ratio = torch.exp((2 * ratio_draw - 1) * math.log(10 / 3))
-    height = (area * ratio).sqrt().clamp(1, h).floor()
-    width = (area / ratio).sqrt().clamp(1, w).floor()
-    rows = in_range(torch.arange(h), (top_draw * (h - height + 1)).floor(), height)
-    columns = in_range(torch.arange(w), (left_draw * (w - width + 1)).floor(), width)
-    erased = rows.unsqueeze(2) & columns.unsqueeze(1)  # [n, h, w]
-    erased &= (choice < fraction)[:, None, None]
+    rectangles = random_rectangles(n, h, w, 0.02, 0.33, rng=rng)
+    choice = torch.rand(n, 1, 1, generator=rng)
+    erased = (rectangles & (choice < fraction)).unsqueeze(1).to(images.device)
     colors = torch.rand(n, c, 1, 1, generator=rng).to(images.device)
-    return torch.where(erased.unsqueeze(1).to(images.device), colors, images)
-
-
-def in_range(
-    positions: Int64[Tensor, "p"], start: Float[Tensor, "n"], length: Float[Tensor, "n"]
-) -> Bool[Tensor, "n p"]:
-    """Whether each position is in the range of each row."""
-    end = start + length
-    return (positions >= start.unsqueeze(1)) & (positions < end.unsqueeze(1))
+    return torch.where(erased, colors, images)

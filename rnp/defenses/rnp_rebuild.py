@@ -14,7 +14,7 @@ from torch import nn
 
 from rnp.defenses.base import Defense, Repaired
 from rnp.defenses.rnp import RNP, RNPResult
-from rnp.detection.base import RecoveredTrigger
+from rnp.detection.base import RecoveredTrigger, robust_spread
 from rnp.detection.labels.consensus import Consensus
 from rnp.detection.labels.prediction_drift import PredictionDrift
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
@@ -177,10 +177,7 @@ class RNPRebuild(Defense):
 
     def small_size(self, sizes: Sequence[float]) -> float:
         """The size below which a trigger is abnormally small."""
-        logs = torch.tensor(sizes).log()
-        median = logs.quantile(0.5)
-        # that of a Gaussian; not 0, since rounding would make every trigger abnormal
-        deviation = (1.4826 * (logs - median).abs().quantile(0.5)).clamp_min(1e-6)
+        median, deviation = robust_spread(torch.tensor(sizes).log())
         return math.exp(median - self.min_index * deviation)
 
     def choose_prune(self, suspicion: Suspicion) -> Prune:

@@ -295,3 +295,8 @@ def cross_entropy(model: nn.Module, label_smoothing: float = 0.0) -> Objective:
 def multi_step(milestones: tuple[int, ...], gamma: float) -> Callable[[float], float]:
     """A schedule that multiplies the learning rate by `gamma` at each milestone, in epochs."""
     return lambda epoch: gamma ** sum(epoch >= milestone for milestone in milestones)
+
+
+def half_cosine(steps: int, per_epoch: int) -> Callable[[float], float]:
+    """A schedule that falls from 1 to 0 in `steps` steps, of which an epoch has `per_epoch`."""
+    return lambda epoch: (1 + math.cos(math.pi * min(1.0, epoch * per_epoch / steps))) / 2
