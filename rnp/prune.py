@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -24,6 +24,11 @@ from rnp.types import ImageSet, Labels, Logits, NeuronMask
 
 ROUNDING = 1e-9
 """Shares of images that are equal may differ by this much."""
+BUDGETS: dict[str, Literal["lost", "changed"]] = {
+    "accuracy_drop": "lost",
+    "prediction_change": "changed",
+}
+"""Rules that stop where a cost first exceeds `max_accuracy_drop`, and the cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +166,14 @@ class Prune(Hyperparameters):
             clean,
             zero_bias=self.zero_bias,
             precision=chosen_precision(),
+            is_last=self.is_decisive,
         )
         return points, self.choose(points, requested)
+
+    def is_decisive(self, point: SweepPoint) -> bool:
+        """Whether no point behind this one can be chosen."""
+        cost = BUDGETS.get(self.rule)
+        return cost is not None and getattr(point, cost) > self.max_accuracy_drop + ROUNDING
 
     def max_neurons(self, mask: NeuronMask, requested: int = 0) -> int:
         """Upper limit on pruned neurons; `number` and `threshold` ignore `max_fraction`."""
@@ -185,10 +196,8 @@ class Prune(Hyperparameters):
 
     def choose(self, points: list[SweepPoint], requested: int) -> SweepPoint:
         """The point of the sweep that `rule` selects."""
-        if self.rule == "accuracy_drop":
-            return last_within_budget(points, self.max_accuracy_drop)
-        if self.rule == "prediction_change":
-            return last_within_budget(points, self.max_accuracy_drop, "changed")
+        if self.rule in BUDGETS:
+            return last_within_budget(points, self.max_accuracy_drop, BUDGETS[self.rule])
         if self.rule == "elbow":
             return elbow(points)
         return max((p for p in points if p.pruned <= requested), key=lambda p: p.pruned)
@@ -284,19 +293,22 @@ def sweep(
     *,
     zero_bias: bool = False,
     precision: Precision = "fp32",
+    is_last: Callable[[SweepPoint], bool] = lambda _: False,
 ) -> list[SweepPoint]:
     """A point for each n in `counts`: `model` on `data` without the first n neurons of `order`.
 
-    `counts` ascend.
+    `counts` ascend. The sweep ends with the first point that `is_last`.
     """
     measure = SweepMeter(data.labels)
     logits_by_count = logits_along_sweep(
         model, order, counts, data.images, zero_bias=zero_bias, precision=precision
     )
-    return [
-        measure(logits, count, float(values[count - 1]) if count else 0.0)
-        for count, (logits,) in zip(counts, logits_by_count)
-    ]
+    points: list[SweepPoint] = []
+    for count, (logits,) in zip(counts, logits_by_count):
+        points.append(measure(logits, count, float(values[count - 1]) if count else 0.0))
+        if is_last(points[-1]):
+            break
+    return points
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ class Rebuild(Hyperparameters):
         float,
         Interval(ge=0, le=1),
         "fraction of the images that carry a recovered trigger, if there is one",
-    ] = 0.3
+    ] = 0.4
     augment: Augment = Augment()
 
     def __call__(

@@ -128,5 +128,5 @@ def test_detectors_that_compare_with_two_other_classes_are_skipped(k, rng):
     assert set(results) == {"neuron_noise", "neuron_noise_unlearned"} | (
         {"mm_bd", "mm_bd_unlearned", "consensus"} if k > 2 else set()
     )
-    skipped = [detector.name for detector in skipped_label_detectors(detectors, k)]
+    skipped = [text.split()[0] for text in skipped_label_detectors(detectors, model, k)]
     assert skipped == ([] if k > 2 else ["mm_bd", "consensus"])

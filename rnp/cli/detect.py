@@ -13,19 +13,19 @@ from rnp.cli.help import out_option
 from rnp.cli.untrusted import Source, untrusted_command, warn
 from rnp.detection.base import LabelDetector, SampleDetector
 from rnp.detection.run import Detect, skipped_label_detectors
-from rnp.detection.triggers.neural_cleanse import NeuralCleanse
+from rnp.detection.triggers.neural_cleanse import QUICK, NeuralCleanse
 from rnp.io.files import write_rows
 from rnp.registry import Method, load, names
 from rnp.unlearn import Unlearn
 from rnp.untrusted.case import unlearn_model
 from rnp.untrusted.detection import recover_triggers, score_suspects, search_and_detect_labels
 from rnp.untrusted.limits import sanitize
-from rnp.untrusted.report import HINT, SEARCH, describe_verdict
+from rnp.untrusted.report import HINT, describe_verdict
 
 M = TypeVar("M", bound=Method)
 DEFAULTS = Detect()
 UNLEARN_PART = (Unlearn, "unlearn.", None)
-SEARCH_PART = (NeuralCleanse, "search.", SEARCH)
+SEARCH_PART = (NeuralCleanse, "search.", QUICK)
 
 
 class DetectGroup(click.Group):
@@ -82,8 +82,8 @@ def labels(
     """
     case = source.load()
     detectors = select(methods, chosen)
-    for detector in skipped_label_detectors(detectors, len(case.classes)):
-        warn(f"{detector.name} needs {detector.min_classes} classes and was not run")
+    for sentence in skipped_label_detectors(detectors, case.loaded.model, len(case.classes)):
+        warn(sentence)
     unlearned = unlearn_model(case, unlearn)
     verdicts = search_and_detect_labels(case, unlearned, detectors, search)
     for name, verdict in verdicts.items():

@@ -71,9 +71,8 @@ def detect(options: Detect, unlearn: Unlearn, *methods: Method, files: Files, se
         benign=load_model(files.benign)[0] if options.include_benign else None,
         unlearn=unlearn,
     )
-    for detector in detection.skipped:
-        warning = f"{detector.name} needs {detector.min_classes} classes and was not run"
-        click.echo(f"warning: {warning}", err=True)
+    for sentence in detection.skipped:
+        click.echo(f"warning: {sentence}", err=True)
     save_triggers(files.out, detection.triggers)
     metrics = detection_metrics(detection, attack, selected, backdoored, options.num_test_images)
     write_json(files.report / "metrics.json", metrics)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -14,10 +14,12 @@ from torch import nn
 
 from rnp.defenses.base import Defense, Repaired
 from rnp.defenses.rnp import RNP, RNPResult
-from rnp.detection.base import RecoveredTrigger, robust_spread
+from rnp.detection.base import Evidence, LabelDetector, RecoveredTrigger
 from rnp.detection.labels.consensus import Consensus
-from rnp.detection.labels.prediction_drift import PredictionDrift
-from rnp.detection.triggers.neural_cleanse import NeuralCleanse
+from rnp.detection.labels.latent_trigger import LatentTrigger
+from rnp.detection.labels.trigger_size import TriggerSize
+from rnp.detection.triggers.neural_cleanse import QUICK, NeuralCleanse
+from rnp.detection.variants import VariantSearch
 from rnp.prune import Prune
 from rnp.rebuild import REBUILDABLE, Rebuild
 from rnp.recover import Recover
@@ -44,57 +46,51 @@ class RNPRebuildResult(Repaired):
         return labels_of(self.tuned_against)
 
 
-@dataclass(frozen=True)
-class Suspicion:
-    """What the defender knows before the repair.
+EVIDENCE: tuple[LabelDetector, ...] = (Consensus(), LatentTrigger(), TriggerSize())
+"""Detectors whose verdict counts as evidence, since they seldom name a class of a benign model."""
 
-    There is evidence against the labels `evident`. A trigger smaller than `small` pixels is
-    abnormally small in the given model.
-    """
-
-    evident: list[int]
-    small: float
+MIN_GAIN = 0.2
+"""A trigger works if it sends more than this share of the images to its label."""
+LOCAL = 0.1
+"""A trigger is local if it lies within this share of the pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RNPRebuild(Defense):
-    """RNP, which skips no neuron, and then rebuilding against the triggers of suspected labels.
+    """RNP, which skips no neuron, and then rebuilding against the triggers of evident labels.
+
+    A label is evident if one of three detectors predicts it: `consensus` looks at the unlearned
+    model, `latent_trigger` at the features of the given one, `trigger_size` at its triggers.
 
     Pruning goes down the ranking until it has cost `prune.max_accuracy_drop` of accuracy on the
-    defense set, without evidence against any label only `cautious_accuracy_drop`. Rebuilding
-    (`Rebuild`) gives the accuracy back.
+    defense set, without an evident label only `cautious_accuracy_drop`. Rebuilding (`Rebuild`)
+    gives the accuracy back. The first rebuilding is against the recovered trigger of each evident
+    label and its variants (`VariantSearch`). In at most `tuning_rounds` further rounds variants are
+    searched for in the model so far; while one still works and is local or small, the model is rebuilt
+    against all of them.
 
-    There is evidence against a label when `consensus` predicts it, since two detectors agree
-    there, or when two others point to it: `prediction_drift` predicts it, and its trigger in the
-    given model is abnormally small, below the median by more than `min_index` robust standard
-    deviations of the logarithms. Benign networks often have one such trigger, and drift to some
-    class; rebuilding against it would cost accuracy for nothing. The first rebuilding is against
-    the triggers of the evident labels. In at most `tuning_rounds` further rounds a trigger is
-    recovered for each of them from the model so far; while one is still abnormally small for the
-    given model, the model is rebuilt against all of them.
+    Drawn at random: what RNP, the detectors, recovering the triggers, their variants and rebuilding
+    draw, from generators that depend on the seed of `rng` alone; the state of `rng` does not
+    change.
 
-    Drawn at random: what RNP, recovering the triggers and rebuilding draw, from generators that
-    depend on the seed of `rng` alone; the state of `rng` does not change.
-
-    Source: Li et al., ICML 2023, for RNP and the drift; Wang et al., S&P 2019, sections IV and
-    VI.C, for the triggers and the suspected labels; `Rebuild` for the rest. The combination is
-    ours.
+    Source: Li et al., ICML 2023, for RNP; Wang et al., S&P 2019, sections IV and VI.C, for the
+    triggers and for training against them; `Rebuild` for the rest. The combination is ours.
     """
 
     unlearn: Unlearn = GROWING
     recover: Recover = Recover()
     prune: Prune = REBUILDABLE
     rebuild: Rebuild = Rebuild()
-    search: NeuralCleanse = NeuralCleanse(steps=100)
-    min_index: Annotated[float, Ge(0), "anomaly index above which a label is suspicious"] = 2.0
+    search: NeuralCleanse = QUICK
+    variants: VariantSearch = VariantSearch()
     cautious_accuracy_drop: Annotated[
         float,
         Interval(ge=0, lt=1),
-        "accuracy that pruning may cost, as a share of the images, without evidence",
-    ] = 0.02
+        "accuracy that pruning may cost, as a share of the images, without an evident label",
+    ] = 0.01
     tuning_rounds: Annotated[
         int, Ge(0), "largest number of rounds of looking for triggers that still work"
-    ] = 2
+    ] = 3
 
     def repair(
         self,
@@ -108,13 +104,23 @@ class RNPRebuild(Defense):
         train = defense_set.train
         unlearned = self.unlearn(model, train, rng=child(rng, "unlearn"), on_epoch=on_epoch)
         triggers = self.search.recover(model, train, rng=child(rng, "triggers"))
-        return self.repair_from(model, unlearned, triggers, defense_set, rng=rng, on_epoch=on_epoch)
+        evidence = Evidence(model, triggers, unlearned.model, unlearned.trajectory)
+        return self.repair_from(
+            model,
+            unlearned,
+            triggers,
+            evident_labels(evidence, train, rng=child(rng, "labels")),
+            defense_set,
+            rng=rng,
+            on_epoch=on_epoch,
+        )
 
     def repair_from(
         self,
         model: nn.Module,
         unlearned: Unlearned,
         triggers: Sequence[RecoveredTrigger],
+        evident: Sequence[int],
         defense_set: DefenseSet,
         *,
         rng: torch.Generator,
@@ -122,23 +128,24 @@ class RNPRebuild(Defense):
     ) -> RNPRebuildResult:
         """Repair `model`, of which `unlearned` is the result of unlearning.
 
-        `triggers` are those of all labels in `model`, in order. Triggers are recovered from the
-        images of `defense_set.train` alone; the model is rebuilt on all.
+        `triggers` are those of all labels in `model`, in order, and `evident` the labels to act
+        against. Variants are searched for with the images of `defense_set.train` alone; the model
+        is rebuilt on all.
         """
-        suspicion = self.suspect(triggers, unlearned, defense_set.train, rng=child(rng, "labels"))
-        prune = self.choose_prune(suspicion)
+        prune = self.prune if evident else self.cautious_prune()
         method = RNP(recover=self.recover, prune=prune)
         result = method.repair_from(model, unlearned, defense_set, rng=rng, on_epoch=on_epoch)
         rng = child(rng, "rebuild")
-        known = [triggers[label] for label in suspicion.evident]
+        first = [triggers[label] for label in evident]
         clean = defense_set.all
         neurons = result.pruned.neurons
+        known = [*first, *self.search_variants(first, model, defense_set.train, rng)]
         rebuilt = self.rebuild(
             model, result.model, neurons, clean, rng=rng, triggers=known, on_epoch=on_epoch
         )
-        for _ in range(self.tuning_rounds if suspicion.evident else 0):
-            found = self.search.recover_for(suspicion.evident, rebuilt, defense_set.train, rng=rng)
-            active = [trigger for trigger in found if trigger.effective_size < suspicion.small]
+        for _ in range(self.tuning_rounds if evident else 0):
+            found = self.search_variants(first, rebuilt, defense_set.train, rng)
+            active = [trigger for trigger in found if is_active(trigger, triggers, evident)]
             if not active:
                 break
             known += active
@@ -147,45 +154,45 @@ class RNPRebuild(Defense):
             )
         return RNPRebuildResult(rebuilt, rnp=result, prune=prune, tuned_against=known)
 
-    def suspect(
+    def search_variants(
         self,
         triggers: Sequence[RecoveredTrigger],
-        unlearned: Unlearned,
+        model: nn.Module,
         clean: ImageSet,
-        *,
         rng: torch.Generator,
-    ) -> Suspicion:
-        """The labels against which there is evidence.
+    ) -> list[RecoveredTrigger]:
+        """The variants of all `triggers` in `model`."""
+        variants = (self.variants(trigger, model, clean, rng=rng) for trigger in triggers)
+        return [variant for group in variants for variant in group]
 
-        `triggers` are those of all labels in the given model, in order.
-        """
-        small = self.small_size([trigger.effective_size for trigger in triggers])
-        abnormal = {trigger.label for trigger in triggers if trigger.effective_size < small}
-        detector = PredictionDrift()
-        drift = detector.verdict(detector.from_trajectory(unlearned.trajectory, len(triggers)))
-        agreed = self.agree(unlearned, clean, rng=rng)
-        evident = {label for label in abnormal if label == drift.label} | agreed
-        return Suspicion(sorted(evident), small)
-
-    def agree(self, unlearned: Unlearned, clean: ImageSet, *, rng: torch.Generator) -> set[int]:
-        """The label that `consensus` predicts, if any."""
-        consensus = Consensus()
-        if len(clean.classes) < consensus.min_classes:
-            return set()
-        label = consensus.verdict(consensus.score_unlearned(unlearned.model, clean, rng)).label
-        return set() if label is None else {label}
-
-    def small_size(self, sizes: Sequence[float]) -> float:
-        """The size below which a trigger is abnormally small."""
-        median, deviation = robust_spread(torch.tensor(sizes).log())
-        return math.exp(median - self.min_index * deviation)
-
-    def choose_prune(self, suspicion: Suspicion) -> Prune:
-        """`prune`, with the smaller budget where there is no evidence."""
-        if suspicion.evident:
-            return self.prune
+    def cautious_prune(self) -> Prune:
+        """`prune`, with the smaller budget."""
         budget = min(self.prune.max_accuracy_drop, self.cautious_accuracy_drop)
         return dataclasses.replace(self.prune, max_accuracy_drop=budget)
+
+
+def evident_labels(evidence: Evidence, clean: ImageSet, *, rng: torch.Generator) -> list[int]:
+    """The labels that one of `EVIDENCE` predicts, ascending.
+
+    Detectors that cannot judge the model are left out.
+    """
+    able = [one for one in EVIDENCE if not one.obstacle(evidence.model, len(clean.classes))]
+    verdicts = [one.verdict(one.score_evidence(evidence, clean, rng=rng)) for one in able]
+    return sorted({verdict.label for verdict in verdicts if verdict.label is not None})
+
+
+def is_active(
+    trigger: RecoveredTrigger, given: Sequence[RecoveredTrigger], evident: Sequence[int]
+) -> bool:
+    """Whether `trigger` works and is local, or small for a trigger of this network.
+
+    `given` are the triggers of all labels in the given model. Small is at most half of the median
+    of those that are not `evident`: every network has triggers of the usual size.
+    """
+    others = [one.effective_size for one in given if one.label not in evident]
+    usual = statistics.median(others) if others else trigger.mask.numel()
+    is_local = (trigger.mask > 0).sum() <= LOCAL * trigger.mask.numel()
+    return trigger.gain > MIN_GAIN and bool(is_local or trigger.l1 <= usual / 2)
 
 
 def labels_of(triggers: Sequence[RecoveredTrigger]) -> list[int]:

@@ -150,6 +150,10 @@ class LabelDetector(Method, ABC):
         """The same score, from triggers and unlearned models that exist already."""
         return self.score(evidence.model, clean, rng=rng)
 
+    def obstacle(self, model: nn.Module, num_classes: int) -> str:
+        """Why it cannot judge `model`, as the predicate of a sentence; empty if it can."""
+        return "" if num_classes >= self.min_classes else f"needs {self.min_classes} classes"
+
     def verdict(self, scores: Float[Tensor, "k"]) -> LabelVerdict:
         """The class with the highest score, unless that score or its lead is too small."""
         first, second = scores.topk(2).values.tolist()

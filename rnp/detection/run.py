@@ -143,10 +143,14 @@ class LabelScores:
 
 
 def skipped_label_detectors(
-    detectors: Sequence[LabelDetector], num_classes: int
-) -> list[LabelDetector]:
-    """The detectors that need more classes; `run_label_detectors` leaves them out."""
-    return [detector for detector in detectors if num_classes < detector.min_classes]
+    detectors: Sequence[LabelDetector], model: nn.Module, num_classes: int
+) -> list[str]:
+    """A sentence for each detector that cannot judge `model`; `run_label_detectors` skips it."""
+    return [
+        f"{detector.name} {obstacle} and was not run"
+        for detector in detectors
+        if (obstacle := detector.obstacle(model, num_classes))
+    ]
 
 
 def run_label_detectors(
@@ -163,10 +167,9 @@ def run_label_detectors(
     Detectors that need triggers run on the models that `triggers` has an entry for, those that
     unlearn by themselves on the given model alone. `trajectory` is that of the unlearning.
     """
-    skipped = skipped_label_detectors(detectors, len(clean.classes))
     label_scores = {}
     for detector in detectors:
-        if detector in skipped:
+        if detector.obstacle(models["backdoored"], len(clean.classes)):
             continue
         for name, model in models.items():
             if detector.needs_unlearned and name != "backdoored":
@@ -287,13 +290,13 @@ class Detection:
     """The results of all detectors.
 
     `benign_labels` is None where the label detectors did not run on the benign model. `samples`
-    is by task and detector, `skipped` are the label detectors that need more classes.
+    is by task and detector, `skipped` says which label detectors cannot judge the model.
     """
 
     triggers: TriggersByModel
     labels: dict[str, LabelScores]
     benign_labels: dict[str, LabelScores] | None
-    skipped: list[LabelDetector]
+    skipped: list[str]
     candidates: dict[str, Candidates]
     samples: dict[str, dict[str, SampleResult]]
     seconds: dict[str, float]
@@ -342,5 +345,5 @@ def run_detection(
         )
         for task, part in candidates.items()
     }
-    skipped = skipped_label_detectors(detectors.labels, len(clean.classes))
+    skipped = skipped_label_detectors(detectors.labels, given.model, len(clean.classes))
     return Detection(triggers, labels, benign_labels, skipped, candidates, samples, clock.seconds)

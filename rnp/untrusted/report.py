@@ -10,7 +10,7 @@ from annotated_types import Ge
 
 from rnp.defenses.rnp_rebuild import RNPRebuild
 from rnp.detection.base import LabelVerdict, RecoveredTrigger
-from rnp.detection.triggers.neural_cleanse import NeuralCleanse
+from rnp.detection.triggers.neural_cleanse import QUICK, NeuralCleanse
 from rnp.evaluation.metrics import Proportion, paired_interval
 from rnp.models.classifier import Classifier
 from rnp.params.ranges import Hyperparameters
@@ -21,8 +21,6 @@ from rnp.unlearn import GROWING, Unlearn, Unlearned
 from rnp.untrusted.model import LoadedModel
 from rnp.untrusted.spec import ModelSpec
 
-SEARCH = NeuralCleanse(steps=100)
-"""Fewer steps than the default, so that an audit is quick on a laptop."""
 NOT_TESTED = (
     "Any trigger: none was given, so whether the model carried a backdoor, and whether it still"
     " does, is not measured.",
@@ -40,7 +38,7 @@ class AuditSettings(Hyperparameters):
     """The methods that examine a model."""
 
     unlearn: Unlearn = GROWING
-    search: NeuralCleanse = SEARCH
+    search: NeuralCleanse = QUICK
 
 
 @dataclass(frozen=True, kw_only=True)
