@@ -60,6 +60,16 @@ def test_last_within_budget(lost, chosen):
 
 
 @pytest.mark.parametrize(
+    "rule, cost", [("accuracy_drop", "lost"), ("prediction_change", "changed")]
+)
+def test_a_sweep_ends_where_the_budget_is_exceeded(rule, cost):
+    prune = Prune(rule=rule, max_accuracy_drop=0.02)
+    decisive = [prune.is_decisive(point) for point in points(**{cost: [0, 0.02, 0.03, 0.0]})]
+    assert decisive == [False, False, True, False]
+    assert not any(map(Prune(rule="elbow").is_decisive, points(lost=[0, 0.5])))
+
+
+@pytest.mark.parametrize(
     "loss, step, chosen",
     [
         ([1, 1, 1, 1, 2, 3, 4], 1, 3),

@@ -41,6 +41,11 @@ class RNPRebuildResult(Repaired):
     tuned_against: list[RecoveredTrigger]
 
     @property
+    def is_rebuilt(self) -> bool:
+        """Whether there was anything to rebuild."""
+        return bool(self.rnp.pruned.neurons or self.tuned_against)
+
+    @property
     def tuned_labels(self) -> list[int]:
         """The labels of the triggers that the rebuilt model has learned to ignore."""
         return labels_of(self.tuned_against)
@@ -49,7 +54,7 @@ class RNPRebuildResult(Repaired):
 EVIDENCE: tuple[LabelDetector, ...] = (Consensus(), LatentTrigger(), TriggerSize())
 """Detectors whose verdict counts as evidence, since they seldom name a class of a benign model."""
 
-MIN_GAIN = 0.2
+MIN_GAIN = 0.1
 """A trigger works if it sends more than this share of the images to its label."""
 LOCAL = 0.1
 """A trigger is local if it lies within this share of the pixels."""
@@ -66,8 +71,9 @@ class RNPRebuild(Defense):
     defense set, without an evident label only `cautious_accuracy_drop`. Rebuilding (`Rebuild`)
     gives the accuracy back. The first rebuilding is against the recovered trigger of each evident
     label and its variants (`VariantSearch`). In at most `tuning_rounds` further rounds variants are
-    searched for in the model so far; while one still works and is local or small, the model is rebuilt
-    against all of them.
+    searched for in the model so far; while one still works and is local or small, the model is
+    rebuilt against all of them. Where no label is evident and no neuron is pruned, the model stays
+    as it is.
 
     Drawn at random: what RNP, the detectors, recovering the triggers, their variants and rebuilding
     draw, from generators that depend on the seed of `rng` alone; the state of `rng` does not
@@ -139,6 +145,8 @@ class RNPRebuild(Defense):
         first = [triggers[label] for label in evident]
         clean = defense_set.all
         neurons = result.pruned.neurons
+        if not evident and not neurons:
+            return RNPRebuildResult(result.model, rnp=result, prune=prune, tuned_against=[])
         known = [*first, *self.search_variants(first, model, defense_set.train, rng)]
         rebuilt = self.rebuild(
             model, result.model, neurons, clean, rng=rng, triggers=known, on_epoch=on_epoch

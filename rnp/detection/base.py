@@ -132,6 +132,8 @@ class LabelDetector(Method, ABC):
     """Whether unlearning is part of the method; others can be run on the unlearned copy too."""
     needs_triggers: ClassVar[bool] = False
     """Whether it scores recovered triggers."""
+    judges_unlearned: ClassVar[bool] = True
+    """Whether its score of the unlearned copy is of use, too."""
     min_classes: ClassVar[int] = 2
     """The number of classes below which it cannot compare."""
 

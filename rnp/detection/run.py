@@ -62,6 +62,8 @@ class Detect(Hyperparameters):
         "prediction_drift",
         "trigger_survival",
         "consensus",
+        "latent_trigger",
+        "trigger_size",
         "neural_cleanse_index",
         "mm_bd",
     )
@@ -164,15 +166,17 @@ def run_label_detectors(
 ) -> dict[str, LabelScores]:
     """The scores of each detector on each model, by `detector_key`.
 
-    Detectors that need triggers run on the models that `triggers` has an entry for, those that
-    unlearn by themselves on the given model alone. `trajectory` is that of the unlearning.
+    Detectors that need triggers run on the models that `triggers` has an entry for; those that
+    unlearn by themselves, or judge no unlearned copy, on the given model alone. `trajectory` is
+    that of the unlearning.
     """
     label_scores = {}
     for detector in detectors:
         if detector.obstacle(models["backdoored"], len(clean.classes)):
             continue
         for name, model in models.items():
-            if detector.needs_unlearned and name != "backdoored":
+            judges_copies = detector.judges_unlearned and not detector.needs_unlearned
+            if name != "backdoored" and not judges_copies:
                 continue
             if detector.needs_triggers and name not in triggers:
                 continue

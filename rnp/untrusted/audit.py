@@ -10,9 +10,8 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from rnp.clock import now
-from rnp.defenses.rnp_rebuild import RNPRebuild, RNPRebuildResult
+from rnp.defenses.rnp_rebuild import EVIDENCE, RNPRebuild, RNPRebuildResult
 from rnp.detection.base import RecoveredTrigger
-from rnp.detection.labels.consensus import Consensus
 from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
 from rnp.detection.labels.prediction_drift import PredictionDrift
 from rnp.detection.labels.trigger_survival import TriggerSurvival
@@ -39,7 +38,7 @@ from rnp.untrusted.report import (
 from rnp.untrusted.spec import ModelSpec
 
 DEFAULTS = RepairSettings()
-DETECTORS = (Consensus(), TriggerSurvival(), PredictionDrift(), NeuralCleanseIndex())
+DETECTORS = (*EVIDENCE, TriggerSurvival(), PredictionDrift(), NeuralCleanseIndex())
 """The first that reports a label decides which trigger the report shows."""
 
 
@@ -60,8 +59,9 @@ def purify(
     """Repair the model in a file with clean images; the file itself is not changed.
 
     The repair is that of the defense `rnp_rebuild`: RNP, then rebuilding from the given model, and
-    at most `tuning_rounds` further rounds against the triggers that still work. Up to the pruning
-    the result equals that of the pipeline's stages with the same defense set, seed and options.
+    at most `tuning_rounds` further rounds against variants of the triggers that still work. Up to
+    the pruning the result equals that of the pipeline's stages with the same defense set, seed and
+    options.
 
     Args:
         model: A checkpoint (.pt, .pth, .ckpt, .bin, .safetensors), which need not be trusted.
@@ -126,7 +126,9 @@ def audit(case: AuditCase, settings: AuditSettings, on_epoch: OnEpoch = no_callb
     labels = detect_labels(case, unlearned, DETECTORS, triggers)
     repair = None
     if isinstance(settings, RepairSettings):
-        repair = repair_model(case, settings, unlearned, triggers, on_epoch)
+        named = {labels[one.name].label for one in EVIDENCE if one.name in labels}
+        evident = sorted(label for label in named if label is not None)
+        repair = repair_model(case, settings, unlearned, triggers, evident, on_epoch)
     return AuditReport(
         path=case.path,
         loaded=case.loaded,
@@ -154,8 +156,7 @@ def find_doubts(case: AuditCase, settings: AuditSettings, unlearned: Unlearned) 
             f" {len(unlearned.trajectory)} steps, so the least accurate model was used; raise"
             " unlearn.epochs or unlearn.lr"
         )
-    for detector in skipped_label_detectors(DETECTORS, len(case.classes)):
-        yield f"{detector.name} needs {detector.min_classes} classes and was not run"
+    yield from skipped_label_detectors(DETECTORS, case.loaded.model, len(case.classes))
 
 
 def repair_model(
@@ -163,9 +164,12 @@ def repair_model(
     settings: RepairSettings,
     unlearned: Unlearned,
     triggers: list[RecoveredTrigger],
+    evident: list[int],
     on_epoch: OnEpoch,
 ) -> Repair:
-    """Recover and prune the model, then rebuild it against the triggers that work."""
+    """Recover and prune the model, rebuild it against the triggers of the labels `evident`, and
+    search for their triggers once more.
+    """
     method = RNPRebuild(
         recover=settings.recover,
         prune=settings.prune,
@@ -177,6 +181,7 @@ def repair_model(
         case.loaded.model,
         unlearned,
         triggers,
+        evident,
         case.defense,
         rng=root(case.seed),
         on_epoch=on_epoch,
@@ -184,6 +189,8 @@ def repair_model(
     recovered = result.rnp.recovered
     repaired = cast(Classifier, result.model)  # as the given model is one
     everything = case.defense.all
+    rng = generator(case.seed, "triggers/repaired")
+    after = settings.search.recover_for(evident, repaired, case.defense.train, rng=rng)
     return Repair(
         model=repaired,
         recovered=recovered,
@@ -192,7 +199,8 @@ def repair_model(
         rule=settings.prune.rule,
         accuracy=Proportion(int(hits(repaired, everything).sum()), len(everything)),
         cost=held_out_cost(case, settings.rebuild, result),
-        tuned_labels=tuple(result.tuned_labels),
+        triggers_before=tuple(triggers[label] for label in evident),
+        triggers_after=tuple(after),
     )
 
 
@@ -206,7 +214,10 @@ def held_out_cost(case: AuditCase, rebuild: Rebuild, repaired: RNPRebuildResult)
 
     The neurons are pruned and the model is rebuilt once more, with one half of the images, and the
     accuracy is compared on the other half. The triggers were recovered from the first half alone.
+    A model that stayed as it was costs nothing.
     """
+    if not repaired.is_rebuilt:
+        return HeldOutCost(turned_wrong=0, turned_right=0, n=len(case.defense.val))
     given = case.loaded.model
     clean = case.defense.train
     trial = repaired.prune(given, repaired.rnp.recovered.mask, clean)

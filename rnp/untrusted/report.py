@@ -112,8 +112,8 @@ class Repair:
 
     `accuracy` is on all clean images, with which the neurons were chosen; `recovered_accuracy` is
     that of the recovered model on the images that the masks were optimized on. `rule` is the one
-    that chose the neurons, `tuned_labels` are the classes against whose triggers the model was
-    rebuilt.
+    that chose the neurons. The model was rebuilt against `triggers_before`, which were recovered
+    from the given model; `triggers_after` are those of the same labels in the repaired model.
     """
 
     model: Classifier
@@ -123,7 +123,13 @@ class Repair:
     rule: str
     accuracy: Proportion
     cost: HeldOutCost
-    tuned_labels: tuple[int, ...]
+    triggers_before: tuple[RecoveredTrigger, ...]
+    triggers_after: tuple[RecoveredTrigger, ...]
+
+    @property
+    def tuned_labels(self) -> tuple[int, ...]:
+        """The classes against whose triggers the model was rebuilt."""
+        return tuple(trigger.label for trigger in self.triggers_before)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +219,10 @@ def describe_repair(repair: Repair, classes: tuple[str, ...]) -> dict[str, objec
         "accuracy_after": describe_proportion(repair.accuracy),
         "cost": dataclasses.asdict(cost) | {"value": cost.value, "interval": list(cost.interval())},
         "tuned_against": [classes[label] for label in repair.tuned_labels],
+        "trigger_sizes": {
+            classes[before.label]: {"before": before.effective_size, "after": after.effective_size}
+            for before, after in zip(repair.triggers_before, repair.triggers_after)
+        },
     }
 
 
@@ -241,8 +251,13 @@ def summarize_repair(repair: Repair, classes: tuple[str, ...]) -> str:
     names = ", ".join(classes[label] for label in repair.tuned_labels)
     tuning = f", then rebuilt against triggers of {names}" if names else ""
     low, high = repair.cost.interval()
+    sizes = "".join(
+        f"; smallest trigger of {classes[before.label]} {before.effective_size:.0f} pixels before,"
+        f" {after.effective_size:.0f} after"
+        for before, after in zip(repair.triggers_before, repair.triggers_after)
+    )
     return (
         f"pruned {repair.pruned.chosen.pruned} of {neurons} neurons{tuning}; accuracy on images"
         f" that had no part in the repair {-repair.cost.value:+.3f} (95 % interval {-high:+.3f} to"
-        f" {-low:+.3f}, {repair.cost.n} images)"
+        f" {-low:+.3f}, {repair.cost.n} images){sizes}"
     )

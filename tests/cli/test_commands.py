@@ -539,9 +539,10 @@ def test_rows_of_detection(ended):
             ("labels", name, "unlearned")
             for name in ("prediction_drift", "trigger_survival", "consensus")
         ),
+        ("labels", "latent_trigger", "backdoored"),
         *(
             ("labels", name, model)
-            for name in ("mm_bd", "neural_cleanse_index")
+            for name in ("mm_bd", "neural_cleanse_index", "trigger_size")
             for model in ("backdoored", "unlearned")
         ),
         *(

@@ -1,18 +1,18 @@
 """RNP with rebuilding: what counts as evidence, and what follows from it."""
 
 import dataclasses
-import math
 
 import pytest
 import torch
 from planted import TARGET, BackdooredNet, images, trigger
 
 from rnp.defenses.rnp import RNP
-from rnp.defenses.rnp_rebuild import RNPRebuild
+from rnp.defenses.rnp_rebuild import RNPRebuild, is_active
 from rnp.detection.base import blend
 from rnp.detection.labels.consensus import Consensus
-from rnp.detection.labels.prediction_drift import PredictionDrift
+from rnp.detection.labels.latent_trigger import LatentTrigger
 from rnp.detection.triggers.neural_cleanse import NeuralCleanse
+from rnp.detection.variants import VariantSearch
 from rnp.errors import UserError
 from rnp.prune import Prune
 from rnp.rebuild import Rebuild
@@ -40,23 +40,22 @@ def defense_set():
 
 @dataclasses.dataclass
 class Script:
-    """The sizes of the triggers in the given model and of those that each round is to recover.
+    """The sizes of the triggers in the given model, and those of the variants of each search.
 
-    `searched` collects the labels that each round looked at, `against` the labels of the triggers
-    of each rebuilding, `budgets` what each pruning might cost.
+    `searched` collects the labels of each search, `against` those of the triggers of each
+    rebuilding, `budgets` what each pruning might cost.
     """
 
     given: dict[int, int] = dataclasses.field(default_factory=lambda: {TARGET: 3})
-    rounds: list[dict[int, int]] = dataclasses.field(default_factory=list)
-    searched: list[list[int]] = dataclasses.field(default_factory=list)
+    variants: list[int] = dataclasses.field(default_factory=list)
+    searched: list[int] = dataclasses.field(default_factory=list)
     against: list[list[int]] = dataclasses.field(default_factory=list)
     budgets: list[float] = dataclasses.field(default_factory=list)
-    drift: torch.Tensor = dataclasses.field(default_factory=lambda: torch.eye(6)[TARGET] * 0.8)
 
 
 @pytest.fixture
 def script(monkeypatch):
-    """Where the script has no size, triggers have 20 to 24 pixels."""
+    """Where the script has no size, triggers have 20 to 24 pixels and there are no variants."""
     script = Script()
     rebuild = Rebuild.__call__
     prune = Prune.__call__
@@ -64,10 +63,9 @@ def script(monkeypatch):
     def recover(*_, **__):
         return [trigger(c, script.given.get(c, 20 + c % 5)) for c in range(6)]
 
-    def recover_for(_, labels, *__, **___):
-        script.searched.append(list(labels))
-        sizes = script.rounds.pop(0) if script.rounds else {}
-        return [trigger(label, sizes.get(label, 20)) for label in labels]
+    def search_variants(_, known, *__, **___):
+        script.searched.append(known.label)
+        return [trigger(known.label, script.variants.pop(0))] if script.variants else []
 
     def record_rebuild(self, *args, triggers, **options):
         script.against.append([trigger.label for trigger in triggers])
@@ -78,11 +76,11 @@ def script(monkeypatch):
         return prune(self, *args)
 
     monkeypatch.setattr(NeuralCleanse, "recover", recover)
-    monkeypatch.setattr(NeuralCleanse, "recover_for", recover_for)
+    monkeypatch.setattr(VariantSearch, "__call__", search_variants)
     monkeypatch.setattr(Rebuild, "__call__", record_rebuild)
     monkeypatch.setattr(Prune, "__call__", record_prune)
-    monkeypatch.setattr(PredictionDrift, "from_trajectory", lambda *_: script.drift)
     monkeypatch.setattr(Consensus, "score_unlearned", lambda *_: torch.zeros(6))
+    monkeypatch.setattr(LatentTrigger, "score", lambda *_, **__: torch.zeros(6))
     return script
 
 
@@ -91,55 +89,87 @@ def same(one, other):
     return all(torch.equal(value, other_state[name]) for name, value in one.state_dict().items())
 
 
-def test_a_small_trigger_and_the_drift_are_evidence(model, defense_set, rng, script):
+def test_a_trigger_far_smaller_than_the_others_is_evidence(model, defense_set, rng, script):
     result = METHOD.repair(model, defense_set, rng=rng())
     assert script.against == [[TARGET]] and result.tuned_labels == [TARGET]
-    assert script.searched == [[TARGET]]
+    assert script.searched == [TARGET] * 2, "in the given model, and in the rebuilt one"
     assert script.budgets == [METHOD.prune.max_accuracy_drop]
 
 
-def test_a_label_of_the_consensus_is_evident(model, defense_set, rng, script, monkeypatch):
-    script.given = {}
-    monkeypatch.setattr(Consensus, "score_unlearned", lambda *_: 2 * torch.eye(6)[4])
-    result = METHOD.repair(model, defense_set, rng=rng())
-    assert script.against == script.searched == [[4]] and result.tuned_labels == [4]
-    assert script.budgets == [METHOD.prune.max_accuracy_drop]
-
-
-@pytest.mark.parametrize("given, drift", [({TARGET: 3}, 0.4), ({}, 0.8), ({5: 3}, 0.8)])
-def test_without_evidence_it_prunes_less_and_rebuilds_against_nothing(
-    given, drift, model, defense_set, rng, script
+@pytest.mark.parametrize(
+    "detector, method", [(Consensus, "score_unlearned"), (LatentTrigger, "score")]
+)
+def test_so_is_the_verdict_of_the_other_two(
+    detector, method, model, defense_set, rng, script, monkeypatch
 ):
-    """A small trigger alone, a drift alone, and a drift to another label than its."""
+    script.given = {}
+    monkeypatch.setattr(detector, method, lambda *_, **__: 2 * torch.eye(6)[4])
+    result = METHOD.repair(model, defense_set, rng=rng())
+    assert script.against == [[4]] and result.tuned_labels == [4]
+    assert script.budgets == [METHOD.prune.max_accuracy_drop]
+
+
+def test_several_labels_can_be_evident(model, defense_set, rng, script, monkeypatch):
+    monkeypatch.setattr(LatentTrigger, "score", lambda *_, **__: 2 * torch.eye(6)[1])
+    METHOD.repair(model, defense_set, rng=rng())
+    assert script.against == [[1, TARGET]]
+
+
+@pytest.mark.parametrize("given", [{}, {TARGET: 3, 5: 3}])
+def test_without_evidence_it_prunes_less_and_rebuilds_against_nothing(
+    given, model, defense_set, rng, script
+):
+    """Triggers of about the same size, and two that are equally small."""
     script.given = given
-    script.drift = drift * torch.eye(6)[TARGET]
     result = METHOD.repair(model, defense_set, rng=rng())
     assert script.budgets == [METHOD.cautious_accuracy_drop]
     assert script.against == [[]] and result.tuned_against == []
     assert script.searched == []
 
 
-def test_equal_triggers_are_not_abnormally_small():
-    """Rounding must not make one of them so."""
-    assert METHOD.small_size([5.0] * 6) < 5
+def test_a_detector_that_cannot_judge_the_model_is_left_out(
+    model, defense_set, rng, script, monkeypatch
+):
+    script.given = {}
+    monkeypatch.setattr(LatentTrigger, "score", lambda *_, **__: 2 * torch.eye(6)[4])
+    monkeypatch.setattr(LatentTrigger, "obstacle", lambda *_: "needs another model")
+    METHOD.repair(model, defense_set, rng=rng())
+    assert script.against == [[]]
 
 
-def test_abnormally_small_in_closed_form():
-    """The median of the logarithms is log 8, their median deviation log 2."""
-    expected = math.exp(math.log(8) - 2 * 1.4826 * math.log(2))
-    assert METHOD.small_size([2.0, 4, 8, 16, 32]) == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize(
+    "area, gain, active",
+    [
+        (6, 0.3, True),  # a tenth of the 64 pixels
+        (6, 0.2, False),  # moves too few images
+        (11, 0.3, True),  # half of the median, 22
+        (12, 0.3, False),
+    ],
+)
+def test_which_triggers_count_as_active(area, gain, active):
+    given = [trigger(c, 3 if c == TARGET else 20 + c) for c in range(6)]
+    found = dataclasses.replace(trigger(TARGET, area), success=gain)
+    assert is_active(found, given, [TARGET]) == active
 
 
 def test_every_round_rebuilds_against_all_triggers_so_far(model, defense_set, rng, script):
-    script.rounds = [{TARGET: 2}, {TARGET: 2}]
+    """A variant in the given model, one after each of two rebuildings, and no more."""
+    script.variants = [2, 2, 2]
     METHOD.repair(model, defense_set, rng=rng())
-    assert script.searched == [[TARGET]] * 2
-    assert script.against == [[TARGET], [TARGET] * 2, [TARGET] * 3]
+    assert script.searched == [TARGET] * 4
+    assert script.against == [[TARGET] * 2, [TARGET] * 3, [TARGET] * 4]
+
+
+def test_a_trigger_of_the_usual_size_ends_the_rounds(model, defense_set, rng, script):
+    script.variants = [2, 20]
+    METHOD.repair(model, defense_set, rng=rng())
+    assert script.against == [[TARGET] * 2]
 
 
 def test_no_rounds_rebuild_once(model, defense_set, rng, script):
+    script.variants = [2, 2]
     dataclasses.replace(METHOD, tuning_rounds=0).repair(model, defense_set, rng=rng())
-    assert script.searched == [] and script.against == [[TARGET]]
+    assert script.searched == [TARGET] and script.against == [[TARGET] * 2]
 
 
 def test_up_to_the_pruning_it_is_rnp(model, defense_set, rng, script):
@@ -184,7 +214,6 @@ def test_a_backdoor_that_pruning_leaves_active_is_removed(model, defense_set, rn
     "name, value, bounds",
     [
         ("tuning_rounds", -1, "0 or more"),
-        ("min_index", -1, "0 or more"),
         ("cautious_accuracy_drop", 1, r"in \[0, 1\)"),
     ],
 )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from rnp.detection.labels.mm_bd import MMBD
 from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
 from rnp.detection.labels.neuron_noise import NeuronNoise
 from rnp.detection.labels.prediction_drift import PredictionDrift
+from rnp.detection.labels.trigger_size import TriggerSize
 from rnp.detection.labels.trigger_survival import TriggerSurvival
 from rnp.errors import UserError
 from rnp.types import Epoch
@@ -103,6 +105,31 @@ def test_the_index_predicts_the_planted_label() -> None:
 def test_the_index_flags_small_masks_only(sizes: tuple[int, ...], label: int | None) -> None:
     detector = NeuralCleanseIndex()
     assert detector.verdict(detector.from_triggers(sized(*sizes))).label == label
+
+
+@pytest.mark.parametrize(
+    "sizes, label",
+    [
+        ((20, 21, 4, 19, 22), 2),
+        ((20, 21, 4, 5, 22), None),  # two that are equally small
+        ((20, 20, 12, 20, 20), None),  # not small enough
+        ((20, 21, 60, 19, 22), None),
+    ],
+)
+def test_the_smallest_trigger_must_lead(sizes: tuple[int, ...], label: int | None) -> None:
+    detector = TriggerSize()
+    assert detector.verdict(detector.from_triggers(sized(*sizes))).label == label
+
+
+def test_sizes_in_closed_form() -> None:
+    scores = TriggerSize().from_triggers(sized(20, 40, 5))
+    assert scores.tolist() == pytest.approx([0.0, -math.log(2), math.log(4)], abs=1e-6)
+    assert TriggerSize().verdict(scores).margin == pytest.approx(math.log(4), abs=1e-6)
+
+
+def test_the_size_names_the_planted_label() -> None:
+    detector = TriggerSize()
+    assert detector.verdict(detector.score(Planted(), images(), rng=rng())).label == TARGET
 
 
 def test_a_label_with_a_high_baseline_is_not_flagged() -> None:

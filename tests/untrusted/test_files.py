@@ -12,10 +12,12 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from rnp.cli.main import cli, guard
-from rnp.defenses.rnp_rebuild import RNPRebuild
 from rnp.detection.base import RecoveredTrigger
-from rnp.detection.labels.prediction_drift import PredictionDrift
+from rnp.detection.labels.consensus import Consensus
+from rnp.detection.labels.latent_trigger import LatentTrigger
+from rnp.detection.labels.trigger_size import TriggerSize
 from rnp.io.files import sha256
+from rnp.untrusted.audit import DETECTORS
 
 REBUILD = "--rebuild.steps 3 --rebuild.batch-size 20".split()
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -89,8 +91,8 @@ def test_the_report_holds_what_was_measured(purified, scene):
     low, high = report["cost"]["interval"]
     assert low < report["cost"]["value"] < high
     assert high - low > 0.05, "thirty images cannot tell more"
-    detectors = {"consensus", "trigger_survival", "prediction_drift", "neural_cleanse_index"}
-    assert set(report["labels"]) == detectors and report["versions"]["rnp"]
+    assert set(report["labels"]) == {detector.name for detector in DETECTORS}
+    assert report["versions"]["rnp"]
     assert report["settings"]["recover"]["steps"] == 4
     assert report["command"].split()[0] == "rnp"
     assert "Any trigger" in report["not_tested"][0]
@@ -142,14 +144,18 @@ def test_the_page_opens_in_a_browser(purified, tmp_path):
 
 def test_rebuilding_is_reported_everywhere(scene, options, tmp_path, monkeypatch):
     """In the terminal, the report, the card and the page."""
-    monkeypatch.setattr(RNPRebuild, "agree", lambda *_, **__: {0})
+    monkeypatch.setattr(Consensus, "score_unlearned", lambda *_: 2 * torch.eye(4)[0])
+    monkeypatch.setattr(LatentTrigger, "leads", lambda *_: torch.zeros(4, 4, dtype=torch.float64))
+    monkeypatch.setattr(TriggerSize, "from_triggers", lambda *_: torch.zeros(4))
     out = tmp_path / "out"
     output = run("purify", scene, "-o", out, "--tuning-rounds", 1, *options, *REBUILD)
     assert "neurons, then rebuilt against triggers of bird<b>; accuracy" in output
+    assert "; smallest trigger of bird<b> " in output
     report = json.loads((out / "report.json").read_text())
     assert report["tuned_against"] == ["bird<b>"] and report["settings"]["tuning_rounds"] == 1
+    assert set(report["trigger_sizes"]["bird<b>"]) == {"before", "after"}
     card, page = (out / "modelcard.md").read_text(), (out / "report.html").read_text()
-    assert "misled by the triggers recovered for bird<b>" in card
+    assert "misled by the triggers recovered for bird<b>. The smallest trigger of" in card
     assert "All other weights" not in card
     assert "misled by the triggers recovered for bird&lt;b&gt;" in page and "bird<b>" not in page
     before = load_file(scene / "model.safetensors")
@@ -160,9 +166,10 @@ def test_rebuilding_is_reported_everywhere(scene, options, tmp_path, monkeypatch
 def test_without_evidence_the_model_is_rebuilt_against_no_trigger(
     scene, options, tmp_path, monkeypatch
 ):
-    """No trigger is smaller than another, and nothing drifts."""
+    """No trigger is smaller than another, in the pixels or in the features."""
     monkeypatch.setattr(RecoveredTrigger, "effective_size", 5.0)
-    monkeypatch.setattr(PredictionDrift, "from_trajectory", lambda *_: torch.full((4,), 0.25))
+    monkeypatch.setattr(Consensus, "score_unlearned", lambda *_: torch.zeros(4))
+    monkeypatch.setattr(LatentTrigger, "leads", lambda *_: torch.zeros(4, 4, dtype=torch.float64))
     output = run("purify", scene, "-o", tmp_path / "out", *options, *REBUILD)
     assert "rebuilt against" not in output
     report = json.loads((tmp_path / "out" / "report.json").read_text())

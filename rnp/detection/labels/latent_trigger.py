@@ -32,6 +32,7 @@ class LatentTrigger(LabelDetector):
     """
 
     min_classes: ClassVar[int] = 3
+    judges_unlearned: ClassVar[bool] = False
 
     min_score: Annotated[
         float, Ge(0), "logarithm of median over smallest norm below which no label is predicted"

@@ -20,9 +20,8 @@ class TriggerSize(LabelDetector):
     """The logarithm of the median size of the triggers over the size of the class's own.
 
     The verdict asks that the second smallest trigger be nearly twice as large as the smallest
-    (`min_margin`). The index of `neural_cleanse_index` has no such demand, and divides by a median
-    deviation, which is sometimes tiny: with ten classes it names some class of every third benign
-    model.
+    (`min_margin`). The index of `neural_cleanse_index` has no such demand, and divides by the
+    median deviation of a few classes, which is sometimes tiny.
 
     Source: Wang et al., S&P 2019, section IV, for the triggers; the verdict is ours.
     """

@@ -63,6 +63,8 @@ class NeuralCleanse(TriggerRecovery):
         self, labels: Sequence[int], model: nn.Module, clean: ImageSet, *, rng: torch.Generator
     ) -> list[RecoveredTrigger]:
         """The triggers of some labels only; one label of k takes a k-th of the time."""
+        if not labels:
+            return []
         classes = torch.tensor(labels).unsqueeze(1)  # [k, 1]
         other = clean.labels != classes  # [k, n]
         predicted = predict(model, clean.images, precision=chosen_precision()).argmax(1)  # [n]
