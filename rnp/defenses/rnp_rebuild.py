@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class RNPRebuild(Defense):
     gives the accuracy back. The first rebuilding is against the recovered trigger of each evident
     label and its variants (`VariantSearch`). In at most `tuning_rounds` further rounds variants are
     searched for in the model so far; while one still works and is local or small, the model is
-    rebuilt against all of them. Where no label is evident and no neuron is pruned, the model stays
+    rebuilt against all of them, half of the time against the new ones. Where no label is evident and no neuron is pruned, the model stays
     as it is.
 
     Drawn at random: what RNP, the detectors, recovering the triggers, their variants and rebuilding
@@ -156,9 +157,16 @@ class RNPRebuild(Defense):
             active = [trigger for trigger in found if is_active(trigger, triggers, evident)]
             if not active:
                 break
+            repeated = active * math.ceil(len(known) / len(active))  # about half of all
             known += active
             rebuilt = self.rebuild(
-                model, rebuilt, neurons, clean, rng=rng, triggers=known, on_epoch=on_epoch
+                model,
+                rebuilt,
+                neurons,
+                clean,
+                rng=rng,
+                triggers=[*known, *repeated],
+                on_epoch=on_epoch,
             )
         return RNPRebuildResult(rebuilt, rnp=result, prune=prune, tuned_against=known)
 

@@ -116,6 +116,15 @@ def test_several_labels_can_be_evident(model, defense_set, rng, script, monkeypa
 
 
 @pytest.mark.parametrize("given", [{}, {TARGET: 3, 5: 3}])
+def test_without_evidence_and_without_pruning_the_model_stays_as_it_is(
+    model, defense_set, rng, script
+):
+    script.given = {}
+    method = dataclasses.replace(METHOD, prune=Prune(rule="number", num_neurons=0))
+    result = method.repair(model, defense_set, rng=rng())
+    assert script.against == [] and not result.is_rebuilt and same(result.model, model)
+
+
 def test_without_evidence_it_prunes_less_and_rebuilds_against_nothing(
     given, model, defense_set, rng, script
 ):
@@ -141,7 +150,7 @@ def test_a_detector_that_cannot_judge_the_model_is_left_out(
     "area, gain, active",
     [
         (6, 0.3, True),  # a tenth of the 64 pixels
-        (6, 0.2, False),  # moves too few images
+        (6, 0.1, False),  # moves too few images
         (11, 0.3, True),  # half of the median, 22
         (12, 0.3, False),
     ],
@@ -157,7 +166,9 @@ def test_every_round_rebuilds_against_all_triggers_so_far(model, defense_set, rn
     script.variants = [2, 2, 2]
     METHOD.repair(model, defense_set, rng=rng())
     assert script.searched == [TARGET] * 4
-    assert script.against == [[TARGET] * 2, [TARGET] * 3, [TARGET] * 4]
+    # 2; 3, and the new one twice more; 4, and the new one three times more
+    assert [len(labels) for labels in script.against] == [2, 5, 7]
+    assert {label for labels in script.against for label in labels} == {TARGET}
 
 
 def test_a_trigger_of_the_usual_size_ends_the_rounds(model, defense_set, rng, script):
