@@ -73,8 +73,8 @@ class RNPRebuild(Defense):
     gives the accuracy back. The first rebuilding is against the recovered trigger of each evident
     label and its variants (`VariantSearch`). In at most `tuning_rounds` further rounds variants are
     searched for in the model so far; while one still works and is local or small, the model is
-    rebuilt against all of them, half of the time against the new ones. Where no label is evident and no neuron is pruned, the model stays
-    as it is.
+    rebuilt against all of them, half of the time against the new ones. Where no label is evident
+    and no neuron is pruned, the model stays as it is.
 
     Drawn at random: what RNP, the detectors, recovering the triggers, their variants and rebuilding
     draw, from generators that depend on the seed of `rng` alone; the state of `rng` does not

@@ -115,7 +115,6 @@ def test_several_labels_can_be_evident(model, defense_set, rng, script, monkeypa
     assert script.against == [[1, TARGET]]
 
 
-@pytest.mark.parametrize("given", [{}, {TARGET: 3, 5: 3}])
 def test_without_evidence_and_without_pruning_the_model_stays_as_it_is(
     model, defense_set, rng, script
 ):
@@ -125,6 +124,7 @@ def test_without_evidence_and_without_pruning_the_model_stays_as_it_is(
     assert script.against == [] and not result.is_rebuilt and same(result.model, model)
 
 
+@pytest.mark.parametrize("given", [{}, {TARGET: 3, 5: 3}])
 def test_without_evidence_it_prunes_less_and_rebuilds_against_nothing(
     given, model, defense_set, rng, script
 ):
