@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from annotated_types import Ge
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from rnp.detection.base import Evidence, LabelDetector, RecoveredTrigger
-from rnp.detection.triggers.neural_cleanse import NeuralCleanse
-from rnp.types import ImageSet
+from rnp.detection.base import RecoveredTrigger
+from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
 
 
 @dataclass(frozen=True, kw_only=True)
-class TriggerSize(LabelDetector):
+class TriggerSize(NeuralCleanseIndex):
     """The logarithm of the median size of the triggers over the size of the class's own.
 
     The verdict asks that the second smallest trigger be nearly twice as large as the smallest
@@ -26,8 +25,6 @@ class TriggerSize(LabelDetector):
     Source: Wang et al., S&P 2019, section IV, for the triggers; the verdict is ours.
     """
 
-    needs_triggers: ClassVar[bool] = True
-
     min_score: Annotated[
         float, Ge(0), "logarithm of median over smallest size below which no label is predicted"
     ] = 0.55
@@ -35,21 +32,7 @@ class TriggerSize(LabelDetector):
         float, Ge(0), "logarithm of second over smallest size below which no label is predicted"
     ] = 0.55
 
-    def score(
-        self, model: nn.Module, clean: ImageSet, *, rng: torch.Generator
-    ) -> Float[Tensor, "k"]:
-        """The score by triggers that are recovered with the default settings.
-
-        Drawn at random: what the recovery draws.
-        """
-        return self.from_triggers(NeuralCleanse().recover(model, clean, rng=rng))
-
-    def score_evidence(
-        self, evidence: Evidence, clean: ImageSet, *, rng: torch.Generator
-    ) -> Float[Tensor, "k"]:
-        return self.from_triggers(evidence.triggers)
-
     def from_triggers(self, triggers: list[RecoveredTrigger]) -> Float[Tensor, "k"]:
-        """The same score from given triggers, one per class in order."""
+        """The score from given triggers, one per class in order."""
         sizes = torch.tensor([trigger.effective_size for trigger in triggers]).clamp_min(1e-3).log()
         return sizes.median() - sizes
