@@ -24,6 +24,7 @@ from rnp.rebuild import Rebuild
 from rnp.recover import Recover
 from rnp.seeds import generator, root
 from rnp.training.predict import accuracy, predict
+from rnp.training.work import WorkCounter, count_pass
 from rnp.types import ImageSet, OnEpoch, no_callback
 from rnp.unlearn import Unlearn, Unlearned
 from rnp.untrusted.case import AuditCase, load_case, unlearn_model
@@ -121,14 +122,19 @@ def audit(case: AuditCase, settings: AuditSettings, on_epoch: OnEpoch = no_callb
     Drawn at random: what the stages unlearn and recover and the detectors draw, and fine-tuning.
     """
     start = now()
-    unlearned = unlearn_model(case, settings.unlearn, on_epoch)
-    triggers = recover_triggers(case, settings.search)
-    labels = detect_labels(case, unlearned, DETECTORS, triggers)
+    counters = {"unlearn": WorkCounter(), "detect": WorkCounter()}
+    with counters["unlearn"]:
+        unlearned = unlearn_model(case, settings.unlearn, on_epoch)
+    with counters["detect"]:
+        triggers = recover_triggers(case, settings.search)
+        labels = detect_labels(case, unlearned, DETECTORS, triggers)
     repair = None
     if isinstance(settings, RepairSettings):
         named = {labels[one.name].label for one in EVIDENCE if one.name in labels}
         evident = sorted(label for label in named if label is not None)
-        repair = repair_model(case, settings, unlearned, triggers, evident, on_epoch)
+        with counters.setdefault("repair", WorkCounter()):
+            repair = repair_model(case, settings, unlearned, triggers, evident, on_epoch)
+    one = count_pass(case.loaded.model, case.defense.train.images)
     return AuditReport(
         path=case.path,
         loaded=case.loaded,
@@ -144,6 +150,7 @@ def audit(case: AuditCase, settings: AuditSettings, on_epoch: OnEpoch = no_callb
         spec=case.spec,
         settings=settings,
         seed=case.seed,
+        work={step: counter.work(one) for step, counter in counters.items()},
         seconds=round(case.seconds + now() - start, 1),
     )
 

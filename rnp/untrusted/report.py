@@ -17,6 +17,7 @@ from rnp.params.ranges import Hyperparameters
 from rnp.prune import Prune, Pruned
 from rnp.rebuild import REBUILDABLE, Rebuild
 from rnp.recover import Recover, Recovered
+from rnp.training.work import Work
 from rnp.unlearn import GROWING, Unlearn, Unlearned
 from rnp.untrusted.model import LoadedModel
 from rnp.untrusted.spec import ModelSpec
@@ -155,6 +156,8 @@ class AuditReport:
     spec: ModelSpec
     settings: AuditSettings
     seed: int
+    work: dict[str, Work]
+    """What each step computed: `unlearn`, `detect` and, after a repair, `repair`."""
     seconds: float
 
     @property
@@ -172,6 +175,7 @@ class AuditReport:
         return {
             "seed": self.seed,
             "seconds": self.seconds,
+            "work": {step: dataclasses.asdict(work) for step, work in self.work.items()},
             "warnings": list(self.warnings),
             "not_tested": list(self.not_tested),
             "inputs": {self.path: self.loaded.converted.input_sha256},
@@ -237,7 +241,10 @@ def summarize(report: AuditReport) -> list[str]:
         for name, verdict in report.labels.items()
     ]
     lines.append(HINT)
-    return [*lines, summarize_repair(report.repair, report.classes)] if report.repair else lines
+    if report.repair:
+        lines.append(summarize_repair(report.repair, report.classes))
+    steps = "; ".join(f"{step} {work}" for step, work in report.work.items())
+    return [*lines, f"passes of an image through the network: {steps}"]
 
 
 def describe_verdict(verdict: LabelVerdict, classes: tuple[str, ...]) -> str:
