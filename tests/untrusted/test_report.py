@@ -77,10 +77,15 @@ def test_the_suspected_trigger_is_that_of_the_first_reported_label(report):
 
 
 def test_the_terminal_gets_a_line_for_each_detector(report):
-    first, *lines, hint = summarize(report)
+    first, *lines, hint, passes = summarize(report)
     assert first.startswith("resnet10, 4 outputs; accuracy on 60 of your images: ")
     assert [line.split(": ")[0] for line in lines] == [f"label by {name}" for name in report.labels]
     assert hint.endswith("a hint, not a proof")
+    described = report.to_dict()["work"]
+    assert set(described) == {"unlearn", "detect"}
+    unlearned = described["unlearn"]
+    assert unlearned["forward_passes"] > unlearned["backward_passes"] > 0
+    assert f"unlearn {unlearned['forward_passes']:,} forward" in passes
 
 
 def test_the_cost_is_a_paired_difference():
