@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from rnp.defenses.base import Defense, Repaired
 from rnp.defenses.rnp import RNP, RNPResult
-from rnp.detection.base import Evidence, LabelDetector, RecoveredTrigger
+from rnp.detection.base import Evidence, LabelDetector, LabelVerdict, RecoveredTrigger
 from rnp.detection.labels.consensus import Consensus
 from rnp.detection.labels.latent_trigger import LatentTrigger
 from rnp.detection.labels.trigger_size import TriggerSize
@@ -193,7 +193,13 @@ def evident_labels(evidence: Evidence, clean: ImageSet, *, rng: torch.Generator)
     Detectors that cannot judge the model are left out.
     """
     able = [one for one in EVIDENCE if not one.obstacle(evidence.model, len(clean.classes))]
-    verdicts = [one.verdict(one.score_evidence(evidence, clean, rng=rng)) for one in able]
+    return predicted_labels(
+        one.verdict(one.score_evidence(evidence, clean, rng=rng)) for one in able
+    )
+
+
+def predicted_labels(verdicts: Iterable[LabelVerdict]) -> list[int]:
+    """The labels that at least one of `verdicts` predicts, ascending."""
     return sorted({verdict.label for verdict in verdicts if verdict.label is not None})
 
 

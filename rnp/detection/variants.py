@@ -66,8 +66,9 @@ class VariantSearch(Hyperparameters):
         rng: torch.Generator,
     ) -> list[RecoveredTrigger]:
         """Three variants per cost, and then the rectangles; `model` is left unchanged."""
-        masks, patterns = self._descend(known, model, clean, rng)
-        drawn = self.draw_rectangles(self.region(known.mask), clean.shape[0], rng)
+        region = self.region(known.mask)
+        masks, patterns = self._descend(known.label, region, model, clean, rng)
+        drawn = self.draw_rectangles(region, clean.shape[0], rng)
         few = random_part(clean, self.batch_size, rng)
         tried = measure_triggers(known.label, *drawn, model, few)
         best = sorted(range(len(tried)), key=lambda i: -tried[i].gain)[: self.kept_rectangles]
@@ -102,12 +103,17 @@ class VariantSearch(Hyperparameters):
         return masks, colors.expand(-1, -1, *region.shape)
 
     def _descend(
-        self, known: RecoveredTrigger, model: nn.Module, clean: ImageSet, rng: torch.Generator
+        self,
+        label: int,
+        region: Bool[Tensor, "h w"],
+        model: nn.Module,
+        clean: ImageSet,
+        rng: torch.Generator,
     ) -> tuple[Float[Tensor, "v h w"], Float[Tensor, "v c h w"]]:
         device = device_of(model)
         network = copy.deepcopy(model).eval().requires_grad_(False)
-        others = (clean.labels != known.label).nonzero().flatten()
-        region = self.region(known.mask).to(device)
+        others = (clean.labels != label).nonzero().flatten()
+        region = region.to(device)
         costs = torch.tensor(self.costs, device=device).repeat_interleave(3)
         count = len(costs)
         starts = 2 * BRIGHT * torch.rand(count, *clean.shape, generator=rng) - BRIGHT
@@ -115,7 +121,7 @@ class VariantSearch(Hyperparameters):
         raw_patterns = starts.to(device).requires_grad_()
         raw_masks = torch.zeros(count, 1, *clean.shape[1:], device=device, requires_grad=True)
         optimizer = torch.optim.Adam([raw_masks, raw_patterns], lr=self.lr)
-        targets = torch.full((count * self.batch_size,), known.label, device=device)
+        targets = torch.full((count * self.batch_size,), label, device=device)
         for _ in range(self.steps):
             draw = torch.randint(len(others), (self.batch_size,), generator=rng)
             images = to_floats(clean.images[others[draw]].to(device))  # [b, c, h, w]

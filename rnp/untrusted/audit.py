@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from rnp.clock import now
-from rnp.defenses.rnp_rebuild import EVIDENCE, RNPRebuild, RNPRebuildResult
+from rnp.defenses.rnp_rebuild import EVIDENCE, RNPRebuild, RNPRebuildResult, predicted_labels
 from rnp.detection.base import RecoveredTrigger
 from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
 from rnp.detection.labels.prediction_drift import PredictionDrift
@@ -130,8 +130,7 @@ def audit(case: AuditCase, settings: AuditSettings, on_epoch: OnEpoch = no_callb
         labels = detect_labels(case, unlearned, DETECTORS, triggers)
     repair = None
     if isinstance(settings, RepairSettings):
-        named = {labels[one.name].label for one in EVIDENCE if one.name in labels}
-        evident = sorted(label for label in named if label is not None)
+        evident = predicted_labels(labels[one.name] for one in EVIDENCE if one.name in labels)
         with counters.setdefault("repair", WorkCounter()):
             repair = repair_model(case, settings, unlearned, triggers, evident, on_epoch)
     one = count_pass(case.loaded.model, case.defense.train.images)
