@@ -277,17 +277,10 @@ def anomaly_index(values: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
     Source: Wang et al., S&P 2019 (Neural Cleanse), section IV; 1.4826 makes the median deviation
     that of a Gaussian.
     """
-    median, deviation = robust_spread(values)
-    return (median - values) / deviation
-
-
-def robust_spread(values: Float[Tensor, "k"]) -> tuple[Tensor, Tensor]:
-    """The median, and the median deviation from it, scaled to the deviation of a Gaussian.
-
-    The deviation is never 0: otherwise rounding would make each of equal values an outlier.
-    """
     median = values.quantile(0.5)
-    return median, (1.4826 * (median - values).abs().quantile(0.5)).clamp_min(1e-6)
+    deviation = 1.4826 * (median - values).abs().quantile(0.5)
+    # Otherwise rounding would make each of equal values an outlier.
+    return (median - values) / deviation.clamp_min(1e-6)
 
 
 def iou(mask: Float[Tensor, "h w"], support: Bool[Tensor, "h w"]) -> float:
