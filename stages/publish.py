@@ -14,7 +14,7 @@ from rnp.cli.main import guard
 from rnp.errors import UserError
 from rnp.io.files import read_json, write_json
 from rnp.params.read import flatten, params_in_use, read_params
-from rnp.reporting.stages import STAGES
+from rnp.reporting.stages import COSTS, PER_IMAGE, RNP_STAGES, STAGES, passes
 from rnp.tracking.models import log_dataset, log_model
 from rnp.tracking.store import (
     Store,
@@ -61,6 +61,11 @@ class FinishedStage:
     def seconds(self) -> float:
         return self.run["seconds"]
 
+    @property
+    def costs(self) -> dict[str, float]:
+        """Seconds and, where they were counted, multiply-adds."""
+        return {name: self.run[name] for name in COSTS if name in self.run}
+
     def metrics(self) -> dict:
         return read_json(self.report / "metrics.json", default={})
 
@@ -89,9 +94,18 @@ def publish() -> None:
     row = find_or_make_row(params, finished)
     summary(
         {stage.name: stage.seconds for stage in finished},
+        rnp_passes({stage.name: stage for stage in finished}),
         read_json(REPORTS / "evaluate/metrics.json", default={}),
     )
     print("MLflow     ", describe_row(row, store_uri()))
+
+
+def rnp_passes(finished: dict[str, FinishedStage]) -> str:
+    """The passes of an image that RNP took; empty if one of its stages is missing."""
+    if not finished.keys() >= set(RNP_STAGES):
+        return ""
+    per_image = finished["unlearn"].metrics().get(PER_IMAGE, 0)
+    return passes([finished[stage].run for stage in RNP_STAGES], per_image)
 
 
 def describe_row(row: list[str] | None, uri: str | None) -> str:
@@ -203,6 +217,8 @@ def log_stages(store: Store, row: str, finished: list[FinishedStage]) -> None:
     """Log times, metrics and figures of the stages."""
     numbers = {f"time/{stage.name}": stage.seconds for stage in finished}
     for stage in finished:
+        work = {name: value for name, value in stage.costs.items() if name != "seconds"}
+        numbers |= {f"{stage.name}/{name}": value for name, value in work.items()}
         numbers |= flat(stage.metrics(), f"{stage.name}/")
         store.log_figures(row, stage.report, f"plots/{stage.name}")
     store.log(row, to_metrics(numbers))
@@ -235,7 +251,7 @@ def rebuild(store: Store, stage: FinishedStage, attack: str) -> str:
     }
     run_id = store.create(f"{stage.name}-{attack}", labels, params, stage.seconds)
     store.log(run_id, stage.history())
-    store.log_report(run_id, stage.report, stage.seconds)
+    store.log_report(run_id, stage.report, stage.costs)
     store.close(run_id)
     return run_id
 

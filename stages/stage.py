@@ -105,11 +105,11 @@ def run_stage(command: click.Command, sections: Sections, arguments: list[str]) 
     with stage_run(stage, recorded, params["poison"]["attack"]) as tracked:
         start = time.perf_counter()
         History.listeners.append(tracked.row)
-        invoke(context)
-        seconds = round(time.perf_counter() - start, 2)
-        tracked.results(report, seconds)
-        run = {"stage": stage, "run_id": tracked.id, "params": recorded, "seconds": seconds}
-        write_json(report / "run.json", run | provenance())
+        work = invoke_and_count(context)
+        costs = {"seconds": round(time.perf_counter() - start, 2)} | work
+        tracked.results(report, costs)
+        run = {"stage": stage, "run_id": tracked.id, "params": recorded}
+        write_json(report / "run.json", run | costs | provenance())
 
 
 def defaults(params: dict, options: dict[str, str]) -> dict[str, object]:
@@ -135,6 +135,24 @@ def invoke(context: click.Context) -> None:
     """Run the command of a context."""
     with context:
         context.command.invoke(context)
+
+
+def invoke_and_count(context: click.Context) -> dict[str, int]:
+    """Run the command, and count the multiply-adds where it has the defender's images.
+
+    Counting costs a few percent of the time, so it is left out elsewhere.
+    """
+    if "defense" not in context.params:
+        invoke(context)
+        return {}
+    from rnp.training.work import WorkCounter  # loads PyTorch
+
+    with WorkCounter() as counter:
+        invoke(context)
+    return {
+        "multiply_adds_forward": counter.forward,
+        "multiply_adds_backward": counter.backward,
+    }
 
 
 def parameters_of(

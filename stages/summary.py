@@ -12,11 +12,16 @@ SCORES = {
 }
 
 
-def summary(seconds: dict[str, float], scores: dict) -> None:
-    """Print the scores before and after, the seconds of each stage, and where the report is."""
+def summary(seconds: dict[str, float], work: str, scores: dict) -> None:
+    """Print the scores before and after, the cost, and where the report is.
+
+    `seconds` are those of each stage, `work` the passes of an image that RNP took, in words.
+    """
     if scores:
         print_scores(scores)
     print(f"\nseconds     {', '.join(f'{stage} {value:.1f}' for stage, value in seconds.items())}")
+    if work:
+        print(f"RNP         {work} passes of an image")
     print(f"report      {PAGE}")
 
 

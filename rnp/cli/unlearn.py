@@ -12,8 +12,10 @@ from rnp.io.models import load_model, save_model
 from rnp.neurons.masks import maskable
 from rnp.reporting.plots import unlearning_curve
 from rnp.reporting.progress import progress
+from rnp.reporting.stages import PER_IMAGE
 from rnp.seeds import generator
 from rnp.training.loop import steps_per_epoch
+from rnp.training.work import count_pass
 from rnp.unlearn import Unlearn
 
 
@@ -52,4 +54,5 @@ def unlearn(options: Unlearn, *, files: Files, seed: int) -> None:
             f" {len(unlearned.trajectory)} steps; continuing with the least accurate model; raise"
             " unlearn.epochs or unlearn.lr"
         )
-    write_json(files.report / "metrics.json", unlearned.metrics())
+    work = {PER_IMAGE: count_pass(unlearned.model, clean.images)}
+    write_json(files.report / "metrics.json", unlearned.metrics() | work)

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from rnp.io.files import atomic_write, read_json
 from rnp.params.read import flatten, params_in_use
-from rnp.reporting.stages import STAGES
+from rnp.reporting.stages import PER_IMAGE, RNP_STAGES, STAGES, passes
 
 PACKAGES = ("rnp", "torch", "torchvision", "numpy", "scipy", "matplotlib", "dvc", "mlflow")
 MEASURES = {
@@ -111,7 +111,8 @@ def page(reports: Path, params: dict, out: Path, audit: dict | None = None) -> N
     Raises: UserError when a metrics file is damaged.
     """
     metrics = {stage: read_json(path) for stage, path in stage_files(reports, "metrics.json")}
-    times = stage_seconds(reports)
+    runs = {stage: read_json(path) for stage, path in stage_files(reports, "run.json")}
+    times = {stage: float(run["seconds"]) for stage, run in runs.items() if "seconds" in run}
     figures: dict[str, list[dict[str, str]]] = {}
     for stage, path in stage_files(reports, "*.png"):
         figures.setdefault(stage, []).append(figure(stage, path))
@@ -126,6 +127,7 @@ def page(reports: Path, params: dict, out: Path, audit: dict | None = None) -> N
         numbers={stage: dict(flatten(values)) for stage, values in metrics.items()},
         times=times,
         defense_times=dict(defense_seconds(times)),
+        work=dict(stage_passes(runs, metrics.get("unlearn", {}).get(PER_IMAGE, 0))),
         labels=with_decisions(detection.get("labels", {})),
         benign_labels=with_decisions(detection.get("benign_labels", {})),
         verdict=list(verdict(metrics)),
@@ -164,9 +166,12 @@ def stage_files(reports: Path, pattern: str) -> Iterator[tuple[str, Path]]:
             yield path.parent.relative_to(reports).as_posix(), path
 
 
-def stage_seconds(reports: Path) -> dict[str, float]:
-    runs = {stage: read_json(path) for stage, path in stage_files(reports, "run.json")}
-    return {stage: float(run["seconds"]) for stage, run in runs.items() if "seconds" in run}
+def stage_passes(runs: dict[str, dict], per_image: int) -> Iterator[tuple[str, str]]:
+    """The passes of an image that each stage has made, and those of RNP, the sum of its three."""
+    for stage, run in runs.items():
+        yield stage, passes([run], per_image)
+    if runs.keys() >= set(RNP_STAGES):
+        yield "rnp", passes([runs[stage] for stage in RNP_STAGES], per_image)
 
 
 def figure(stage: str, path: Path) -> dict[str, str]:
@@ -214,8 +219,8 @@ def seconds(value: float) -> str:
 
 def defense_seconds(times: dict[str, float]) -> Iterator[tuple[str, float]]:
     """The time of each defense; that of RNP is the sum of its three stages."""
-    if {"unlearn", "recover", "prune"} <= times.keys():
-        yield "rnp", times["unlearn"] + times["recover"] + times["prune"]
+    if times.keys() >= set(RNP_STAGES):
+        yield "rnp", sum(times[stage] for stage in RNP_STAGES)
     for stage, value in times.items():
         if stage.startswith("defend/"):
             yield stage.removeprefix("defend/"), value

@@ -1,4 +1,8 @@
-"""The stages of the pipeline, in their order."""
+"""The stages of the pipeline, in their order, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
 
 STAGES = (
     "prepare",
@@ -14,5 +18,25 @@ STAGES = (
     "evaluate",
     "report",
 )
+COSTS = ("seconds", "multiply_adds_forward", "multiply_adds_backward")
+"""What run.json says about the cost of a stage; multiply-adds where the defender's images are."""
 RNP_STAGES = ("unlearn", "recover", "prune")
 """Those whose seconds are the time of RNP."""
+PER_IMAGE = "multiply_adds_per_image"
+"""What the metrics of `unlearn` call the multiply-adds of a forward pass of one image."""
+
+
+def passes(runs: Iterable[dict], per_image: int) -> str:
+    """How many passes of an image have as many multiply-adds as these stages; empty if unknown.
+
+    `runs` are their run.json. A backward pass has as many multiply-adds as two forward passes.
+    """
+    counts = [
+        (run["multiply_adds_forward"], run["multiply_adds_backward"])
+        for run in runs
+        if "multiply_adds_forward" in run
+    ]
+    if not per_image or not counts:
+        return ""
+    forward, backward = (sum(part) for part in zip(*counts))
+    return f"{forward / per_image:,.0f} forward, {backward / (2 * per_image):,.0f} backward"

@@ -63,12 +63,12 @@ class StageRun:
             self.store.guarded(log_rows, self.store, self.id, rows)
         self.sent = time.monotonic()
 
-    def results(self, report: Path, seconds: float) -> None:
-        """Log what the stage left in its report folder."""
+    def results(self, report: Path, costs: dict[str, float]) -> None:
+        """Log what the stage left in its report folder, and its seconds and multiply-adds."""
         self._open_when_due()
         self._send()
         if self.store is not None:
-            self.store.guarded(self.store.log_report, self.id, report, seconds)
+            self.store.guarded(self.store.log_report, self.id, report, costs)
 
     def close(self, status: str, error: str) -> None:
         if self.store is None and status != "FINISHED":  # it leaves no files to make a run from

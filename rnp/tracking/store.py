@@ -185,10 +185,10 @@ class Store:
         for batch in chunks(metrics, METRICS_PER_CALL):
             self.client.log_batch(run_id, metrics=batch)
 
-    def log_report(self, run_id: str, report: Path, seconds: float) -> None:
-        """End values and figures of a stage from its report folder."""
+    def log_report(self, run_id: str, report: Path, costs: dict[str, float]) -> None:
+        """End values and figures of a stage from its report folder, and what the stage cost."""
         final = flat(read_json(report / "metrics.json", default={}))
-        self.log(run_id, to_metrics(final, prefix="final/") + to_metrics({"seconds": seconds}))
+        self.log(run_id, to_metrics(final, prefix="final/") + to_metrics(costs))
         self.log_figures(run_id, report)
 
     def log_figures(self, run_id: str, report: Path, folder: str = "plots") -> None:

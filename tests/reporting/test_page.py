@@ -117,6 +117,17 @@ def test_numbers_come_with_counts_and_intervals(reports: Path) -> None:
     assert "adaptive attacks" in text and "one run with seed 3" in text
 
 
+def test_the_work_of_rnp_is_the_sum_of_its_stages(reports: Path) -> None:
+    """A backward pass costs as much as two forward passes."""
+    write(reports / "unlearn", "metrics.json", {"multiply_adds_per_image": 100})
+    work = {"multiply_adds_forward": 500_000, "multiply_adds_backward": 400_000}
+    for stage in ("unlearn", "recover", "prune"):
+        write(reports / stage, "run.json", {"stage": stage, "seconds": 1.0} | work)
+    text = html(reports, {})
+    assert "RNP: 15,000 forward, 6,000 backward passes" in text
+    assert text.count("<td>5,000 forward, 2,000 backward</td>") == 3
+
+
 def test_no_word_promises_more_than_was_measured(reports: Path) -> None:
     words = re.sub(r"<style>.*?</style>|<[^>]+>", " ", html(reports, {}), flags=re.DOTALL).lower()
     assert not re.search(

@@ -313,6 +313,7 @@ def test_models(project):
 def test_summary(gate, capsys):
     summary(
         {"train": 12.34, "prune": 0.5},
+        "41,000 forward, 9,000 backward",
         {**SCORES, "gate": gate, "gate_reason": "" if gate else "ASR 0.100 is below 0.8"},
     )
     out = capsys.readouterr().out
@@ -322,6 +323,7 @@ def test_summary(gate, capsys):
         "1.0%",
     ]
     assert rows["DER"] == ["0.980"] and rows["neurons pruned"] == ["12", "of", "480"]
+    assert "RNP         41,000 forward, 9,000 backward passes of an image\n" in out
     assert "train 12.3, prune 0.5" in out and "reports/report.html" in out
     assert ("NOT real: ASR 0.100 is below 0.8" in out) is not gate
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import stages.stage
@@ -15,6 +16,7 @@ from rnp.params.presets import render
 from rnp.params.schema import check_params
 from rnp.recover import Recover
 from rnp.registry import load
+from rnp.reporting.stages import COSTS
 from rnp.training.device import chosen_precision
 from rnp.unlearn import Unlearn
 
@@ -125,3 +127,23 @@ def test_a_typo_anywhere_ends_before_any_work(run, params, capsys, section, key)
     assert end.value.code == 2 and not Path("report").exists()
     error = capsys.readouterr().err
     assert f"unknown key {section}.{key}" in error and "did you mean" in error
+
+
+@pytest.mark.parametrize("inputs, counted", [(("defense",), True), (("test",), False)])
+def test_multiply_adds_are_recorded_where_the_defenders_images_are(
+    monkeypatch, params, inputs, counted
+):
+    """3 images times 5 outputs times 4 inputs, and as many for the weights' gradient."""
+    Path("images").mkdir()
+
+    def work(*, files, seed):
+        files.report.mkdir()
+        torch.nn.Linear(4, 5)(torch.ones(3, 4)).sum().backward()
+
+    stage = command("toy", inputs=inputs, outputs={})(work)
+    monkeypatch.setattr(sys, "argv", ["toy", f"--{inputs[0]}", "images", "--report", "report"])
+    stages.stage.main(stage)
+    run = json.loads(Path("report/run.json").read_text())
+    found = {name: run[name] for name in COSTS[1:] if name in run}
+    assert found == ({name: 60 for name in COSTS[1:]} if counted else {})
+    assert run["seconds"] >= 0

@@ -307,7 +307,7 @@ def test_a_store_that_breaks_on_the_way(project, capsys):
     with stage_run("train", {}, "badnets") as run:
         run.store.client.log_batch = lambda *_, **__: 1 / 0
         run.row({"step": 0, "loss": 1.0})
-        run.results(Path("reports"), 1.0)
+        run.results(Path("reports"), {"seconds": 1.0})
     assert len(capsys.readouterr().err.splitlines()) == 1
     (run,) = project.runs()
     assert run.info.status != "FINISHED"
