@@ -1,17 +1,17 @@
 """Does RNP work on networks of every kind? `python -m experiments.architectures TABLE` trains one
 of each with a backdoor and repairs it.
 
-Data, attack, unlearning, recovery and pruning are those of a preset, the same for all, and so is
-the fine-tuning of `rnp_ft` after it; width and training are those of the table below. Each run is
-one row: CA, ASR and RA before, after pruning and after the fine-tuning, with the DER of both, the
-neurons, and the seconds of each step. Rows that the table has are not made again. `--summary`
-prints the rows as a Markdown table instead, means over the seeds whose backdoor passed its gate.
+Data, attack, unlearning, recovery and pruning are those of a preset, the same for all; width and
+training are those of the table below. `rnp_rebuild`, the repair of `rnp purify`, repairs the given
+model too, with its defaults. Each run is one row: CA, ASR and RA before, after RNP and after
+`rnp_rebuild`, with the DER of both, the neurons, and the seconds of each step. Rows that the table
+has are not made again. `--summary` prints the rows as a Markdown table instead, means over the
+seeds whose backdoor passed its gate.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +26,8 @@ from experiments.settings import configured, configured_attack, precision, split
 from rnp.attacks.base import Attack, backdoored_test_set
 from rnp.clock import Clock
 from rnp.data.base import Splits
-from rnp.defenses.rnp import RNP, RNPResult
-from rnp.defenses.rnp_ft import RNPFT
+from rnp.defenses.rnp import RNP
+from rnp.defenses.rnp_rebuild import RNPRebuild
 from rnp.errors import NonFiniteLossError, UserError
 from rnp.evaluation.metrics import EvaluationSets, defense_effectiveness
 from rnp.io.files import read_rows
@@ -83,7 +83,7 @@ SUBJECTS = {
     "vit": Subject("vit", 48, ADAMW | {"epochs": 20}, "fp32"),
 }
 ATTACKS = ("badnets", "blend")
-STEPS = ("train", "unlearn", "recover", "prune", "rnp_ft")
+STEPS = ("train", "unlearn", "recover", "prune", "rnp_rebuild")
 KEY = ("preset", "architecture", "attack", "seed")
 COLUMNS = (
     *KEY,
@@ -94,9 +94,10 @@ COLUMNS = (
     "unlearned_accuracy",
     *MEASURES,
     "der",
-    *(f"{name}_rnp_ft" for name in (*MEASURES, "der")),
+    *(f"{name}_rnp_rebuild" for name in (*MEASURES, "der")),
     "neurons_pruned",
     "neurons",
+    "tuned_labels",
     *(f"seconds_{step}" for step in STEPS),
     "failed",
     "n_clean",
@@ -115,8 +116,8 @@ HEADINGS = (
     "ASR before",
     "CA",
     "ASR",
-    "CA, rnp_ft",
-    "ASR, rnp_ft",
+    "CA, rnp_rebuild",
+    "ASR, rnp_rebuild",
     "pruned of",
     *(f"s {step}" for step in STEPS),
 )
@@ -207,7 +208,7 @@ def columns_before(backdoored: Backdoored, subject: Subject, attack: Attack) -> 
 def repair(
     params: dict, backdoored: Backdoored, clock: Clock, seed: int
 ) -> Iterator[dict[str, object]]:
-    """Repair the model by RNP, and fine-tune it; the columns as they become known."""
+    """Repair the model by RNP and by `rnp_rebuild`; the columns as they become known."""
     model = backdoored.model
     defense_set = backdoored.splits.defense
     rnp = timed_rnp(params, clock)
@@ -217,10 +218,12 @@ def repair(
     result = rnp.repair_from(model, unlearned, defense_set, rng=rng)
     masks = result.recovered.mask
     yield {"neurons_pruned": result.pruned.chosen.pruned, "neurons": sum(map(len, masks.values()))}
-    with clock("rnp_ft"):
-        tuned = fine_tune(params, backdoored, result, seed)
+    with clock("rnp_rebuild"):
+        rebuild: RNPRebuild = configured(RNPRebuild, params, "defenses", "rnp_rebuild.")
+        rebuilt = rebuild.repair(model, defense_set, rng=rng)
+    yield {"tuned_labels": " ".join(map(str, rebuilt.tuned_labels))}
     before = backdoored.sets.score(model)
-    for after, suffix in ((result.model, ""), (tuned, "_rnp_ft")):
+    for after, suffix in ((result.model, ""), (rebuilt.model, "_rnp_rebuild")):
         scores = backdoored.sets.score(after)
         yield {f"{key}{suffix}": scores.flat()[key] for key in MEASURES}
         yield {f"der{suffix}": defense_effectiveness(before, scores)}
@@ -234,21 +237,6 @@ def timed_rnp(params: dict, clock: Clock) -> RNP:
         recover=with_clock(configured(Recover, params, "recover"), clock, "recover"),
         prune=with_clock(configured(Prune, params, "prune"), clock, "prune"),
     )
-
-
-def fine_tune(params: dict, backdoored: Backdoored, result: RNPResult, seed: int) -> nn.Module:
-    """The pruned model, fine-tuned as by RNP-FT."""
-    rnp_ft = configured(RNPFT, params, "defenses", "rnp_ft.")
-    rng = generator(seed, "guided")  # the name it had when the published rows were made
-    triggers = rnp_ft.search.recover(backdoored.model, backdoored.splits.defense.train, rng=rng)
-    tuned, _ = rnp_ft.fine_tune_against(
-        copy.deepcopy(result.model),
-        triggers,
-        result.unlearned.trajectory,
-        backdoored.splits.defense.all,
-        rng=rng,
-    )
-    return tuned
 
 
 def summary(rows: Sequence[dict[str, str]]) -> Iterator[str]:
@@ -274,7 +262,7 @@ def cells(runs: Sequence[dict[str, str]]) -> list[str]:
 
     measured = [
         f"{name}{when}"
-        for when in ("_before", "", "_rnp_ft")
+        for when in ("_before", "", "_rnp_rebuild")
         for name in ("clean_accuracy", "attack_success_rate")
     ]
     return [

@@ -163,6 +163,31 @@ class LabelDetector(Method, ABC):
         return LabelVerdict(int(scores.argmax()) if decided else None, first - second)
 
 
+def outlier_p_value(scores: Float[Tensor, "k"]) -> float:
+    """How probable it is that the highest of k scores leads so far by chance alone.
+
+    If the scores were draws from one normal distribution, the highest would lie as many standard
+    deviations above the mean of the others with at most this probability: the one-sided test of
+    Grubbs, Technometrics 1969, in the form of a deleted residual, for the largest of k.
+    """
+    from scipy.stats import t
+
+    ordered = scores.double().sort(descending=True).values
+    first, others = ordered[0], ordered[1:]
+    k = len(scores)
+    deviation = others.std() * (1 + 1 / (k - 1)) ** 0.5
+    statistic = (first - others.mean()) / deviation.clamp_min(1e-12)
+    return min(1.0, k * float(t.sf(float(statistic), k - 2)))
+
+
+def unless_chance(
+    verdict: LabelVerdict, scores: Float[Tensor, "k"], max_p_value: float
+) -> LabelVerdict:
+    """`verdict`, but without a label where so high a score is more probable by chance."""
+    by_chance = outlier_p_value(scores) > max_p_value
+    return LabelVerdict(None, verdict.margin) if by_chance else verdict
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampleDetector(Method, ABC):
     """Finds images that carry a trigger; a high score is suspicious."""

@@ -14,6 +14,7 @@ from rnp.detection.base import (
     LabelVerdict,
     RecoveredTrigger,
     anomaly_index,
+    outlier_p_value,
 )
 from rnp.detection.labels.consensus import Consensus
 from rnp.detection.labels.mm_bd import MMBD
@@ -112,13 +113,32 @@ def test_the_index_flags_small_masks_only(sizes: tuple[int, ...], label: int | N
     [
         ((20, 21, 4, 19, 22), 2),
         ((20, 21, 4, 5, 22), None),  # two that are equally small
-        ((20, 20, 12, 20, 20), None),  # not small enough
+        ((20, 20, 16, 20, 20), None),  # not small enough
+        ((10, 40, 5, 20, 80), None),  # sizes that differ so much do so by chance
         ((20, 21, 60, 19, 22), None),
     ],
 )
 def test_the_smallest_trigger_must_lead(sizes: tuple[int, ...], label: int | None) -> None:
     detector = TriggerSize()
     assert detector.verdict(detector.from_triggers(sized(*sizes))).label == label
+
+
+@pytest.mark.parametrize("k", [4, 10, 43])
+def test_the_chance_of_a_high_score(k: int) -> None:
+    """For k = 4 in closed form: with two degrees of freedom the tail of Student's distribution is
+    (1 - t / sqrt(2 + t^2)) / 2. For all k, among normal scores, 2 % are below 0.02.
+    """
+    p_value = outlier_p_value(torch.tensor([9.0, 1.0, 3.0, 2.0]))
+    t = (9 - 2) / math.sqrt(1 + 1 / 3)
+    assert p_value == pytest.approx(4 * (1 - t / math.sqrt(2 + t * t)) / 2)
+    draws = torch.randn(1000, k, generator=rng())
+    share = sum(outlier_p_value(scores) <= 0.02 for scores in draws) / len(draws)
+    assert 0.01 <= share <= 0.03
+
+
+def test_one_score_among_equal_ones_is_no_chance() -> None:
+    assert outlier_p_value(torch.tensor([0.0, 1.0, 0.0, 0.0])) < 1e-6
+    assert outlier_p_value(torch.zeros(5)) == 1
 
 
 def test_sizes_in_closed_form() -> None:

@@ -83,7 +83,7 @@ def test_the_scale_of_the_features_does_not_count():
         (nn.Sequential(nn.Flatten(), nn.Linear(4, 5)), 5, ""),
         (nn.Sequential(nn.Flatten(), nn.Linear(4, 5)), 3, "a linear layer with 3 outputs"),
         (nn.Conv2d(3, 5, 1), 5, "a linear layer with 5 outputs"),
-        (nn.Linear(4, 2), 2, "3 classes"),
+        (nn.Linear(4, 3), 3, "4 classes"),
     ],
 )
 def test_it_says_what_it_cannot_judge(model, k, obstacle):

@@ -27,7 +27,14 @@ def params(monkeypatch):
     few["train"] |= {"epochs": 1}
     few["unlearn"] |= {"epochs": 1}
     few["recover"] |= {"steps": 1}
-    few["defenses"]["rnp_ft"] = {"steps": 1, "search": {"steps": 1}}
+    few["defenses"]["rnp_rebuild"] = {
+        "unlearn": {"epochs": 1},
+        "recover": {"steps": 1},
+        "prune": {"max_fraction": 0.002},
+        "rebuild": {"steps": 1},
+        "search": {"steps": 1},
+        "tuning_rounds": 0,
+    }
     few["prune"] |= {"max_fraction": 0.002}
     return few
 
@@ -36,7 +43,7 @@ def params(monkeypatch):
 def test_every_stage_accepts_every_architecture(name, params):
     row = run(params, name, "badnets", 0)
     assert row.get("failed", "") == "" and row["neurons"] > row["neurons_pruned"]
-    assert 0 <= row["der"] <= 1 and 0 <= row["der_rnp_ft"] <= 1
+    assert 0 <= row["der"] <= 1 and 0 <= row["der_rnp_rebuild"] <= 1
     assert all(row[f"seconds_{step}"] > 0 for step in STEPS)
     assert row.keys() <= set(COLUMNS)
 
@@ -86,8 +93,8 @@ def test_the_summary_by_hand():
     lines = list(
         summary(
             [
-                row | {"clean_accuracy_rnp_ft": "0.5"},
-                row | {"clean_accuracy_rnp_ft": "0.7", "gate": "false", "neurons": "9"},
+                row | {"clean_accuracy_rnp_rebuild": "0.5"},
+                row | {"clean_accuracy_rnp_rebuild": "0.7", "gate": "false", "neurons": "9"},
                 row | {"architecture": "vgg11", "failed": "the loss became non-finite", "der": ""},
             ]
         )

@@ -10,7 +10,12 @@ from annotated_types import Ge, Gt, Interval
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rnp.detection.base import LabelDetector, penultimate_features
+from rnp.detection.base import (
+    LabelDetector,
+    LabelVerdict,
+    penultimate_features,
+    unless_chance,
+)
 from rnp.errors import UserError
 from rnp.models.features import head
 from rnp.types import ImageSet, Labels
@@ -31,7 +36,7 @@ class LatentTrigger(LabelDetector):
     verdict by the lead are ours.
     """
 
-    min_classes: ClassVar[int] = 3
+    min_classes: ClassVar[int] = 4
     judges_unlearned: ClassVar[bool] = False
 
     min_score: Annotated[
@@ -40,6 +45,11 @@ class LatentTrigger(LabelDetector):
     min_margin: Annotated[
         float, Ge(0), "logarithm of second over smallest norm below which no label is predicted"
     ] = 0.05
+    max_p_value: Annotated[
+        float,
+        Interval(gt=0, le=1),
+        "probability of so high a score by chance above which no label is predicted",
+    ] = 0.02
     share: Annotated[
         float,
         Interval(gt=0, le=1),
@@ -63,6 +73,10 @@ class LatentTrigger(LabelDetector):
         leads = self.leads(features @ weight.T + bias, clean.labels)
         norms = smallest_shifts(weight, leads, self.steps).norm(dim=1).clamp_min(1e-12)
         return (norms.median().log() - norms.log()).float()
+
+    def verdict(self, scores: Float[Tensor, "k"]) -> LabelVerdict:
+        """That of the score and its lead, unless the highest score can be chance."""
+        return unless_chance(super().verdict(scores), scores, self.max_p_value)
 
     def obstacle(self, model: nn.Module, num_classes: int) -> str:
         layers = [module for module in model.modules() if isinstance(module, nn.Linear)]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 from jaxtyping import Float
 from torch import Tensor
 
-from rnp.detection.base import RecoveredTrigger
+from rnp.detection.base import LabelVerdict, RecoveredTrigger, unless_chance
 from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
 
 
@@ -18,21 +18,33 @@ from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
 class TriggerSize(NeuralCleanseIndex):
     """The logarithm of the median size of the triggers over the size of the class's own.
 
-    The verdict asks that the second smallest trigger be nearly twice as large as the smallest
-    (`min_margin`). The index of `neural_cleanse_index` has no such demand, and divides by the
-    median deviation of a few classes, which is sometimes tiny.
+    The verdict asks that the second smallest trigger be a third larger than the smallest
+    (`min_margin`), and that so small a trigger be no chance (`max_p_value`): the sizes of the
+    other classes differ, too. The index of `neural_cleanse_index` divides by the median deviation
+    of a few classes, which is sometimes tiny.
 
     Source: Wang et al., S&P 2019, section IV, for the triggers; the verdict is ours.
     """
 
+    min_classes: ClassVar[int] = 4
+
     min_score: Annotated[
         float, Ge(0), "logarithm of median over smallest size below which no label is predicted"
-    ] = 0.55
+    ] = 0.3
     min_margin: Annotated[
         float, Ge(0), "logarithm of second over smallest size below which no label is predicted"
-    ] = 0.55
+    ] = 0.3
+    max_p_value: Annotated[
+        float,
+        Interval(gt=0, le=1),
+        "probability of so high a score by chance above which no label is predicted",
+    ] = 0.02
 
     def from_triggers(self, triggers: list[RecoveredTrigger]) -> Float[Tensor, "k"]:
         """The score from given triggers, one per class in order."""
         sizes = torch.tensor([trigger.effective_size for trigger in triggers]).clamp_min(1e-3).log()
         return sizes.median() - sizes
+
+    def verdict(self, scores: Float[Tensor, "k"]) -> LabelVerdict:
+        """That of the score and its lead, unless the highest score can be chance."""
+        return unless_chance(super().verdict(scores), scores, self.max_p_value)
