@@ -55,7 +55,7 @@ class RNPRebuildResult(Repaired):
 EVIDENCE: tuple[LabelDetector, ...] = (Consensus(), LatentTrigger(), TriggerSize())
 """Detectors whose verdict counts as evidence, since they seldom name a class of a benign model."""
 
-MIN_GAIN = 0.1
+MIN_GAIN = 0.05
 """A trigger works if it sends more than this share of the images to its label."""
 LOCAL = 0.1
 """A trigger is local if it lies within this share of the pixels."""

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from rnp.detection.base import RecoveredTrigger, blend, measure_trigger
+from rnp.detection.rectangles import evolve_rectangles
 from rnp.params.ranges import Hyperparameters
 from rnp.training.device import autocast, chosen_precision, device_of
 from rnp.training.predict import predict
@@ -29,11 +30,12 @@ class VariantSearch(Hyperparameters):
     A recovered trigger is one of many that a backdoor answers to, and seldom the one that was
     planted: a network that has learned to ignore it may still obey a white square in the same
     place. Gradient descent starts from white, from black and from noise, once with each of `costs`.
-    Besides, rectangles of one color are drawn, and the most successful ones are kept: a network
-    that has been trained against recovered triggers has no gradient that leads to them.
+    Besides, rectangles of one color are drawn, and the most successful ones are changed, over
+    some generations (`evolve_rectangles`): a network that has been trained against recovered
+    triggers has no gradient that leads to them.
 
-    Drawn at random: the noise, the images of each step, the rectangles, and the images on which
-    success is measured.
+    Drawn at random: the noise, the images of each step, the rectangles and their changes, and the
+    images on which success is measured.
 
     Source: the loss is that of Neural Cleanse (Wang et al., S&P 2019, section IV); the rest is
     ours.
@@ -53,8 +55,10 @@ class VariantSearch(Hyperparameters):
         "the region is where the mask exceeds this share of its maximum, and around",
     ] = 0.25
     margin: Annotated[int, Ge(0), "pixels around, which belong to the region too"] = 2
-    rectangles: Annotated[int, Ge(0), "rectangles to draw"] = 96
-    kept_rectangles: Annotated[int, Ge(0), "rectangles to keep, at most"] = 3
+    rectangles: Annotated[int, Gt(0), "rectangles in a generation"] = 96
+    generations: Annotated[
+        int, Ge(0), "generations after the drawn one; the best rectangle of each is a variant"
+    ] = 3
     judging: Annotated[int, Gt(0), "images on which success is measured, at most"] = 128
 
     def __call__(
@@ -68,14 +72,21 @@ class VariantSearch(Hyperparameters):
         """Three variants per cost, and then the rectangles; `model` is left unchanged."""
         region = self.region(known.mask)
         masks, patterns = self._descend(known.label, region, model, clean, rng)
-        drawn = self.draw_rectangles(region, clean.shape[0], rng)
-        few = random_part(clean, self.batch_size, rng)
-        tried = measure_triggers(known.label, *drawn, model, few)
-        best = sorted(range(len(tried)), key=lambda i: -tried[i].gain)[: self.kept_rectangles]
+        others = clean.subset((clean.labels != known.label).nonzero().flatten())
+        rectangles = evolve_rectangles(
+            known.label,
+            region,
+            model,
+            random_part(others, self.batch_size, rng).as_floats(),
+            count=self.rectangles,
+            generations=self.generations,
+            rng=rng,
+        )
+        more_masks, more_patterns = rectangles.paint(region)
         return measure_triggers(
             known.label,
-            torch.cat([masks, drawn[0][best]]),
-            torch.cat([patterns, drawn[1][best]]),
+            torch.cat([masks, more_masks]),
+            torch.cat([patterns, more_patterns]),
             model,
             random_part(clean, self.judging, rng),
         )
@@ -85,22 +96,6 @@ class VariantSearch(Hyperparameters):
         core = (mask > self.edge * mask.max()).float()
         side = 2 * self.margin + 1
         return F.max_pool2d(core[None, None], side, stride=1, padding=self.margin)[0, 0] > 0
-
-    def draw_rectangles(
-        self, region: Bool[Tensor, "h w"], channels: int, rng: torch.Generator
-    ) -> tuple[Float[Tensor, "v h w"], Float[Tensor, "v c h w"]]:
-        """Masks and patterns of rectangles between two pixels of the region.
-
-        A third is white, a third black, and a third of random colors.
-        """
-        pixels = region.nonzero()
-        ends = pixels[torch.randint(len(pixels), (self.rectangles, 2), generator=rng)]  # [v, 2, 2]
-        low, high = (end.view(-1, 2, 1, 1) for end in (ends.amin(1), ends.amax(1)))
-        grid = torch.stack(torch.meshgrid(*map(torch.arange, region.shape), indexing="ij"))
-        masks = ((grid >= low) & (grid <= high)).all(1).float()
-        colors = torch.rand(self.rectangles, channels, 1, 1, generator=rng)
-        colors[0::3], colors[1::3] = 1, 0
-        return masks, colors.expand(-1, -1, *region.shape)
 
     def _descend(
         self,

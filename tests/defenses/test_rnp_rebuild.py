@@ -150,7 +150,7 @@ def test_a_detector_that_cannot_judge_the_model_is_left_out(
     "area, gain, active",
     [
         (6, 0.3, True),  # a tenth of the 64 pixels
-        (6, 0.1, False),  # moves too few images
+        (6, 0.05, False),  # moves too few images
         (11, 0.3, True),  # half of the median, 22
         (12, 0.3, False),
     ],

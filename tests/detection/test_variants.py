@@ -1,14 +1,16 @@
 """Other triggers in the place of a recovered one."""
 
+import dataclasses
+
 import pytest
 import torch
-from planted import CORNER, TARGET, BackdooredNet, images, rng, trigger
+from planted import TARGET, BackdooredNet, images, rng, trigger
 
 from rnp.detection.base import RecoveredTrigger
 from rnp.detection.variants import VariantSearch
 from rnp.errors import UserError
 
-SEARCH = VariantSearch(costs=(0.001, 0.01), steps=30, batch_size=8, rectangles=12)
+SEARCH = VariantSearch(costs=(0.001, 0.01), steps=30, batch_size=8, rectangles=16, generations=1)
 
 
 @pytest.fixture
@@ -20,9 +22,9 @@ def known():
 
 
 def test_variants_work_and_stay_in_the_region(known):
-    search = VariantSearch(costs=(0.001, 0.01), steps=30, batch_size=8, margin=1)
+    search = dataclasses.replace(SEARCH, margin=1)
     found = search(known, BackdooredNet().eval(), images(), rng=rng())
-    assert len(found) == 2 * 3 + 3 and {one.label for one in found} == {TARGET}
+    assert len(found) == 2 * 3 + 2 and {one.label for one in found} == {TARGET}
     assert max(one.gain for one in found) > 0.9
     region = search.region(known.mask)
     assert region.sum() == 6 and region[5:, 6:].all()
@@ -36,19 +38,11 @@ def test_the_region_is_the_mask_and_what_is_around(margin, area, known):
     assert VariantSearch(margin=margin).region(faint).sum() == area
 
 
-def test_rectangles_lie_between_pixels_of_the_region():
-    masks, patterns = SEARCH.draw_rectangles(CORNER, 3, rng())
-    assert masks.shape == (12, 8, 8) and (masks.amax((1, 2)) == 1).all()
-    assert (masks[:, ~CORNER] == 0).all()
-    assert (patterns[0::3] == 1).all() and (patterns[1::3] == 0).all()
-    assert (patterns == patterns[:, :, :1, :1]).all(), "each has one color"
-
-
 def test_a_cost_makes_masks_smaller(known):
-    search = VariantSearch(costs=(0.0, 1.0), steps=30, batch_size=8, rectangles=0)
+    search = VariantSearch(costs=(0.0, 1.0), steps=30, batch_size=8, rectangles=8, generations=0)
     found = search(known, BackdooredNet().eval(), images(), rng=rng())
-    assert len(found) == 6
-    assert max(one.l1 for one in found[3:]) < min(one.l1 for one in found[:3])
+    assert len(found) == 6 + 1
+    assert max(one.l1 for one in found[3:6]) < min(one.l1 for one in found[:3])
 
 
 def test_the_model_stays_as_it_is(known, unchanged):

@@ -13,10 +13,15 @@ from torch import Tensor
 from rnp.detection.base import LabelVerdict, RecoveredTrigger, unless_chance
 from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
 
+LARGE = 0.7
+"""Triggers larger than twice the median (in logarithms) tell little and vary widely."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TriggerSize(NeuralCleanseIndex):
     """The logarithm of the median size of the triggers over the size of the class's own.
+
+    A trigger larger than twice the median counts as twice as large.
 
     The verdict asks that the second smallest trigger be a third larger than the smallest
     (`min_margin`), and that so small a trigger be no chance (`max_p_value`): the sizes of the
@@ -43,7 +48,7 @@ class TriggerSize(NeuralCleanseIndex):
     def from_triggers(self, triggers: list[RecoveredTrigger]) -> Float[Tensor, "k"]:
         """The score from given triggers, one per class in order."""
         sizes = torch.tensor([trigger.effective_size for trigger in triggers]).clamp_min(1e-3).log()
-        return sizes.median() - sizes
+        return (sizes.median() - sizes).clamp_min(-LARGE)
 
     def verdict(self, scores: Float[Tensor, "k"]) -> LabelVerdict:
         """That of the score and its lead, unless the highest score can be chance."""
