@@ -8,7 +8,7 @@ the label that each detector predicts with score and margin, and the labels that
 Rows that the table has are not made again; with `--models FOLDER` the trained models are kept there
 and are not trained again. `--summary` prints the rows as Markdown tables instead: false alarms and
 right labels of each detector, then what the repair costs and removes. Backdoored models that fail
-the gate on ASR do not count.
+the gate on ASR are not judged, and do not count.
 """
 
 from __future__ import annotations
@@ -245,13 +245,14 @@ def run(recipe: Recipe, params: dict, folder: Path | None) -> dict[str, object]:
     case = load_case(recipe, params, folder)
     with use_precision(precision(params)):
         before = case.score(case.model, "_before")
-        columns = repair(case, recipe.seed)
+        gate = passes_gate(recipe, params, before)
+        columns = {} if gate is False else repair(case, recipe.seed)
     return {
         **dataclasses.asdict(recipe),
         **before,
         **columns,
         "target": recipe.target if recipe.attack else "",
-        "gate": passes_gate(recipe, params, before),
+        "gate": gate,
         "clean_images": len(case.splits.defense.all),
         "n_clean": len(case.splits.test),
         "n_triggered": len(case.sets.triggered) if case.sets else 0,

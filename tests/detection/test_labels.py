@@ -115,6 +115,7 @@ def test_the_index_flags_small_masks_only(sizes: tuple[int, ...], label: int | N
         ((20, 21, 4, 5, 22), None),  # two that are equally small
         ((20, 20, 16, 20, 20), None),  # not small enough
         ((10, 40, 5, 20, 80), None),  # sizes that differ so much do so by chance
+        ((20, 40, 5, 70, 30), 2),  # so do these, but it leads by far
         ((20, 21, 60, 19, 22), None),
     ],
 )

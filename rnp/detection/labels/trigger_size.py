@@ -25,8 +25,9 @@ class TriggerSize(NeuralCleanseIndex):
 
     The verdict asks that the second smallest trigger be a third larger than the smallest
     (`min_margin`), and that so small a trigger be no chance (`max_p_value`): the sizes of the
-    other classes differ, too. The index of `neural_cleanse_index` divides by the median deviation
-    of a few classes, which is sometimes tiny.
+    other classes differ, too. If it is three times as large (`sure_margin`), that is enough. The
+    index of `neural_cleanse_index` divides by the median deviation of a few classes, which is
+    sometimes tiny.
 
     Source: Wang et al., S&P 2019, section IV, for the triggers; the verdict is ours.
     """
@@ -44,6 +45,9 @@ class TriggerSize(NeuralCleanseIndex):
         Interval(gt=0, le=1),
         "probability of so high a score by chance above which no label is predicted",
     ] = 0.02
+    sure_margin: Annotated[
+        float, Ge(0), "logarithm of second over smallest size from which on it is no chance"
+    ] = 1.1
 
     def from_triggers(self, triggers: list[RecoveredTrigger]) -> Float[Tensor, "k"]:
         """The score from given triggers, one per class in order."""
@@ -52,4 +56,7 @@ class TriggerSize(NeuralCleanseIndex):
 
     def verdict(self, scores: Float[Tensor, "k"]) -> LabelVerdict:
         """That of the score and its lead, unless the highest score can be chance."""
-        return unless_chance(super().verdict(scores), scores, self.max_p_value)
+        verdict = super().verdict(scores)
+        if verdict.margin >= self.sure_margin:
+            return verdict
+        return unless_chance(verdict, scores, self.max_p_value)
