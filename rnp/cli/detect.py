@@ -87,7 +87,7 @@ def labels(
     unlearned = unlearn_model(case, unlearn)
     verdicts = search_and_detect_labels(case, unlearned, detectors, search)
     for name, verdict in verdicts.items():
-        click.echo(sanitize(f"{name}: {describe_verdict(verdict, case.classes)}"))
+        click.echo(sanitize(f"{name}: {describe_verdict(name, verdict, case.classes)}"))
     click.echo(HINT)
 
 

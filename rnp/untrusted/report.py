@@ -10,6 +10,7 @@ from annotated_types import Ge
 
 from rnp.defenses.rnp_rebuild import RNPRebuild
 from rnp.detection.base import LabelVerdict, RecoveredTrigger
+from rnp.detection.false_alarms import false_alarms
 from rnp.detection.triggers.neural_cleanse import QUICK, NeuralCleanse
 from rnp.evaluation.metrics import Proportion, paired_interval
 from rnp.models.classifier import Classifier
@@ -207,6 +208,7 @@ def describe_detection(report: AuditReport) -> dict[str, dict]:
             "label": -1 if verdict.label is None else verdict.label,
             "margin": verdict.margin,
             "class": "" if verdict.label is None else report.classes[verdict.label],
+            "false_alarms": false_alarms(name),
         }
         for name, verdict in report.labels.items()
     }
@@ -237,7 +239,7 @@ def summarize(report: AuditReport) -> list[str]:
         f" {report.accuracy.n} of your images: {report.accuracy.value:.3f}"
     ]
     lines += [
-        f"label by {name}: {describe_verdict(verdict, report.classes)}"
+        f"label by {name}: {describe_verdict(name, verdict, report.classes)}"
         for name, verdict in report.labels.items()
     ]
     lines.append(HINT)
@@ -247,10 +249,12 @@ def summarize(report: AuditReport) -> list[str]:
     return [*lines, f"passes of an image through the network: {steps}"]
 
 
-def describe_verdict(verdict: LabelVerdict, classes: tuple[str, ...]) -> str:
+def describe_verdict(detector: str, verdict: LabelVerdict, classes: tuple[str, ...]) -> str:
     label = verdict.label
     decision = "no decision" if label is None else f"class {label} ({classes[label]})"
-    return f"{decision}, margin {verdict.margin:.2f}"
+    counted = false_alarms(detector)
+    accuses = f" (it accuses {counted})" if counted else ""
+    return f"{decision}, margin {verdict.margin:.2f}{accuses}"
 
 
 def summarize_repair(repair: Repair, classes: tuple[str, ...]) -> str:

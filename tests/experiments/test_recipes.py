@@ -1,12 +1,16 @@
 """The experiment on models of many recipes: what it draws, its images, and its tables."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from experiments import recipes
-from experiments.recipes import draw_recipe, join, load_splits, summary
+from experiments.recipes import draw_recipe, join, labels, load_splits, summary
 from rnp.data.cifar10 import Cifar10
 from rnp.data.shapes import CLASSES
+from rnp.detection.false_alarms import FALSE_ALARMS
+from rnp.io.files import read_rows
 from rnp.types import ImageSet
 
 
@@ -111,3 +115,12 @@ def test_the_tables_by_hand(rows):
     assert table["benign"] == ["2", "0.900", "–", "0.890", "–", "–", "0.020", "–"]
     assert table["backdoored"] == table["blend"]
     assert table["blend"] == "2 0.900 1.000 0.850 0.200 0.800 0.100 0.300".split()
+
+
+def test_the_false_alarms_that_reports_tell_are_those_of_the_rows():
+    rows = read_rows(Path(__file__).parents[2] / "results" / "demo" / "recipes.csv")
+    benign = [row for row in rows if row["kind"] == "benign"]
+    for name, told in FALSE_ALARMS.items():
+        predicted = [labels(row, name) for row in benign]
+        judged = [found for found in predicted if found is not None]
+        assert told == (sum(map(bool, judged)), len(judged))

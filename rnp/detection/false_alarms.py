@@ -1,0 +1,19 @@
+"""How often label detectors accuse benign models."""
+
+FALSE_ALARMS = {
+    "consensus": (0, 0),
+    "latent_trigger": (0, 0),
+    "trigger_size": (0, 0),
+}
+"""The benign models that a detector accuses, and those that it judges, of many recipes.
+
+Counted by `python -m experiments.recipes`; results/demo/recipes.csv has the rows.
+"""
+
+
+def false_alarms(detector: str) -> str:
+    """The count in words; empty for a detector that was not counted."""
+    if detector not in FALSE_ALARMS:
+        return ""
+    accused, judged = FALSE_ALARMS[detector]
+    return f"{accused} of {judged} benign models"
