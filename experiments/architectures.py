@@ -3,10 +3,11 @@ of each with a backdoor and repairs it.
 
 Data, attack, unlearning, recovery and pruning are those of a preset, the same for all; width and
 training are those of the table below. `rnp_rebuild`, the repair of `rnp purify`, repairs the given
-model too, with its defaults. Each run is one row: CA, ASR and RA before, after RNP and after
-`rnp_rebuild`, with the DER of both, the neurons, and the seconds of each step. Rows that the table
-has are not made again. `--summary` prints the rows as a Markdown table instead, means over the
-seeds whose backdoor passed its gate.
+model too, with an unlearning, a recovery and a pruning of its own. Each run is one row: CA, ASR and
+RA before, after RNP and after `rnp_rebuild`, with the DER of both, the neurons, and the seconds of
+the steps of RNP and of all of `rnp_rebuild`. Rows that the table has are not made again.
+`--summary` prints the rows as a Markdown table instead, means over the seeds whose backdoor passed
+its gate.
 """
 
 from __future__ import annotations

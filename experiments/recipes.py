@@ -8,7 +8,8 @@ the label that each detector predicts with score and margin, and the labels that
 Rows that the table has are not made again; with `--models FOLDER` the trained models are kept there
 and are not trained again. `--summary` prints the rows as Markdown tables instead: false alarms and
 right labels of each detector, then what the repair costs and removes. Backdoored models that fail
-the gate on ASR are not judged, and do not count.
+the gate on ASR are not judged, and do not count; nor do models on which the repair fails. Three
+classes are too few for the detectors, so the repair has no evidence there.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from rnp.clock import now
 from rnp.data.base import Split, Splits
 from rnp.data.cifar10 import Cifar10
 from rnp.data.shapes import Shapes
-from rnp.defenses.rnp_rebuild import EVIDENCE, RNPRebuild, predicted_labels
+from rnp.defenses.rnp_rebuild import EVIDENCE, RNPRebuild, predicted_labels, score_labels
 from rnp.detection.base import Evidence
+from rnp.errors import NonFiniteLossError, UserError
 from rnp.evaluation.metrics import EvaluationSets
 from rnp.io.files import read_rows
 from rnp.io.models import load_model, save_model
@@ -80,6 +82,7 @@ COLUMNS = (
     "neurons_pruned",
     "neurons",
     "seconds",
+    "failed",
     "clean_images",
     "n_clean",
     "n_triggered",
@@ -246,7 +249,12 @@ def run(recipe: Recipe, params: dict, folder: Path | None) -> dict[str, object]:
     with use_precision(precision(params)):
         before = case.score(case.model, "_before")
         gate = passes_gate(recipe, params, before)
-        columns = {} if gate is False else repair(case, recipe.seed)
+        columns: dict[str, object] = {}
+        if gate is not False:
+            try:
+                columns = repair(case, recipe.seed)
+            except (UserError, NonFiniteLossError) as error:
+                columns = {"failed": str(error)}
     return {
         **dataclasses.asdict(recipe),
         **before,
@@ -274,25 +282,22 @@ def repair(case: Case, seed: int) -> dict[str, object]:
     unlearned = method.unlearn(case.model, clean, rng=child(rng, "unlearn"))
     triggers = method.search.recover(case.model, clean, rng=child(rng, "triggers"))
     evidence = Evidence(case.model, triggers, unlearned.model, unlearned.trajectory)
+    scores = score_labels(evidence, clean, rng=child(rng, "labels"))
+    verdicts = {one: one.verdict(values) for one, values in scores.items()}
+    evident = predicted_labels(verdicts.values())
+    result = method.repair_from(case.model, unlearned, triggers, evident, defense_set, rng=rng)
+    seconds = now() - start
     columns: dict[str, object] = {}
-    verdicts = []
-    for one in EVIDENCE:
-        if one.obstacle(case.model, len(clean.classes)):
-            continue
-        scores = one.score_evidence(evidence, clean, rng=child(rng, "labels"))
-        verdict = one.verdict(scores)
-        verdicts.append(verdict)
+    for one, verdict in verdicts.items():
         columns |= {
             one.name: "none" if verdict.label is None else verdict.label,
-            f"{one.name}_score": float(scores.max()),
+            f"{one.name}_score": float(scores[one].max()),
             f"{one.name}_margin": verdict.margin,
         }
-    evident = predicted_labels(verdicts)
-    result = method.repair_from(case.model, unlearned, triggers, evident, defense_set, rng=rng)
     return {
         **columns,
         **case.score(result.model),
-        "seconds": now() - start,
+        "seconds": seconds,
         "tuned_labels": " ".join(map(str, evident)),
         "unlearn_steps": unlearned.stop_step if unlearned.reached else "",
         "unlearned_accuracy": unlearned.accuracy,
@@ -303,7 +308,7 @@ def repair(case: Case, seed: int) -> dict[str, object]:
 
 def summary(rows: Sequence[Row]) -> Iterator[str]:
     """Two Markdown tables: the detectors, and the repair."""
-    counted = [row for row in rows if row["gate"] != "false"]
+    counted = [row for row in rows if row["gate"] != "false" and not row["failed"]]
     benign = [row for row in counted if row["kind"] == "benign"]
     backdoored = [row for row in counted if row["kind"] == "backdoored"]
     yield "| detector | benign | accused | backdoored | right label | wrong label alone |"
@@ -341,7 +346,8 @@ def verdict_cells(name: str, benign: list[Row], backdoored: list[Row]) -> list[s
 def labels(row: Row, name: str) -> list[str] | None:
     """The labels that were predicted; None where the detector cannot judge the model."""
     if name not in NAMES:
-        return row["tuned_labels"].split()
+        judged = any(row[one] for one in NAMES)
+        return row["tuned_labels"].split() if judged else None
     if row[name] == "":
         return None
     return [] if row[name] == "none" else [row[name]]

@@ -11,7 +11,8 @@ from typing import Annotated
 
 import torch
 from annotated_types import Ge, Interval
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from rnp.defenses.base import Defense, Repaired
 from rnp.defenses.rnp import RNP, RNPResult
@@ -187,15 +188,18 @@ class RNPRebuild(Defense):
         return dataclasses.replace(self.prune, max_accuracy_drop=budget)
 
 
-def evident_labels(evidence: Evidence, clean: ImageSet, *, rng: torch.Generator) -> list[int]:
-    """The labels that one of `EVIDENCE` predicts, ascending.
-
-    Detectors that cannot judge the model are left out.
-    """
+def score_labels(
+    evidence: Evidence, clean: ImageSet, *, rng: torch.Generator
+) -> dict[LabelDetector, Float[Tensor, "k"]]:
+    """The scores by each of `EVIDENCE`; detectors that cannot judge the model are left out."""
     able = [one for one in EVIDENCE if not one.obstacle(evidence.model, len(clean.classes))]
-    return predicted_labels(
-        one.verdict(one.score_evidence(evidence, clean, rng=rng)) for one in able
-    )
+    return {one: one.score_evidence(evidence, clean, rng=rng) for one in able}
+
+
+def evident_labels(evidence: Evidence, clean: ImageSet, *, rng: torch.Generator) -> list[int]:
+    """The labels that one of `EVIDENCE` predicts, ascending."""
+    scores = score_labels(evidence, clean, rng=rng)
+    return predicted_labels(one.verdict(values) for one, values in scores.items())
 
 
 def predicted_labels(verdicts: Iterable[LabelVerdict]) -> list[int]:

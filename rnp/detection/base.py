@@ -183,7 +183,7 @@ def outlier_p_value(scores: Float[Tensor, "k"]) -> float:
 def unless_chance(
     verdict: LabelVerdict, scores: Float[Tensor, "k"], max_p_value: float
 ) -> LabelVerdict:
-    """`verdict`, but without a label where so high a score is more probable by chance."""
+    """`verdict`, but without a label where so high a score has a higher probability by chance."""
     by_chance = outlier_p_value(scores) > max_p_value
     return LabelVerdict(None, verdict.margin) if by_chance else verdict
 

@@ -21,7 +21,10 @@ TOGETHER = 16
 
 @dataclass(frozen=True)
 class Rectangles:
-    """Rectangles by their first and last row and column, each of one color."""
+    """Rectangles by their first and last row and column, each of one color.
+
+    One whose last row or column comes before its first has no pixel.
+    """
 
     first: Int64[Tensor, "v 2"]
     last: Int64[Tensor, "v 2"]
@@ -91,23 +94,21 @@ def evolve_rectangles(
     generations: int,
     rng: torch.Generator,
 ) -> Rectangles:
-    """The most successful rectangle of each generation; the first are `count` drawn ones.
+    """The most successful rectangle of each generation; the first generation is drawn.
 
     An eighth of each generation, the most successful ones, goes over to the next one, together
-    with changed copies. A rectangle is the more successful, the more probable `label` is on average
-    for the `images` that carry it.
+    with changed copies, `count` in all; so the same one may be the best twice. A rectangle is the
+    more successful, the more probable `label` is on average for the `images` that carry it.
     """
     tried = draw_rectangles(region, images.shape[1], count, rng)
-    best = None
-    for generation in range(generations + 1):
+    order = success(label, *tried.paint(region), model, images).argsort(descending=True)
+    best = tried.take(order[:1])
+    for _ in range(generations):
+        survivors = tried.take(order[: max(1, count // SURVIVORS)])
+        parents = torch.arange(count - len(survivors)) % len(survivors)
+        tried = survivors.join(survivors.take(parents).change(rng))
         order = success(label, *tried.paint(region), model, images).argsort(descending=True)
-        first = tried.take(order[:1])
-        best = first if best is None else best.join(first)
-        if generation < generations:
-            survivors = tried.take(order[: max(1, count // SURVIVORS)])
-            copies = survivors.take(torch.arange(len(survivors)).repeat(SURVIVORS - 1))
-            tried = survivors.join(copies.change(rng))
-    assert best is not None
+        best = best.join(tried.take(order[:1]))
     return best
 
 

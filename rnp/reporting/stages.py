@@ -27,16 +27,14 @@ PER_IMAGE = "multiply_adds_per_image"
 
 
 def passes(runs: Iterable[dict], per_image: int) -> str:
-    """How many passes of an image have as many multiply-adds as these stages; empty if unknown.
+    """How many passes of an image have as many multiply-adds as these stages.
+
+    It is empty where one of them was not counted.
 
     `runs` are their run.json. A backward pass has as many multiply-adds as two forward passes.
     """
-    counts = [
-        (run["multiply_adds_forward"], run["multiply_adds_backward"])
-        for run in runs
-        if "multiply_adds_forward" in run
-    ]
-    if not per_image or not counts:
+    counts = [[run.get(name) for name in COSTS[1:]] for run in runs]
+    if not per_image or any(None in count for count in counts):
         return ""
-    forward, backward = (sum(part) for part in zip(*counts))
+    forward, backward = map(sum, zip(*counts))
     return f"{forward / per_image:,.0f} forward, {backward / (2 * per_image):,.0f} backward"

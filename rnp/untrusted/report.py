@@ -10,7 +10,6 @@ from annotated_types import Ge
 
 from rnp.defenses.rnp_rebuild import RNPRebuild
 from rnp.detection.base import LabelVerdict, RecoveredTrigger
-from rnp.detection.false_alarms import false_alarms
 from rnp.detection.triggers.neural_cleanse import QUICK, NeuralCleanse
 from rnp.evaluation.metrics import Proportion, paired_interval
 from rnp.models.classifier import Classifier
@@ -20,6 +19,7 @@ from rnp.rebuild import REBUILDABLE, Rebuild
 from rnp.recover import Recover, Recovered
 from rnp.training.work import Work
 from rnp.unlearn import GROWING, Unlearn, Unlearned
+from rnp.untrusted.false_alarms import false_alarms
 from rnp.untrusted.model import LoadedModel
 from rnp.untrusted.spec import ModelSpec
 
@@ -253,8 +253,8 @@ def describe_verdict(detector: str, verdict: LabelVerdict, classes: tuple[str, .
     label = verdict.label
     decision = "no decision" if label is None else f"class {label} ({classes[label]})"
     counted = false_alarms(detector)
-    accuses = f" (it accuses {counted})" if counted else ""
-    return f"{decision}, margin {verdict.margin:.2f}{accuses}"
+    error = f" (false alarms when tested: {counted})" if counted else ""
+    return f"{decision}, margin {verdict.margin:.2f}{error}"
 
 
 def summarize_repair(repair: Repair, classes: tuple[str, ...]) -> str:

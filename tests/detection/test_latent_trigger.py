@@ -60,6 +60,15 @@ def test_the_planted_label_is_named():
     assert detector.verdict(scores).label == TARGET and scores.shape == (CLASSES,)
 
 
+def test_a_lead_that_can_be_chance_is_no_verdict():
+    """The same lead among scores that agree, and among scores that differ."""
+    detector = LatentTrigger()
+    agree = torch.tensor([0.5, 0.1, 0.1, 0.09, 0.08, 0.1])
+    differ = torch.tensor([0.5, 0.1, -0.4, -0.9, 0.0, -1.5])
+    assert detector.verdict(agree).label == 0 and detector.verdict(differ).label is None
+    assert detector.verdict(agree).margin == detector.verdict(differ).margin
+
+
 def test_equal_classes_have_no_label():
     model = PlantedFeatures()
     with torch.no_grad():

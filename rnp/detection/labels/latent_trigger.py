@@ -36,7 +36,7 @@ class LatentTrigger(LabelDetector):
     verdict by the lead are ours.
     """
 
-    min_classes: ClassVar[int] = 4
+    min_classes: ClassVar[int] = 4  # with three, any lead can be chance
     judges_unlearned: ClassVar[bool] = False
 
     min_score: Annotated[
@@ -62,10 +62,10 @@ class LatentTrigger(LabelDetector):
     ) -> Float[Tensor, "k"]:
         """One score per class.
 
-        Raises: UserError when there are fewer than three classes, or no linear layer at the end.
+        Raises: UserError when there are fewer than four classes, or no linear layer at the end.
         """
         if obstacle := self.obstacle(model, len(clean.classes)):
-            raise UserError(f"latent_trigger {obstacle}; use trigger_size")
+            raise UserError(f"latent_trigger {obstacle}; use neural_cleanse_index")
         layer = head(model)
         features = penultimate_features(model, clean.images)[0].double()
         weight = layer.weight.detach().double().cpu()  # [k, d]

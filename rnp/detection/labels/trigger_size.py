@@ -25,14 +25,16 @@ class TriggerSize(NeuralCleanseIndex):
 
     The verdict asks that the second smallest trigger be a third larger than the smallest
     (`min_margin`), and that so small a trigger be no chance (`max_p_value`): the sizes of the
-    other classes differ, too. If it is three times as large (`sure_margin`), that is enough. The
-    index of `neural_cleanse_index` divides by the median deviation of a few classes, which is
-    sometimes tiny.
+    other classes differ, too. A second smallest trigger three times as large (`sure_margin`) is
+    enough by itself. The index of `neural_cleanse_index` divides by the median deviation of a few
+    classes, which is sometimes tiny. The thresholds were chosen with the models of seed 0 of
+    `cifar10-fast`, four published networks and the first 24 benign models of
+    `experiments.recipes` in view.
 
     Source: Wang et al., S&P 2019, section IV, for the triggers; the verdict is ours.
     """
 
-    min_classes: ClassVar[int] = 4
+    min_classes: ClassVar[int] = 4  # with three, any lead can be chance
 
     min_score: Annotated[
         float, Ge(0), "logarithm of median over smallest size below which no label is predicted"
@@ -46,7 +48,9 @@ class TriggerSize(NeuralCleanseIndex):
         "probability of so high a score by chance above which no label is predicted",
     ] = 0.02
     sure_margin: Annotated[
-        float, Ge(0), "logarithm of second over smallest size from which on it is no chance"
+        float,
+        Ge(0),
+        "logarithm of second over smallest size from which on chance is excluded",
     ] = 1.1
 
     def from_triggers(self, triggers: list[RecoveredTrigger]) -> Float[Tensor, "k"]:

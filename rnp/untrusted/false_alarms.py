@@ -11,9 +11,9 @@ Counted by `python -m experiments.recipes`; results/demo/recipes.csv has the row
 """
 
 
-def false_alarms(detector: str) -> str:
-    """The count in words; empty for a detector that was not counted."""
+def false_alarms(detector: str) -> str | None:
+    """The count in words; None for a detector that was not counted."""
     if detector not in FALSE_ALARMS:
-        return ""
+        return None
     accused, judged = FALSE_ALARMS[detector]
     return f"{accused} of {judged} benign models"
