@@ -54,7 +54,7 @@ class VariantSearch(Hyperparameters):
         Interval(gt=0, lt=1),
         "the region is where the mask exceeds this share of its maximum, and around",
     ] = 0.25
-    margin: Annotated[int, Ge(0), "pixels around, which belong to the region too"] = 2
+    margin: Annotated[int, Ge(0), "pixels around, which belong to the region too"] = 3
     rectangles: Annotated[int, Gt(0), "rectangles in a generation"] = 96
     generations: Annotated[
         int, Ge(0), "generations after the drawn one; the best rectangle of each is a variant"
