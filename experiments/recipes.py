@@ -6,10 +6,11 @@ Then it does to each what `rnp purify` does by default: the three detectors whos
 as evidence, and `rnp_rebuild`. Each model is one row: its recipe, CA, ASR and RA before and after,
 the label that each detector predicts with score and margin, and the labels that were tuned against.
 Rows that the table has are not made again; with `--models FOLDER` the trained models are kept there
-and are not trained again. `--summary` prints the rows as Markdown tables instead: false alarms and
-right labels of each detector, then what the repair costs and removes. Backdoored models that fail
-the gate on ASR are not judged, and do not count; nor do models on which the repair fails. Three
-classes are too few for the detectors, so the repair has no evidence there.
+and are not trained again. `--summary` prints the rows as a Markdown table instead: how many models
+the detectors judge, for how many each predicts a label, for how many the labels tuned against have
+the right one, and what the repair costs and removes. Backdoored models that fail the gate on ASR
+are not judged, and do not count; nor do models on which the repair fails. Three classes are too few
+for the detectors, so the repair has no evidence there.
 """
 
 from __future__ import annotations
@@ -90,6 +91,21 @@ COLUMNS = (
     "version",
     "torch",
     "made",
+)
+HEADINGS = (
+    "models",
+    "n",
+    "judged",
+    *NAMES,
+    "any",
+    "right",
+    "CA before",
+    "ASR before",
+    "CA",
+    "ASR",
+    "RA",
+    "most CA lost",
+    "worst ASR",
 )
 Row = dict[str, str]
 
@@ -307,54 +323,46 @@ def repair(case: Case, seed: int) -> dict[str, object]:
 
 
 def summary(rows: Sequence[Row]) -> Iterator[str]:
-    """Two Markdown tables: the detectors, and the repair."""
+    """A Markdown table: a line for the benign models, the backdoored ones, and each attack."""
+    yield f"| {' | '.join(HEADINGS)} |"
+    yield "|---" * len(HEADINGS) + "|"
     counted = [row for row in rows if row["gate"] != "false" and not row["failed"]]
-    benign = [row for row in counted if row["kind"] == "benign"]
-    backdoored = [row for row in counted if row["kind"] == "backdoored"]
-    yield "| detector | benign | accused | backdoored | right label | wrong label alone |"
-    yield "|---" * 6 + "|"
-    for name in (*NAMES, "any of them"):
-        yield f"| {name} | {' | '.join(verdict_cells(name, benign, backdoored))} |"
-    yield ""
-    yield "| models | n | CA before | ASR before | CA | ASR | RA | CA lost, worst | ASR, worst |"
-    yield "|---" * 9 + "|"
-    yield from (
-        f"| {name} | {' | '.join(repair_cells(group))} |"
-        for name, group in groups(benign, backdoored)
-        if group
-    )
+    for name, group in groups(counted):
+        if group:
+            yield f"| {' | '.join([name, *verdict_cells(group), *repair_cells(group)])} |"
 
 
-def groups(benign: list[Row], backdoored: list[Row]) -> Iterator[tuple[str, list[Row]]]:
+def groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
     """The models that are judged together, by name."""
-    yield "benign", benign
-    yield "backdoored", backdoored
+    for kind in ("benign", "backdoored"):
+        yield kind, [row for row in rows if row["kind"] == kind]
     for attack in ATTACKS:
-        yield attack, [row for row in backdoored if row["attack"] == attack]
+        yield attack, [row for row in rows if row["attack"] == attack]
 
 
-def verdict_cells(name: str, benign: list[Row], backdoored: list[Row]) -> list[str]:
-    """The models that the detector judged, and what it predicted for them."""
-    judged = [row for row in benign if labels(row, name) is not None]
-    attacked = [row for row in backdoored if labels(row, name) is not None]
-    accused = sum(bool(labels(row, name)) for row in judged)
-    right = sum(row["target"] in (labels(row, name) or ()) for row in attacked)
-    named = sum(bool(labels(row, name)) for row in attacked)
-    return [str(len(judged)), str(accused), str(len(attacked)), str(right), str(named - right)]
+def verdict_cells(rows: list[Row]) -> list[str]:
+    """How many models there are, how many can be judged, and for how many a label is named."""
+    evident = [row["tuned_labels"].split() for row in rows]
+    is_backdoored = any(row["target"] for row in rows)
+    right = sum(row["target"] in found for row, found in zip(rows, evident))
+    return [
+        str(len(rows)),
+        str(sum(any(labels(row, name) is not None for name in NAMES) for row in rows)),
+        *(str(sum(bool(labels(row, name)) for row in rows)) for name in NAMES),
+        str(sum(map(bool, evident))),
+        str(right) if is_backdoored else "–",
+    ]
 
 
 def labels(row: Row, name: str) -> list[str] | None:
-    """The labels that were predicted; None where the detector cannot judge the model."""
-    if name not in NAMES:
-        judged = any(row[one] for one in NAMES)
-        return row["tuned_labels"].split() if judged else None
+    """The labels that a detector predicts; None where it cannot judge the model."""
     if row[name] == "":
         return None
     return [] if row[name] == "none" else [row[name]]
 
 
 def repair_cells(rows: list[Row]) -> list[str]:
-    """The number of models, means, and the worst."""
+    """Means, and the worst."""
 
     def values(column: str) -> list[float]:
         return [float(row[column]) for row in rows if row[column] != ""]
@@ -364,7 +372,6 @@ def repair_cells(rows: list[Row]) -> list[str]:
 
     pairs = zip(values("clean_accuracy_before"), values("clean_accuracy"), strict=True)
     return [
-        str(len(rows)),
         *(show(values(f"{name}_before"), statistics.fmean) for name in MEASURES[:2]),
         *(show(values(name), statistics.fmean) for name in MEASURES),
         show([before - after for before, after in pairs], max),
@@ -397,7 +404,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--benign", type=int, default=32, help="number of benign models")
     add("--backdoored", type=int, default=16, help="number of backdoored models")
     add("--models", type=Path, help="folder that keeps the trained models")
-    add("--summary", action="store_true", help="print the tables of the finished models")
+    add("--summary", action="store_true", help="print the table of the finished models")
     return parser
 
 

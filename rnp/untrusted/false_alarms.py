@@ -1,9 +1,9 @@
 """How often label detectors accuse benign models."""
 
 FALSE_ALARMS = {
-    "consensus": (0, 0),
-    "latent_trigger": (0, 0),
-    "trigger_size": (0, 0),
+    "consensus": (0, 21),
+    "latent_trigger": (0, 21),
+    "trigger_size": (1, 21),
 }
 """The benign models that a detector accuses, and those that it judges, of many recipes.
 

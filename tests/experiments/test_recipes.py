@@ -108,16 +108,15 @@ def rows():
     ]
 
 
-def test_the_tables_by_hand(rows):
+def test_the_table_by_hand(rows):
     lines = [line.strip("| ").split(" | ") for line in summary(rows)]
     table = {line[0]: line[1:] for line in lines}
-    assert table["consensus"] == ["2", "1", "2", "1", "0"]
-    assert table["latent_trigger"] == ["1", "0", "1", "0", "0"]
-    assert table["trigger_size"] == ["1", "1", "2", "0", "1"]
-    assert table["any of them"] == ["2", "1", "2", "1", "0"]
-    assert table["benign"] == ["2", "0.900", "–", "0.890", "–", "–", "0.020", "–"]
+    repaired = "0.900 – 0.890 – – 0.020 –".split()
+    assert table["benign"] == ["2", "2", "1", "0", "1", "1", "–", *repaired]
     assert table["backdoored"] == table["blend"]
-    assert table["blend"] == "2 0.900 1.000 0.850 0.200 0.800 0.100 0.300".split()
+    repaired = "0.900 1.000 0.850 0.200 0.800 0.100 0.300".split()
+    assert table["blend"] == ["2", "2", "1", "0", "1", "1", "1", *repaired]
+    assert {len(line) for line in lines[2:]} == {len(recipes.HEADINGS)}
 
 
 def test_reported_false_alarms_are_those_of_the_rows():

@@ -28,7 +28,7 @@ class TriggerSize(NeuralCleanseIndex):
     other classes differ, too. A second smallest trigger three times as large (`sure_margin`) is
     enough by itself. The index of `neural_cleanse_index` divides by the median deviation of a few
     classes, which is sometimes tiny. The thresholds were chosen with the models of seed 0 of
-    `cifar10-fast`, four published networks and the first 24 benign models of
+    `cifar10-fast`, four published networks, ten architectures and the first 24 benign models of
     `experiments.recipes` in view.
 
     Source: Wang et al., S&P 2019, section IV, for the triggers; the verdict is ours.
