@@ -114,8 +114,11 @@ def test_every_detector_scores_every_class(k, rng):
         assert label is None or 0 <= label < k
 
 
-@pytest.mark.parametrize("k", (2, 3))
-def test_detectors_that_compare_with_two_other_classes_are_skipped(k, rng):
+@pytest.mark.parametrize(
+    "k, able",
+    [(2, set()), (3, {"mm_bd", "mm_bd_unlearned"}), (4, {"mm_bd", "mm_bd_unlearned", "consensus"})],
+)
+def test_detectors_that_need_more_classes_are_skipped(k, able, rng):
     model = Nearest(k).eval()
     detectors = [
         NeuronNoise(copies=1),
@@ -125,8 +128,6 @@ def test_detectors_that_compare_with_two_other_classes_are_skipped(k, rng):
     models = {"backdoored": model, "unlearned": model}
     clean = colored_images(k, 40, rng())
     results = run_label_detectors(detectors, models, {}, [], clean, 0, Clock())
-    assert set(results) == {"neuron_noise", "neuron_noise_unlearned"} | (
-        {"mm_bd", "mm_bd_unlearned", "consensus"} if k > 2 else set()
-    )
+    assert set(results) == {"neuron_noise", "neuron_noise_unlearned"} | able
     skipped = [text.split()[0] for text in skipped_label_detectors(detectors, model, k)]
-    assert skipped == ([] if k > 2 else ["mm_bd", "consensus"])
+    assert skipped == [name for name in ("mm_bd", "consensus") if name not in able]
