@@ -28,6 +28,7 @@ import yaml
 from torch import nn
 
 from experiments.architectures import ADAMW, SUBJECTS, Subject
+from experiments.foreign import facts
 from experiments.rows import add_row
 from experiments.settings import configured_attack, precision
 from rnp.attacks.base import Attack, backdoored_test_set
@@ -313,12 +314,8 @@ def repair(case: Case, seed: int) -> dict[str, object]:
     return {
         **columns,
         **case.score(result.model),
+        **facts(result),
         "seconds": seconds,
-        "tuned_labels": " ".join(map(str, evident)),
-        "unlearn_steps": unlearned.stop_step if unlearned.reached else "",
-        "unlearned_accuracy": unlearned.accuracy,
-        "neurons_pruned": result.rnp.pruned.chosen.pruned,
-        "neurons": sum(map(len, result.rnp.recovered.mask.values())),
     }
 
 
