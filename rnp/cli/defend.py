@@ -39,9 +39,11 @@ def repair(method: Defense, *, files: Files, seed: int) -> None:
     files.report.mkdir(parents=True, exist_ok=True)
     # A defense that trains nothing reports no epoch, and DVC wants the file.
     (files.report / "history.csv").touch()
-    metrics = {"accuracy_defense_val": accuracy(repaired.model, clean.val)}
+    metrics: dict[str, object] = {"accuracy_defense_val": accuracy(repaired.model, clean.val)}
     if repaired.chosen:
         metrics |= {"pruned": repaired.chosen.pruned, "threshold": repaired.chosen.threshold}
+    if repaired.tuned_labels is not None:
+        metrics["tuned_labels"] = " ".join(map(str, repaired.tuned_labels))
     write_json(files.report / "metrics.json", metrics)
 
 

@@ -45,7 +45,7 @@ def evaluate(options: Evaluate, *, files: Files) -> None:
         sets,
         options,
     )
-    facts = {key: attack[key] for key in ("gate", "gate_reason", "attack")}
+    facts = {key: attack[key] for key in ("gate", "gate_reason", "attack", "target_label")}
     metrics = evaluation.metrics() | facts | {"model": sha256(files.model)}
     write_json(files.report / "metrics.json", metrics)
     write_rows(files.report / "sweep.csv", evaluation.sweep)

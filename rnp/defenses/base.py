@@ -42,7 +42,7 @@ Both draw the same random numbers, so that they differ by the unlearned model al
 
 @dataclass(frozen=True)
 class Repaired:
-    """The repaired model, and how much was pruned where the defense prunes."""
+    """The repaired model, and what the defense found on the way to it."""
 
     model: nn.Module
     """A new network in eval mode, of the same architecture."""
@@ -50,6 +50,9 @@ class Repaired:
     """What each number of pruned neurons does on the defense set; empty if none was tried."""
     chosen: SweepPoint | None = None
     """The point at which the model was pruned; None for defenses that do not prune."""
+    tuned_labels: list[int] | None = None
+    """The labels whose triggers the model was trained to ignore; None for defenses that look for
+    no label."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,13 +28,11 @@ from rnp.unlearn import Unlearn
 class RNPFTResult(Repaired):
     """The repaired model, and what led to it.
 
-    `triggers` are those of all labels in the given model, `rnp` is the result before fine-tuning,
-    and `tuned_labels` are the labels whose triggers the model was fine-tuned against.
+    `triggers` are those of all labels in the given model, `rnp` is the result before fine-tuning.
     """
 
     triggers: list[RecoveredTrigger]
     rnp: RNPResult
-    tuned_labels: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,11 +47,6 @@ class RNPRebuildResult(Repaired):
         """Whether there was anything to rebuild."""
         return bool(self.rnp.pruned.neurons or self.tuned_against)
 
-    @property
-    def tuned_labels(self) -> list[int]:
-        """The labels of the triggers that the rebuilt model has learned to ignore."""
-        return labels_of(self.tuned_against)
-
 
 EVIDENCE: tuple[LabelDetector, ...] = (Consensus(), LatentTrigger(), TriggerSize())
 """Detectors whose verdict counts as evidence, since they seldom name a class of a benign model."""
@@ -148,7 +143,9 @@ class RNPRebuild(Defense):
         clean = defense_set.all
         neurons = result.pruned.neurons
         if not evident and not neurons:
-            return RNPRebuildResult(result.model, rnp=result, prune=prune, tuned_against=[])
+            return RNPRebuildResult(
+                result.model, tuned_labels=[], rnp=result, prune=prune, tuned_against=[]
+            )
         known = [*first, *self.search_variants(first, model, defense_set.train, rng)]
         rebuilt = self.rebuild(
             model, result.model, neurons, clean, rng=rng, triggers=known, on_epoch=on_epoch
@@ -169,7 +166,9 @@ class RNPRebuild(Defense):
                 triggers=[*known, *repeated],
                 on_epoch=on_epoch,
             )
-        return RNPRebuildResult(rebuilt, rnp=result, prune=prune, tuned_against=known)
+        return RNPRebuildResult(
+            rebuilt, tuned_labels=labels_of(known), rnp=result, prune=prune, tuned_against=known
+        )
 
     def search_variants(
         self,

@@ -236,7 +236,18 @@ def removal_rows(run: FinishedRun) -> Iterator[Row]:
             "seconds": total_seconds(runs),
             **run.origin(last(runs), name),
             **{measure: models[name][measure] for measure in measures},
+            **tuned_values(run, name),
         }
+
+
+def tuned_values(run: FinishedRun, defense: str) -> Row:
+    """Whether a defense that looks for labels to tune against found the attack's."""
+    tuned = {} if defense == "rnp" else run.metrics(f"defend/{defense}")
+    if "tuned_labels" not in tuned:
+        return {}
+    labels = tuned["tuned_labels"]
+    target = str(run.evaluation()["target_label"])
+    return {"label": labels, "label_correct": target in labels.split()}
 
 
 def uses_unlearned(defense: str) -> bool:

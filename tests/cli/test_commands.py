@@ -631,6 +631,7 @@ def test_a_variant_is_a_row_of_its_defense(ended):
     found["models"]["ft_unlearned"] = found["models"]["ft"]
     path.write_text(json.dumps(found))
     Path("reports/defend/ft_unlearned").mkdir()
+    Path("reports/defend/ft_unlearned/metrics.json").write_text("{}")
     Path("reports/defend/ft_unlearned/run.json").write_text(
         '{"seconds": 2.5, "params": {"seed": 3, "defenses.ft_unlearned.unlearn.lr": 0.1}}'
     )
@@ -651,6 +652,18 @@ def test_a_variant_is_a_row_of_its_defense(ended):
     ) and "ran with defenses.ft_unlearned.unlearn.lr 0.1, params.yaml says 0.2" in str(
         done.exception
     )
+
+
+@pytest.mark.parametrize(
+    "tuned, correct", [("0", "true"), ("3 0", "true"), ("10", "false"), ("", "false")]
+)
+def test_a_row_of_removal_says_whether_the_target_was_tuned_against(tuned, correct, ended):
+    path = Path("reports/defend/ft/metrics.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tuned_labels": tuned}))
+    assert ended("--kind", "removal").exit_code == 0
+    rows = {row["detector"]: row for row in read_rows(Path("rows.csv"))}
+    assert (rows["ft"]["label"], rows["ft"]["label_correct"]) == (tuned, correct)
+    assert (rows["rnp"]["label"], rows["rnp"]["label_correct"]) == ("", "")
 
 
 def test_rows_of_controls(ended):
