@@ -6,15 +6,16 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from benchmarks.subprocesses import Result
-from benchmarks.timing import MacCounter, cost, timed, with_clock
+from benchmarks.timing import timed, with_clock
 from rnp.clock import Clock
 from rnp.defenses.rnp import RNP
+from rnp.defenses.rnp_rebuild import RNPRebuild
 from rnp.detection.base import Evidence
 from rnp.evaluation.metrics import score
 from rnp.io.datasets import load_defense_set, load_images
@@ -24,10 +25,12 @@ from rnp.io.models import load_model
 from rnp.models.classifier import Classifier
 from rnp.params.fields import from_section
 from rnp.params.read import flatten, read_params
+from rnp.rebuild import Rebuild
 from rnp.registry import load
 from rnp.seeds import generator, root
 from rnp.training.device import Precision, use_precision
 from rnp.training.malloc import keep_freed_pages
+from rnp.training.work import WorkCounter, count_pass
 from rnp.types import DefenseSet, Epoch, ImageSet
 from rnp.unlearn import Unlearn
 
@@ -96,14 +99,20 @@ class Subject:
         return result.model, result.trajectory
 
 
-def rnp_ours(folder: str, until_collapse: bool) -> Result:
-    """RNP as the stages run it, then one evaluation, all of which is in `seconds`."""
+def rnp_ours(
+    folder: str, until_collapse: bool = False, rebuilt: bool = False, precision: str = ""
+) -> Result:
+    """RNP as the stages run it, then one evaluation, all of which is in `seconds`.
+
+    With `rebuilt` it has the settings of `rnp_rebuild`, whose fourth step follows, against no
+    trigger. `precision` is that of the run unless it is given.
+    """
     keep_freed_pages()
     subject = Subject.load(folder)
     clock = Clock()
     test, attacked, target = subject.tests()
-    one_image = cost(subject.model, test)
-    rnp = subject.rnp()
+    chosen = cast("Precision", precision or subject.precision)
+    rnp = RNPRebuild() if rebuilt else subject.rnp()
     unlearn = dataclasses.replace(rnp.unlearn, until_collapse=until_collapse)
     steps = {"unlearn": unlearn, "recover": rnp.recover, "prune": rnp.prune}
     method = RNP(**{name: with_clock(step, clock, name) for name, step in steps.items()})
@@ -111,24 +120,31 @@ def rnp_ours(folder: str, until_collapse: bool) -> Result:
     def defend() -> tuple:
         rng = root(subject.params["seed"])
         result = method.repair(subject.model, subject.defense, rng=rng)
+        model = result.model
+        if rebuilt:
+            neurons = result.pruned.neurons
+            with clock("rebuild"):
+                model = Rebuild()(subject.model, model, neurons, subject.defense.all, rng=rng)
         with clock("evaluate"):
-            scores = score(result.model, test, attacked, target, precision=subject.precision)
+            scores = score(model, test, attacked, target, precision=chosen)
         return result, scores
 
-    with use_precision(subject.precision):
-        with MacCounter() as counter:
+    with use_precision(chosen):
+        with WorkCounter() as counter:
             (result, scores), numbers = timed(defend)
-        before = score(subject.model, test, attacked, target, precision=subject.precision)
+        work = counter.work(count_pass(subject.model, test.images))
+        before = score(subject.model, test, attacked, target, precision=chosen)
     return numbers | {
         "phases": clock.seconds,
         "unlearn_steps": result.unlearned.trajectory[-1].step,
         "recover_steps": rnp.recover.steps,
         "stopped": result.unlearned.reached,
-        "image_passes": counter.total / one_image,
+        "forward_passes": work.forward_passes,
+        "backward_passes": work.backward_passes,
         "evaluations": 1,
         "pruned": result.chosen.pruned,
         "evaluation_seconds": clock.seconds["evaluate"],
-        "precision": [subject.precision] * len(clock.seconds),
+        "precision": [chosen] * len(clock.seconds),
         "n_defense": len(subject.defense.train),
         "n_clean": len(test),
         "n_triggered": len(attacked),

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.subprocesses import Result
-from benchmarks.timing import cost, timed
+from benchmarks.timing import timed
 from rnp.cli.prepare import data_root
 from rnp.clock import now
 from rnp.data.cifar10 import Cifar10
@@ -22,6 +22,7 @@ from rnp.training.device import Precision, default_device, use_precision
 from rnp.training.loop import steps_per_epoch
 from rnp.training.malloc import keep_freed_pages
 from rnp.training.recipe import Train
+from rnp.training.work import count_pass
 from rnp.types import ImageSet
 
 
@@ -121,7 +122,7 @@ def train_ours(width: int, batch: int, steps: int, warm_up: int, precision: Prec
             rate = (epochs - 1) * len(data) / (ends[-1] - ends[0])
         numbers |= {
             "steady_images_per_second": rate,
-            "flops": 6 * cost(model, data) * rate,
+            "flops": 6 * count_pass(model, data.images) * rate,
             "peak_flops": product_peak(),
         }
     return numbers

@@ -26,8 +26,18 @@ INTRODUCTION = (
 )
 RATIOS = {
     "rnp_vs_published": "RNP against the published procedure",
+    "rnp_fp32_vs_published": "the same, both in fp32",
+    "rnp_rebuilt_vs_published": "RNP with rebuilding against the published procedure",
+    "rnp_rebuilt_fp32_vs_published": "the same, both in fp32",
     "train_vs_fp32": "training against a plain fp32 loop",
 }
+RNP_WAYS = {
+    "rnp_vs_published": "ours",
+    "rnp_fp32_vs_published": "ours, fp32",
+    "rnp_rebuilt_vs_published": "ours, rebuilt",
+    "rnp_rebuilt_fp32_vs_published": "ours, rebuilt, fp32",
+}
+"""The run that each ratio compares with the published procedure."""
 SECONDS = {
     "stage_start": "start of a stage",
     "noop_repro": "`dvc repro` with nothing to do",
@@ -50,8 +60,10 @@ def headline(parts: dict[str, dict]) -> dict[str, dict]:
             ours, plain = (median(runs, name, "images_per_second") for name in ("ours", "plain"))
             put(ratio["train_vs_fp32"], part["device"], quotient(ours, plain))
         elif base == "rnp":
-            published, ours = (median(runs, name, "seconds") for name in ("published", "ours"))
-            put(ratio["rnp_vs_published"], part["device"], quotient(published, ours))
+            published = median(runs, "published", "seconds")
+            for key, way in RNP_WAYS.items():
+                ours = median(runs, way, "seconds")
+                put(ratio[key], part["device"], quotient(published, ours))
         elif base == "start":
             put(seconds, "stage_start", median(runs, "stage, tracking on", "seconds"))
         elif base == "demo":
@@ -81,7 +93,7 @@ def markdown(record: dict, *, picture: str) -> str:
     ratios = [
         [title, number(value), device]
         for key, title in RATIOS.items()
-        for device, value in record["ratio"][key].items()
+        for device, value in record["ratio"].get(key, {}).items()
     ]
     lines += table(["", "ours is faster by a factor of", "device"], ratios)
     seconds = [
@@ -237,7 +249,8 @@ RNP_COLUMNS: dict[str, tuple[str, Format]] = {
     "unlearn_steps": ("unlearning steps", number),
     "recover_steps": ("recovery steps", number),
     "evaluations": ("evaluations", number),
-    "image_passes": ("image passes", number),
+    "forward_passes": ("forward passes", number),
+    "backward_passes": ("backward passes", number),
     "clean_accuracy_before": ("CA before", share),
     "attack_success_rate_before": ("ASR before", share),
     "clean_accuracy": ("CA", share),
@@ -247,29 +260,35 @@ RNP_COLUMNS: dict[str, tuple[str, Format]] = {
 
 def rnp(part: dict) -> list[str]:
     runs = part["runs"]
-    ours, published = (
+    ours, rebuilt, published = (
         runs[name][0] if isinstance(runs.get(name), list) else None
-        for name in ("ours", "published")
+        for name in ("ours", "ours, rebuilt", "published")
     )
     counts = ours or published or {}
     text = (
         f"The backdoored model of a run of `{part['subject']}`, {counts.get('n_clean', 0):,} test"
         f" images and {counts.get('n_triggered', 0):,} triggered ones; the same weights and images"
         " for both. *Ours* unlearns, recovers and prunes with the settings of the run and is then"
-        " evaluated once; in the first row its ascent ends at the stop, as the published one does,"
-        " in the second it continues to the collapse, as the pipeline does for the detectors."
+        " evaluated once; its ascent ends at the stop, as the published one does, or continues *to"
+        " collapse*, as it does in the pipeline for the detectors. *Rebuilt* has the settings of"
+        " `rnp_rebuild`, which prunes past neurons that clean images need, and then rebuilds the"
+        " model, here against no trigger."
         " *Published* is a plain restatement (fp32, contiguous tensors, a DataLoader, learning rate"
         " 0.01): it takes as many optimizer steps, in whole epochs, and evaluates the model on all"
         " test images after every epoch and at each of 19 thresholds. Its masks are learned from"
         " where its own rule stops; its CA and ASR are those of the threshold with the lowest ASR"
         " among those that cost at most two points of CA. That threshold is chosen on the test"
-        " images, which flatters it: ours is chosen on the defense set. Image passes count forward"
-        " passes only, those of a part of the network by its share of the work."
+        " images, which flatters it: ours is chosen on the defense set. Passes are those of an"
+        " image: multiply-adds over those of one forward pass, or of two for a backward pass."
     )
-    names = ("ours", "ours, to collapse", "published")
+    names = [name for name in runs if name != "published"] + ["published"]
     columns = {key: write for key, (_, write) in RNP_COLUMNS.items()}
     head = ["", *(title for title, _ in RNP_COLUMNS.values()), "repeats"]
-    notes = [*(published_notes(published) if published else ()), *(phases(ours) if ours else ())]
+    notes = [
+        *(published_notes(published) if published else ()),
+        *(phases("Ours", ours) if ours else ()),
+        *(phases("Rebuilt", rebuilt) if rebuilt else ()),
+    ]
     lines = [text, "", *table(head, rows(runs, columns, names))]
     return [*lines, *(line for note in notes for line in (note, ""))]
 
@@ -295,13 +314,13 @@ def published_notes(published: dict) -> Iterator[str]:
     )
 
 
-def phases(ours: dict) -> Iterator[str]:
+def phases(name: str, ours: dict) -> Iterator[str]:
     """The seconds of each phase of ours."""
     seconds = (
         f"{name} {number(value)} s ({precision})"
         for (name, value), precision in zip(ours["phases"].items(), ours["precision"])
     )
-    yield f"Ours, by phase and its `precision`: {', '.join(seconds)}."
+    yield f"{name}, by phase and its `precision`: {', '.join(seconds)}."
 
 
 def defenses(part: dict) -> list[str]:

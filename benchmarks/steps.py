@@ -16,7 +16,6 @@ import torch
 
 from benchmarks.measure_training import noise, product_peak
 from benchmarks.report import number, table
-from benchmarks.timing import cost
 from rnp.io.files import read_rows, upsert_rows
 from rnp.models.build import Architecture
 from rnp.reporting.columns import format_row
@@ -24,6 +23,7 @@ from rnp.reporting.provenance import provenance
 from rnp.training import loop
 from rnp.training.augment import Augment
 from rnp.training.loop import cross_entropy, fit, make_optimizer
+from rnp.training.work import count_pass
 from rnp.types import ImageSet
 
 COLUMNS = (
@@ -74,7 +74,7 @@ def measure(way: str, batch: int, data: ImageSet) -> dict[str, object]:
         "way": way,
         "batch": batch,
         "images_per_second": rate,
-        "teraflops": 6 * cost(model, data) * rate / 1e12,
+        "teraflops": 6 * count_pass(model, data.images) * rate / 1e12,
         "seconds_ten": ends[FIRST - 1] - start,
     }
 

@@ -195,11 +195,14 @@ def waiting(fixtures: BenchFixtures) -> Runs:
 
 def rnp(fixtures: BenchFixtures) -> Runs:
     folder = str(fixtures.subject)
-    to_collapse = functools.partial(measure, "rnp_ours", folder=folder)
+    run_ours = functools.partial(measure, "rnp_ours", folder=folder)
     ours = repeat(
         {
-            "ours": lambda: to_collapse(until_collapse=False),
-            "ours, to collapse": lambda: to_collapse(until_collapse=True),
+            "ours": run_ours,
+            "ours, fp32": lambda: run_ours(precision="fp32"),
+            "ours, to collapse": lambda: run_ours(until_collapse=True),
+            "ours, rebuilt": lambda: run_ours(rebuilt=True),
+            "ours, rebuilt, fp32": lambda: run_ours(rebuilt=True, precision="fp32"),
         },
         fixtures.repeats,
     )

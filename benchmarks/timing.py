@@ -1,4 +1,4 @@
-"""Seconds, memory and multiply-adds of a piece of work."""
+"""Seconds and memory of a piece of work."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
 
 from benchmarks.subprocesses import Result, peak_memory
 from rnp.clock import Clock, now
-from rnp.training.device import device_of
-from rnp.types import ImageSet, to_floats
 
 T = TypeVar("T")
 
@@ -44,26 +41,3 @@ def with_clock(step: T, clock: Clock, name: str) -> T:
                 return super().__call__(*arguments, **options)
 
     return Timed(**vars(step))
-
-
-class MacCounter:
-    """Multiply-adds of convolutions and linear layers in all forward passes meanwhile."""
-
-    def __enter__(self) -> MacCounter:
-        self.total = 0
-        self.handle = nn.modules.module.register_module_forward_hook(self._count)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.remove()
-
-    def _count(self, module: nn.Module, _: object, output: Tensor) -> None:
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            self.total += output.numel() * module.weight[0].numel()
-
-
-def cost(model: nn.Module, data: ImageSet) -> int:
-    """Multiply-adds of one image."""
-    with MacCounter() as counter, torch.no_grad():
-        model.eval()(to_floats(data.images[:1]).to(device_of(model)))
-    return counter.total

@@ -116,6 +116,17 @@ def test_fractions_of_the_images_are_changed(rng):
     assert torch.equal(nothing, images)
 
 
+@pytest.mark.parametrize("side, fraction", [(5, 0.4), (6, 0.2)])
+def test_half_as_many_images_carry_a_trigger_that_is_not_local(side, fraction, rng):
+    """A tenth of 256 pixels are 25."""
+    images = torch.full((2000, 3, 16, 16), 0.5)
+    mask = torch.zeros(16, 16)
+    mask[:side, :side] = 1
+    trigger = RecoveredTrigger(0, mask, torch.ones(3, 16, 16), 1.0, 0.0)
+    changed = Rebuild(distort_fraction=0).add_changes(images, [trigger], rng()) != images
+    assert changed.flatten(1).any(1).float().mean() == pytest.approx(fraction, abs=0.03)
+
+
 def test_it_is_repeatable_and_draws_from_its_generator(trained, pruned, neurons, data, rng):
     results = [METHOD(trained, pruned, neurons, data, rng=rng(seed)) for seed in (1, 1, 2)]
     assert state_equal(results[0], results[1]) and not state_equal(results[0], results[2])

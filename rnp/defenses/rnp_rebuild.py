@@ -53,8 +53,6 @@ EVIDENCE: tuple[LabelDetector, ...] = (Consensus(), LatentTrigger(), TriggerSize
 
 MIN_GAIN = 0.05
 """A trigger works if it sends more than this share of the images to its label."""
-LOCAL = 0.1
-"""A trigger is local if it lies within this share of the pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,8 +214,7 @@ def is_active(
     """
     others = [one.effective_size for one in given if one.label not in evident]
     usual = statistics.median(others) if others else trigger.mask.numel()
-    is_local = (trigger.mask > 0).sum() <= LOCAL * trigger.mask.numel()
-    return trigger.gain > MIN_GAIN and bool(is_local or trigger.l1 <= usual / 2)
+    return trigger.gain > MIN_GAIN and (trigger.is_local or trigger.l1 <= usual / 2)
 
 
 def labels_of(triggers: Sequence[RecoveredTrigger]) -> list[int]:

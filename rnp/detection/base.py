@@ -17,6 +17,9 @@ from rnp.training.device import chosen_precision
 from rnp.training.predict import predict
 from rnp.types import Bytes, Epoch, Images, ImageSet, Labels, to_floats
 
+LOCAL = 0.1
+"""Share of the pixels within which a trigger is local."""
+
 
 @dataclass(frozen=True)
 class RecoveredTrigger:
@@ -50,6 +53,11 @@ class RecoveredTrigger:
     def effective_size(self) -> float:
         """Pixels of the mask; those of the image for a trigger with a gain of at most a half."""
         return self.l1 if self.gain > 0.5 else float(self.mask.numel())
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it lies within a tenth of the pixels."""
+        return bool((self.mask > 0).sum() <= LOCAL * self.mask.numel())
 
     def apply(self, images: Images) -> Images:
         """New images with the trigger."""

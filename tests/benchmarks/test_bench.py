@@ -19,7 +19,7 @@ from benchmarks.measure_published import oracle
 from benchmarks.report import FOUR_TASKS, SECTIONS, headline, markdown, number
 from benchmarks.scaling import draw, exponent, exponents
 from benchmarks.subprocesses import Failed, measure, median, peak_memory, repeat
-from benchmarks.timing import MacCounter, cost, with_clock
+from benchmarks.timing import with_clock
 from rnp.cli.main import cli
 from rnp.clock import Clock
 from rnp.neurons.masks import prune
@@ -102,7 +102,11 @@ def full():
             "badnets": [numbers | {"changed": 5000, "stamp_seconds": 0.1, "copies": 1.5}],
             "lira": {"failed": "exit code 1: why"},
         },
-        "rnp": {"ours": [ours], "published": [theirs]},
+        "rnp": {
+            "ours": [ours],
+            "ours, rebuilt": [ours | {"seconds": 6.0}],
+            "published": [theirs],
+        },
         "defenses": {"rnp": [numbers], "ft": [numbers]},
         "detectors": {key: [numbers] for key in FOUR_TASKS.values()},
         "demo": {"pipeline": [{"seconds": 100.0, "setup_seconds": 5.0, "stages": stages}]},
@@ -190,7 +194,12 @@ def test_a_failed_part_says_so_and_gives_no_number():
 
 def test_headline():
     numbers = headline(full()["parts"])
-    assert numbers["ratio"] == {"rnp_vs_published": {"cpu": 30.0}, "train_vs_fp32": {"cpu": 2.0}}
+    measured = {name: values for name, values in numbers["ratio"].items() if values}
+    assert measured == {
+        "rnp_vs_published": {"cpu": 30.0},
+        "rnp_rebuilt_vs_published": {"cpu": 10.0},
+        "train_vs_fp32": {"cpu": 2.0},
+    }
     assert numbers["seconds"] == {"stage_start": 2.5, "noop_repro": 1.5, "demo_pipeline": 100.0}
 
 
@@ -279,16 +288,6 @@ def test_the_readers_choice_costs_at_most_two_points():
         for ca, asr in ((0.9, 1.0), (0.885, 0.2), (0.87, 0.0))
     ]
     assert oracle(points, 0.9) == points[1] and oracle(points[2:], 0.9) == points[2]
-
-
-def test_work_is_counted_in_multiply_adds(trained, toy_set):
-    data = toy_set(4)
-    one_image = 64 * 8 * 27 + 64 * 8 * 72 + 8 * 4
-    assert cost(trained, data) == one_image
-    with MacCounter() as work:
-        trained(data.as_floats())
-    trained(data.as_floats())
-    assert work.total == 4 * one_image
 
 
 def test_the_published_page_is_what_its_numbers_give():

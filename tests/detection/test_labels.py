@@ -33,16 +33,17 @@ def row(accuracy: float, *shares: float) -> Epoch:
     return Epoch(epoch=0, step=0, accuracy=accuracy, extra=extra, **zeros)
 
 
-def sized(*sizes: int, baseline: float = 0.0) -> list[RecoveredTrigger]:
-    """One trigger per class whose mask covers that many pixels.
+def sized(*sizes: int, baseline: float = 0.0, side: int = 8) -> list[RecoveredTrigger]:
+    """One trigger per class whose mask covers that many pixels of an image of so many by so many.
 
     `baseline` is that of the smallest.
     """
     triggers = []
     for label, size in enumerate(sizes):
-        mask = (torch.arange(64) < size).float().view(8, 8)
+        mask = (torch.arange(side**2) < size).float().view(side, side)
         own_baseline = baseline if size == min(sizes) else 0.0
-        triggers.append(RecoveredTrigger(label, mask, torch.zeros(3, 8, 8), 1.0, own_baseline))
+        pattern = torch.zeros(3, side, side)
+        triggers.append(RecoveredTrigger(label, mask, pattern, 1.0, own_baseline))
     return triggers
 
 
@@ -124,6 +125,22 @@ def test_the_smallest_trigger_must_lead(sizes: tuple[int, ...], label: int | Non
     assert detector.verdict(detector.from_triggers(sized(*sizes))).label == label
 
 
+@pytest.mark.parametrize(
+    "sizes, label",
+    [
+        ((5, 300), 0),
+        ((300, 90, 5), 2),
+        ((300, 90, 19), None),  # as small as those of benign models
+        ((5, 90, 6), None),  # two that are equally small
+    ],
+)
+def test_with_few_classes_the_smallest_trigger_is_compared_with_the_image(
+    sizes: tuple[int, ...], label: int | None
+) -> None:
+    detector = TriggerSize()
+    assert detector.verdict(detector.from_triggers(sized(*sizes, side=32))).label == label
+
+
 @pytest.mark.parametrize("k", [4, 10, 43])
 def test_the_chance_of_a_high_score(k: int) -> None:
     """For k = 4 in closed form: with two degrees of freedom the tail of Student's distribution is
@@ -143,8 +160,8 @@ def test_one_score_among_equal_ones_is_no_chance() -> None:
 
 
 def test_sizes_in_closed_form() -> None:
-    scores = TriggerSize().from_triggers(sized(20, 40, 5))
-    assert scores.tolist() == pytest.approx([0.0, -math.log(2), math.log(4)], abs=1e-6)
+    scores = TriggerSize().from_triggers(sized(20, 40, 5, 20))
+    assert scores.tolist() == pytest.approx([0.0, -math.log(2), math.log(4), 0.0], abs=1e-6)
     assert TriggerSize().verdict(scores).margin == pytest.approx(math.log(4), abs=1e-6)
 
 
