@@ -3,14 +3,14 @@
 `python -m experiments.recipes TABLE` trains benign and backdoored models, each by a recipe of its
 own: images, number of classes, network, optimizer, epochs and augmentation are drawn by the seed.
 Then it does to each what `rnp purify` does by default: the three detectors whose verdict is taken
-as evidence, and `rnp_rebuild`. Each model is one row: its recipe, CA, ASR and RA before and after,
-the label that each detector predicts with score and margin, and the labels that were tuned against.
-Rows that the table has are not made again; with `--models FOLDER` the trained models are kept there
-and are not trained again. `--summary` prints the rows as a Markdown table instead: how many models
-the detectors judge, for how many each predicts a label, for how many the labels tuned against have
-the right one, and what the repair costs and removes. Backdoored models that fail the gate on ASR
-are not judged, and do not count; nor do models on which the repair fails. Three classes are too few
-for the detectors, so the repair has no evidence there.
+as evidence, alone or where all rank one class first, and `rnp_rebuild`. Each model is one row: its
+recipe, CA, ASR and RA before and after, the label that each detector predicts with score and
+margin, and the labels that were tuned against. Rows that the table has are not made again; with
+`--models FOLDER` the trained models are kept there and are not trained again. `--summary` prints
+the rows as a Markdown table instead: how many models the detectors judge, for how many each
+predicts a label, for how many the labels tuned against have the right one, and what the repair
+costs and removes. Backdoored models that fail the gate on ASR are not judged, and do not count; nor
+do models on which the repair fails. With three classes `trigger_size` alone judges.
 """
 
 from __future__ import annotations
@@ -37,8 +37,15 @@ from rnp.clock import now
 from rnp.data.base import Split, Splits
 from rnp.data.cifar10 import Cifar10
 from rnp.data.shapes import Shapes
-from rnp.defenses.rnp_rebuild import EVIDENCE, RNPRebuild, predicted_labels, score_labels
-from rnp.detection.base import Evidence
+from rnp.defenses.rnp_rebuild import (
+    EVIDENCE,
+    UNANIMITY,
+    RNPRebuild,
+    evident_labels,
+    score_labels,
+    unanimous,
+)
+from rnp.detection.base import Evidence, LabelVerdict
 from rnp.errors import NonFiniteLossError, UserError
 from rnp.evaluation.metrics import EvaluationSets
 from rnp.io.files import read_rows
@@ -63,6 +70,7 @@ DEFENDER = 250
 MAX_CLASS_SHARE = 0.5
 """Largest share of a class that a clean-label attack poisons."""
 NAMES = tuple(detector.name for detector in EVIDENCE)
+VERDICTS = (*NAMES, UNANIMITY)
 KEY = ("kind", "seed")
 COLUMNS = (
     *KEY,
@@ -78,6 +86,7 @@ COLUMNS = (
     *(f"{name}_before" for name in MEASURES),
     *MEASURES,
     *(f"{name}{part}" for name in NAMES for part in ("", "_score", "_margin")),
+    UNANIMITY,
     "tuned_labels",
     "unlearn_steps",
     "unlearned_accuracy",
@@ -97,7 +106,7 @@ HEADINGS = (
     "models",
     "n",
     "judged",
-    *NAMES,
+    *VERDICTS,
     "any",
     "right",
     "CA before",
@@ -300,23 +309,29 @@ def repair(case: Case, seed: int) -> dict[str, object]:
     triggers = method.search.recover(case.model, clean, rng=child(rng, "triggers"))
     evidence = Evidence(case.model, triggers, unlearned.model, unlearned.trajectory)
     scores = score_labels(evidence, clean, rng=child(rng, "labels"))
-    verdicts = {one: one.verdict(values) for one, values in scores.items()}
-    evident = predicted_labels(verdicts.values())
+    evident = evident_labels(scores)
     result = method.repair_from(case.model, unlearned, triggers, evident, defense_set, rng=rng)
     seconds = now() - start
     columns: dict[str, object] = {}
-    for one, verdict in verdicts.items():
+    for one, values in scores.items():
+        verdict = one.verdict(values)
         columns |= {
-            one.name: "none" if verdict.label is None else verdict.label,
-            f"{one.name}_score": float(scores[one].max()),
+            one.name: name_label(verdict),
+            f"{one.name}_score": float(values.max()),
             f"{one.name}_margin": verdict.margin,
         }
+    if len(scores) == len(EVIDENCE):
+        columns[UNANIMITY] = name_label(unanimous(scores))
     return {
         **columns,
         **case.score(result.model),
         **facts(result),
         "seconds": seconds,
     }
+
+
+def name_label(verdict: LabelVerdict) -> object:
+    return "none" if verdict.label is None else verdict.label
 
 
 def summary(rows: Sequence[Row]) -> Iterator[str]:
@@ -345,7 +360,7 @@ def verdict_cells(rows: list[Row]) -> list[str]:
     return [
         str(len(rows)),
         str(sum(any(labels(row, name) is not None for name in NAMES) for row in rows)),
-        *(str(sum(bool(labels(row, name)) for row in rows)) for name in NAMES),
+        *(str(sum(bool(labels(row, name)) for row in rows)) for name in VERDICTS),
         str(sum(map(bool, evident))),
         str(right) if is_backdoored else "–",
     ]

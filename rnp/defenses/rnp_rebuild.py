@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -51,6 +51,10 @@ class RNPRebuildResult(Repaired):
 EVIDENCE: tuple[LabelDetector, ...] = (Consensus(), LatentTrigger(), TriggerSize())
 """Detectors whose verdict counts as evidence, since they seldom name a class of a benign model."""
 
+UNANIMITY = "unanimity"
+"""What reports call the verdict of all three together."""
+LabelScores = dict[LabelDetector, Float[Tensor, "k"]]
+"""One score per class, by each detector that can judge the model."""
 MIN_GAIN = 0.05
 """A trigger works if it sends more than this share of the images to its label."""
 
@@ -59,8 +63,9 @@ MIN_GAIN = 0.05
 class RNPRebuild(Defense):
     """RNP, which skips no neuron, and then rebuilding against the triggers of evident labels.
 
-    A label is evident if one of three detectors predicts it: `consensus` looks at the unlearned
-    model, `latent_trigger` at the features of the given one, `trigger_size` at its triggers.
+    A label is evident if one of three detectors predicts it, or all three rank it first:
+    `consensus` looks at the unlearned model, `latent_trigger` at the features of the given one,
+    `trigger_size` at its triggers.
 
     Pruning goes down the ranking until it has cost `prune.max_accuracy_drop` of accuracy on the
     defense set, without an evident label only `cautious_accuracy_drop`. Rebuilding (`Rebuild`)
@@ -110,7 +115,7 @@ class RNPRebuild(Defense):
             model,
             unlearned,
             triggers,
-            evident_labels(evidence, train, rng=child(rng, "labels")),
+            evident_labels(score_labels(evidence, train, rng=child(rng, "labels"))),
             defense_set,
             rng=rng,
             on_epoch=on_epoch,
@@ -185,23 +190,31 @@ class RNPRebuild(Defense):
         return dataclasses.replace(self.prune, max_accuracy_drop=budget)
 
 
-def score_labels(
-    evidence: Evidence, clean: ImageSet, *, rng: torch.Generator
-) -> dict[LabelDetector, Float[Tensor, "k"]]:
+def score_labels(evidence: Evidence, clean: ImageSet, *, rng: torch.Generator) -> LabelScores:
     """The scores by each of `EVIDENCE`; detectors that cannot judge the model are left out."""
     able = [one for one in EVIDENCE if not one.obstacle(evidence.model, len(clean.classes))]
     return {one: one.score_evidence(evidence, clean, rng=rng) for one in able}
 
 
-def evident_labels(evidence: Evidence, clean: ImageSet, *, rng: torch.Generator) -> list[int]:
-    """The labels that one of `EVIDENCE` predicts, ascending."""
-    scores = score_labels(evidence, clean, rng=rng)
-    return predicted_labels(one.verdict(values) for one, values in scores.items())
-
-
-def predicted_labels(verdicts: Iterable[LabelVerdict]) -> list[int]:
-    """The labels that at least one of `verdicts` predicts, ascending."""
+def evident_labels(scores: LabelScores) -> list[int]:
+    """The labels that one of `EVIDENCE` predicts, or all of them together, ascending."""
+    verdicts = [*(one.verdict(values) for one, values in scores.items()), unanimous(scores)]
     return sorted({verdict.label for verdict in verdicts if verdict.label is not None})
+
+
+def unanimous(scores: LabelScores) -> LabelVerdict:
+    """The label that all of `EVIDENCE` rank first, each with a score above 0.
+
+    None of them need be sure of it: methods that look at different things seldom agree by chance,
+    and `consensus` itself has a score above 0 only where its two parts agree. `margin` is the
+    smallest of theirs. Without all of them there is no label.
+    """
+    if len(scores) < len(EVIDENCE):
+        return LabelVerdict(None, 0.0)
+    firsts = {int(values.argmax()) for values in scores.values()}
+    agreed = len(firsts) == 1 and all(values.max() > 0 for values in scores.values())
+    margin = min(one.verdict(values).margin for one, values in scores.items())
+    return LabelVerdict(firsts.pop() if agreed else None, margin)
 
 
 def is_active(

@@ -10,7 +10,14 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from rnp.clock import now
-from rnp.defenses.rnp_rebuild import EVIDENCE, RNPRebuild, RNPRebuildResult, predicted_labels
+from rnp.defenses.rnp_rebuild import (
+    EVIDENCE,
+    UNANIMITY,
+    RNPRebuild,
+    RNPRebuildResult,
+    evident_labels,
+    unanimous,
+)
 from rnp.detection.base import RecoveredTrigger
 from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
 from rnp.detection.labels.prediction_drift import PredictionDrift
@@ -127,10 +134,14 @@ def audit(case: AuditCase, settings: AuditSettings, on_epoch: OnEpoch = no_callb
         unlearned = unlearn_model(case, settings.unlearn, on_epoch)
     with counters["detect"]:
         triggers = recover_triggers(case, settings.search)
-        labels = detect_labels(case, unlearned, DETECTORS, triggers)
+        scores = detect_labels(case, unlearned, DETECTORS, triggers)
+    evidence = {one: scores[one.name].scores for one in EVIDENCE if one.name in scores}
+    labels = {name: of_label.verdict for name, of_label in scores.items()}
+    if len(evidence) == len(EVIDENCE):
+        labels[UNANIMITY] = unanimous(evidence)
     repair = None
     if isinstance(settings, RepairSettings):
-        evident = predicted_labels(labels[one.name] for one in EVIDENCE if one.name in labels)
+        evident = evident_labels(evidence)
         with counters.setdefault("repair", WorkCounter()):
             repair = repair_model(case, settings, unlearned, triggers, evident, on_epoch)
     one = count_pass(case.loaded.model, case.defense.train.images)

@@ -20,6 +20,7 @@ from rnp.detection.base import (
 )
 from rnp.detection.run import (
     Detect,
+    LabelScores,
     Models,
     recover_and_detect_labels,
     run_label_detectors,
@@ -54,12 +55,12 @@ def detect_labels(
     unlearned: Unlearned,
     detectors: Sequence[LabelDetector],
     triggers: list[RecoveredTrigger],
-) -> dict[str, LabelVerdict]:
-    """The label that a backdoor would have, by each detector.
+) -> dict[str, LabelScores]:
+    """The scores of the labels, by each detector.
 
     Detectors that need triggers get those of the given model.
     """
-    label_scores = run_label_detectors(
+    return run_label_detectors(
         detectors,
         detection_models(case, unlearned),
         {"backdoored": triggers},
@@ -68,7 +69,6 @@ def detect_labels(
         case.seed,
         Clock(),
     )
-    return {name: scores.verdict for name, scores in label_scores.items()}
 
 
 def search_and_detect_labels(
@@ -77,7 +77,7 @@ def search_and_detect_labels(
     detectors: Sequence[LabelDetector],
     search: NeuralCleanse,
 ) -> dict[str, LabelVerdict]:
-    """`detect_labels`, with triggers recovered from the given and from the unlearned model.
+    """The label by each detector, with triggers from the given and from the unlearned model.
 
     Nothing is recovered when no detector needs triggers.
     """

@@ -7,7 +7,7 @@ import torch
 from planted import TARGET, BackdooredNet, images, trigger
 
 from rnp.defenses.rnp import RNP
-from rnp.defenses.rnp_rebuild import RNPRebuild, is_active
+from rnp.defenses.rnp_rebuild import EVIDENCE, RNPRebuild, evident_labels, is_active, unanimous
 from rnp.detection.base import blend
 from rnp.detection.labels.consensus import Consensus
 from rnp.detection.labels.latent_trigger import LatentTrigger
@@ -107,6 +107,34 @@ def test_so_is_the_verdict_of_the_other_two(
     result = METHOD.repair(model, defense_set, rng=rng())
     assert script.against == [[4]] and result.tuned_labels == [4]
     assert script.budgets == [METHOD.prune.max_accuracy_drop]
+
+
+def scores_of(**highest):
+    """The score of each detector for its first class, by name; the other classes have 0."""
+    by_name = {one.name: one for one in EVIDENCE}
+    return {by_name[name]: value * torch.eye(6)[c] for name, (c, value) in highest.items()}
+
+
+@pytest.mark.parametrize(
+    "consensus, latent_trigger, trigger_size, label",
+    [
+        ((4, 0.1), (4, 0.01), (4, 0.01), 4),
+        ((4, 0.0), (0, 0.01), (0, 0.01), None),  # the parts of the first one do not agree
+        ((4, 0.1), (4, 0.01), (3, 0.01), None),
+    ],
+)
+def test_so_is_the_class_that_all_three_rank_first(consensus, latent_trigger, trigger_size, label):
+    scores = scores_of(
+        consensus=consensus, latent_trigger=latent_trigger, trigger_size=trigger_size
+    )
+    assert all(one.verdict(values).label is None for one, values in scores.items())
+    assert unanimous(scores).label == label
+    assert evident_labels(scores) == ([] if label is None else [label])
+
+
+def test_two_detectors_are_not_unanimous():
+    scores = scores_of(consensus=(4, 0.1), trigger_size=(4, 0.01))
+    assert unanimous(scores).label is None and evident_labels(scores) == []
 
 
 def test_several_labels_can_be_evident(model, defense_set, rng, script, monkeypatch):

@@ -92,6 +92,7 @@ def rows():
             attack_success_rate="0.1",
             consensus="3",
             trigger_size="4",
+            unanimity="3",
             tuned_labels="3 4",
         ),
         row(
@@ -112,10 +113,10 @@ def test_the_table_by_hand(rows):
     lines = [line.strip("| ").split(" | ") for line in summary(rows)]
     table = {line[0]: line[1:] for line in lines}
     repaired = "0.900 – 0.890 – – 0.020 –".split()
-    assert table["benign"] == ["2", "2", "1", "0", "1", "1", "–", *repaired]
+    assert table["benign"] == ["2", "2", "1", "0", "1", "0", "1", "–", *repaired]
     assert table["backdoored"] == table["blend"]
     repaired = "0.900 1.000 0.850 0.200 0.800 0.100 0.300".split()
-    assert table["blend"] == ["2", "2", "1", "0", "1", "1", "1", *repaired]
+    assert table["blend"] == ["2", "2", "1", "0", "1", "1", "1", "1", *repaired]
     assert {len(line) for line in lines[2:]} == {len(recipes.HEADINGS)}
 
 
