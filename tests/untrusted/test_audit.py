@@ -14,6 +14,7 @@ from torch import nn
 
 import rnp
 from rnp.cli.main import cli
+from rnp.defenses.rnp_rebuild import EVIDENCE, UNANIMITY
 from rnp.detection.labels.consensus import Consensus
 from rnp.errors import UserError
 from rnp.io.files import sha256
@@ -120,7 +121,7 @@ def test_inspect_in_memory_writes_nothing(frozen_scene, quick):
         **quick.methods,
     )
     assert report.repair is None and report.accuracy.n == 60
-    assert list(report.labels) == [detector.name for detector in DETECTORS]
+    assert list(report.labels) == [*(detector.name for detector in DETECTORS), UNANIMITY]
     assert [trigger.label for trigger in report.triggers] == [0, 1, 2, 3]
 
 
@@ -307,7 +308,9 @@ def test_other_architectures_and_numbers_of_classes(
     assert sum(map(len, report.repair.recovered.mask.values())) > 10
     assert any("no image of class" in warning for warning in report.warnings) == (classes > 2)
     skipped = [detector for detector in DETECTORS if classes < detector.min_classes]
-    assert report.labels.keys() == {d.name for d in DETECTORS if d not in skipped}
+    judged = {d.name for d in DETECTORS if d not in skipped}
+    together = {UNANIMITY} if judged >= {d.name for d in EVIDENCE} else set()
+    assert report.labels.keys() == judged | together
     assert len(skipped) == sum("classes and was not run" in line for line in report.warnings)
 
 

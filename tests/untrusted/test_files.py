@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from rnp.cli.main import cli, guard
+from rnp.defenses.rnp_rebuild import UNANIMITY
 from rnp.detection.base import RecoveredTrigger
 from rnp.detection.labels.consensus import Consensus
 from rnp.detection.labels.latent_trigger import LatentTrigger
@@ -91,7 +92,7 @@ def test_the_report_holds_what_was_measured(purified, scene):
     low, high = report["cost"]["interval"]
     assert low < report["cost"]["value"] < high
     assert high - low > 0.05, "thirty images cannot tell more"
-    assert set(report["labels"]) == {detector.name for detector in DETECTORS}
+    assert set(report["labels"]) == {*(detector.name for detector in DETECTORS), UNANIMITY}
     assert report["versions"]["rnp"]
     assert report["settings"]["recover"]["steps"] == 4
     assert report["command"].split()[0] == "rnp"
