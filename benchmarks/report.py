@@ -43,6 +43,10 @@ SECONDS = {
     "noop_repro": "`dvc repro` with nothing to do",
     "demo_pipeline": "`dvc repro` of demo from nothing",
 }
+REBUILT = (
+    " *Rebuilt* has the settings of `rnp_rebuild`, which prunes past neurons that clean images"
+    " need, and then rebuilds the model, here against no trigger."
+)
 Format = Callable[[float | None], str]
 
 
@@ -270,9 +274,7 @@ def rnp(part: dict) -> list[str]:
         f" images and {counts.get('n_triggered', 0):,} triggered ones; the same weights and images"
         " for both. *Ours* unlearns, recovers and prunes with the settings of the run and is then"
         " evaluated once; its ascent ends at the stop, as the published one does, or continues *to"
-        " collapse*, as it does in the pipeline for the detectors. *Rebuilt* has the settings of"
-        " `rnp_rebuild`, which prunes past neurons that clean images need, and then rebuilds the"
-        " model, here against no trigger."
+        f" collapse*, as it does in the pipeline for the detectors.{REBUILT if rebuilt else ''}"
         " *Published* is a plain restatement (fp32, contiguous tensors, a DataLoader, learning rate"
         " 0.01): it takes as many optimizer steps, in whole epochs, and evaluates the model on all"
         " test images after every epoch and at each of 19 thresholds. Its masks are learned from"
