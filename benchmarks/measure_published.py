@@ -79,7 +79,10 @@ class PublishedRun:
         return ca, asr
 
     def counts(self, epochs: int, recover_epochs: int) -> Result:
-        """Steps, evaluations and image passes of a run of so many epochs."""
+        """Steps, evaluations and passes of an image of a run of so many epochs.
+
+        In recovery the weights have no gradient, so a backward pass is half of one in unlearning.
+        """
         evaluations = epochs + recover_epochs + len(reference_rnp.THRESHOLDS)
         tested = evaluations * (self.n_clean + self.n_triggered)
         return {
@@ -87,7 +90,7 @@ class PublishedRun:
             "recover_steps": recover_epochs * len(self.train),
             "recover_epochs": recover_epochs,
             "forward_passes": (epochs + recover_epochs) * self.n_defense + tested,
-            "backward_passes": (epochs + recover_epochs) * self.n_defense,
+            "backward_passes": (epochs + recover_epochs / 2) * self.n_defense,
             "evaluations": evaluations,
             "n_clean": self.n_clean,
             "n_triggered": self.n_triggered,

@@ -41,11 +41,11 @@ from rnp.defenses.rnp_rebuild import (
     EVIDENCE,
     UNANIMITY,
     RNPRebuild,
-    evident_labels,
+    give_verdicts,
+    predicted_labels,
     score_labels,
-    unanimous,
 )
-from rnp.detection.base import Evidence, LabelVerdict
+from rnp.detection.base import Evidence
 from rnp.errors import NonFiniteLossError, UserError
 from rnp.evaluation.metrics import EvaluationSets
 from rnp.io.files import read_rows
@@ -309,29 +309,24 @@ def repair(case: Case, seed: int) -> dict[str, object]:
     triggers = method.search.recover(case.model, clean, rng=child(rng, "triggers"))
     evidence = Evidence(case.model, triggers, unlearned.model, unlearned.trajectory)
     scores = score_labels(evidence, clean, rng=child(rng, "labels"))
-    evident = evident_labels(scores)
+    verdicts = give_verdicts(scores)
+    evident = predicted_labels(verdicts.values())
     result = method.repair_from(case.model, unlearned, triggers, evident, defense_set, rng=rng)
     seconds = now() - start
     columns: dict[str, object] = {}
     for one, values in scores.items():
-        verdict = one.verdict(values)
         columns |= {
-            one.name: name_label(verdict),
             f"{one.name}_score": float(values.max()),
-            f"{one.name}_margin": verdict.margin,
+            f"{one.name}_margin": verdicts[one.name].margin,
         }
-    if len(scores) == len(EVIDENCE):
-        columns[UNANIMITY] = name_label(unanimous(scores))
+    for name, verdict in verdicts.items():
+        columns[name] = "none" if verdict.label is None else verdict.label
     return {
         **columns,
         **case.score(result.model),
         **facts(result),
         "seconds": seconds,
     }
-
-
-def name_label(verdict: LabelVerdict) -> object:
-    return "none" if verdict.label is None else verdict.label
 
 
 def summary(rows: Sequence[Row]) -> Iterator[str]:

@@ -65,7 +65,7 @@ class NCUnlearn(TuningDefense):
         triggers = self.suspicious(self.search.recover(model, defense_set.train, rng=rng))
         if triggers:
             self.tune_against(triggers, tuned, defense_set.train, rng=rng, on_epoch=on_epoch)
-        return Repaired(tuned)
+        return Repaired(tuned, tuned_labels=[trigger.label for trigger in triggers])
 
     def tune_against(
         self,

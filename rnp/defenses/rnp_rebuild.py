@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -53,7 +53,7 @@ EVIDENCE: tuple[LabelDetector, ...] = (Consensus(), LatentTrigger(), TriggerSize
 
 UNANIMITY = "unanimity"
 """What reports call the verdict of all three together."""
-LabelScores = dict[LabelDetector, Float[Tensor, "k"]]
+EvidenceScores = dict[LabelDetector, Float[Tensor, "k"]]
 """One score per class, by each detector that can judge the model."""
 MIN_GAIN = 0.05
 """A trigger works if it sends more than this share of the images to its label."""
@@ -111,11 +111,12 @@ class RNPRebuild(Defense):
         unlearned = self.unlearn(model, train, rng=child(rng, "unlearn"), on_epoch=on_epoch)
         triggers = self.search.recover(model, train, rng=child(rng, "triggers"))
         evidence = Evidence(model, triggers, unlearned.model, unlearned.trajectory)
+        verdicts = give_verdicts(score_labels(evidence, train, rng=child(rng, "labels")))
         return self.repair_from(
             model,
             unlearned,
             triggers,
-            evident_labels(score_labels(evidence, train, rng=child(rng, "labels"))),
+            predicted_labels(verdicts.values()),
             defense_set,
             rng=rng,
             on_epoch=on_epoch,
@@ -190,31 +191,37 @@ class RNPRebuild(Defense):
         return dataclasses.replace(self.prune, max_accuracy_drop=budget)
 
 
-def score_labels(evidence: Evidence, clean: ImageSet, *, rng: torch.Generator) -> LabelScores:
+def score_labels(evidence: Evidence, clean: ImageSet, *, rng: torch.Generator) -> EvidenceScores:
     """The scores by each of `EVIDENCE`; detectors that cannot judge the model are left out."""
     able = [one for one in EVIDENCE if not one.obstacle(evidence.model, len(clean.classes))]
     return {one: one.score_evidence(evidence, clean, rng=rng) for one in able}
 
 
-def evident_labels(scores: LabelScores) -> list[int]:
-    """The labels that one of `EVIDENCE` predicts, or all of them together, ascending."""
-    verdicts = [*(one.verdict(values) for one, values in scores.items()), unanimous(scores)]
-    return sorted({verdict.label for verdict in verdicts if verdict.label is not None})
+def give_verdicts(scores: EvidenceScores) -> dict[str, LabelVerdict]:
+    """The verdict of each detector by its name and, where all could judge, that of all together."""
+    verdicts = {one.name: one.verdict(values) for one, values in scores.items()}
+    if len(scores) == len(EVIDENCE):
+        verdicts[UNANIMITY] = unanimous(scores)
+    return verdicts
 
 
-def unanimous(scores: LabelScores) -> LabelVerdict:
-    """The label that all of `EVIDENCE` rank first, each with a score above 0.
+def unanimous(scores: EvidenceScores) -> LabelVerdict:
+    """The label that all of the detectors rank first, each with a score above 0.
 
     None of them need be sure of it: methods that look at different things seldom agree by chance,
-    and `consensus` itself has a score above 0 only where its two parts agree. `margin` is the
-    smallest of theirs. Without all of them there is no label.
+    and `consensus` itself has a score above 0 only where its two parts agree. The margin is the
+    smallest of theirs.
     """
-    if len(scores) < len(EVIDENCE):
-        return LabelVerdict(None, 0.0)
     firsts = {int(values.argmax()) for values in scores.values()}
-    agreed = len(firsts) == 1 and all(values.max() > 0 for values in scores.values())
+    if len(firsts) > 1 or any(values.max() <= 0 for values in scores.values()):
+        return LabelVerdict(None, 0.0)
     margin = min(one.verdict(values).margin for one, values in scores.items())
-    return LabelVerdict(firsts.pop() if agreed else None, margin)
+    return LabelVerdict(firsts.pop(), margin)
+
+
+def predicted_labels(verdicts: Iterable[LabelVerdict]) -> list[int]:
+    """The labels that at least one of `verdicts` predicts, ascending."""
+    return sorted({verdict.label for verdict in verdicts if verdict.label is not None})
 
 
 def is_active(

@@ -246,8 +246,10 @@ def tuned_values(run: FinishedRun, defense: str) -> Row:
     if "tuned_labels" not in tuned:
         return {}
     labels = tuned["tuned_labels"]
-    target = str(run.evaluation()["target_label"])
-    return {"label": labels, "label_correct": target in labels.split()}
+    target = run.evaluation().get("target_label")
+    if target is None:  # each class has its own, or an older version measured
+        return {"label": labels}
+    return {"label": labels, "label_correct": str(target) in labels.split()}
 
 
 def uses_unlearned(defense: str) -> bool:

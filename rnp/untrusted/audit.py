@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from rnp.clock import now
 from rnp.defenses.rnp_rebuild import (
     EVIDENCE,
-    UNANIMITY,
     RNPRebuild,
     RNPRebuildResult,
-    evident_labels,
-    unanimous,
+    give_verdicts,
+    predicted_labels,
 )
 from rnp.detection.base import RecoveredTrigger
 from rnp.detection.labels.neural_cleanse_index import NeuralCleanseIndex
@@ -135,13 +134,16 @@ def audit(case: AuditCase, settings: AuditSettings, on_epoch: OnEpoch = no_callb
     with counters["detect"]:
         triggers = recover_triggers(case, settings.search)
         scores = detect_labels(case, unlearned, DETECTORS, triggers)
-    evidence = {one: scores[one.name].scores for one in EVIDENCE if one.name in scores}
-    labels = {name: of_label.verdict for name, of_label in scores.items()}
-    if len(evidence) == len(EVIDENCE):
-        labels[UNANIMITY] = unanimous(evidence)
+    evidence = give_verdicts(
+        {one: scores[one.name].scores for one in EVIDENCE if one.name in scores}
+    )
+    # First the verdicts that the repair follows.
+    labels = evidence | {
+        name: of_label.verdict for name, of_label in scores.items() if name not in evidence
+    }
     repair = None
     if isinstance(settings, RepairSettings):
-        evident = evident_labels(evidence)
+        evident = predicted_labels(evidence.values())
         with counters.setdefault("repair", WorkCounter()):
             repair = repair_model(case, settings, unlearned, triggers, evident, on_epoch)
     one = count_pass(case.loaded.model, case.defense.train.images)

@@ -139,7 +139,8 @@ class AuditReport:
     """What is known about an untrusted model after an audit; `repair` is None after `inspect`.
 
     `accuracy` is that of the given model on the clean images. `labels` has the verdict of each
-    label detector; `triggers` has the smallest trigger that was found for each class, in order.
+    label detector; those that the repair follows come first. `triggers` has the smallest trigger
+    that was found for each class, in order.
     """
 
     path: str

@@ -104,7 +104,9 @@ def full():
         },
         "rnp": {
             "ours": [ours],
+            "ours, fp32": [ours | {"seconds": 5.0}],
             "ours, rebuilt": [ours | {"seconds": 6.0}],
+            "ours, rebuilt, fp32": [ours | {"seconds": 10.0}],
             "published": [theirs],
         },
         "defenses": {"rnp": [numbers], "ft": [numbers]},
@@ -197,7 +199,9 @@ def test_headline():
     measured = {name: values for name, values in numbers["ratio"].items() if values}
     assert measured == {
         "rnp_vs_published": {"cpu": 30.0},
+        "rnp_fp32_vs_published": {"cpu": 12.0},
         "rnp_rebuilt_vs_published": {"cpu": 10.0},
+        "rnp_rebuilt_fp32_vs_published": {"cpu": 6.0},
         "train_vs_fp32": {"cpu": 2.0},
     }
     assert numbers["seconds"] == {"stage_start": 2.5, "noop_repro": 1.5, "demo_pipeline": 100.0}

@@ -666,6 +666,16 @@ def test_a_row_of_removal_says_whether_the_target_was_tuned_against(tuned, corre
     assert (rows["rnp"]["label"], rows["rnp"]["label_correct"]) == ("", "")
 
 
+def test_without_one_target_the_tuned_labels_are_neither_right_nor_wrong(ended):
+    path = Path("reports/defend/ft/metrics.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tuned_labels": "3"}))
+    path = Path("reports/evaluate/metrics.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_label": None}))
+    assert ended("--kind", "removal").exit_code == 0
+    rows = {row["detector"]: row for row in read_rows(Path("rows.csv"))}
+    assert (rows["ft"]["label"], rows["ft"]["label_correct"]) == ("3", "")
+
+
 def test_rows_of_controls(ended):
     """Counts as they are, measures to five digits; a second time the rows take the place of the
     first.

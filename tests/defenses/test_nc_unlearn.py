@@ -59,7 +59,9 @@ def test_the_recovered_trigger_is_unlearned(defense_set, rng):
     model, rows = Planted(), []
     model.bias.requires_grad_(False)  # else the bias alone would suffice
     method = dataclasses.replace(METHOD, steps=150, trigger_fraction=0.5)
-    repaired = method.repair(model, defense_set, rng=rng(), on_epoch=rows.append).model
+    result = method.repair(model, defense_set, rng=rng(), on_epoch=rows.append)
+    assert result.tuned_labels == [TARGET]
+    repaired = result.model
     test = images(60, seed=2)
     faint = test.images.clone()
     faint[:, :, CORNER] = 128

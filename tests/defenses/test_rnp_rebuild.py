@@ -7,7 +7,14 @@ import torch
 from planted import TARGET, BackdooredNet, images, trigger
 
 from rnp.defenses.rnp import RNP
-from rnp.defenses.rnp_rebuild import EVIDENCE, RNPRebuild, evident_labels, is_active, unanimous
+from rnp.defenses.rnp_rebuild import (
+    EVIDENCE,
+    UNANIMITY,
+    RNPRebuild,
+    give_verdicts,
+    is_active,
+    predicted_labels,
+)
 from rnp.detection.base import blend
 from rnp.detection.labels.consensus import Consensus
 from rnp.detection.labels.latent_trigger import LatentTrigger
@@ -128,13 +135,15 @@ def test_so_is_the_class_that_all_three_rank_first(consensus, latent_trigger, tr
         consensus=consensus, latent_trigger=latent_trigger, trigger_size=trigger_size
     )
     assert all(one.verdict(values).label is None for one, values in scores.items())
-    assert unanimous(scores).label == label
-    assert evident_labels(scores) == ([] if label is None else [label])
+    verdicts = give_verdicts(scores)
+    assert verdicts.keys() == {*(one.name for one in EVIDENCE), UNANIMITY}
+    assert verdicts[UNANIMITY].label == label
+    assert predicted_labels(verdicts.values()) == ([] if label is None else [label])
 
 
 def test_two_detectors_are_not_unanimous():
     scores = scores_of(consensus=(4, 0.1), trigger_size=(4, 0.01))
-    assert unanimous(scores).label is None and evident_labels(scores) == []
+    assert give_verdicts(scores).keys() == {"consensus", "trigger_size"}
 
 
 def test_several_labels_can_be_evident(model, defense_set, rng, script, monkeypatch):

@@ -18,7 +18,8 @@ LARGE = 0.7
 COMPARABLE = 4
 """The number of classes from which on their triggers are compared with each other."""
 USUAL_SHARE = 0.015
-"""Of the image: no trigger of the thirty benign models of `experiments.recipes` was smaller."""
+"""Of the image: of nine benign models with three classes (`experiments.recipes`) none had a
+trigger so small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +36,13 @@ class TriggerSize(NeuralCleanseIndex):
     (`sure_margin`) is enough by itself. The index of `neural_cleanse_index` divides by the median
     deviation of a few classes, which is sometimes tiny. The thresholds were chosen with the models
     of seed 0 of `cifar10-fast`, four published networks, ten architectures and the first 24 benign
-    models of `experiments.recipes` in view, the fixed share with the first thirty.
+    models of `experiments.recipes` in view, the fixed share with those that have three classes.
 
     Source: Wang et al., S&P 2019, section IV, for the triggers; the verdict is ours.
     """
 
     min_score: Annotated[
-        float, Ge(0), "logarithm of median over smallest size below which no label is predicted"
+        float, Ge(0), "logarithm of usual over smallest size below which no label is predicted"
     ] = 0.3
     min_margin: Annotated[
         float, Ge(0), "logarithm of second over smallest size below which no label is predicted"
