@@ -56,7 +56,10 @@ class RecoveredTrigger:
 
     @property
     def is_local(self) -> bool:
-        """Whether it lies within a tenth of the pixels."""
+        """Whether its mask is 0 outside a tenth of the pixels.
+
+        That of a rectangle is; a mask that gradient descent has found is nowhere 0.
+        """
         return bool((self.mask > 0).sum() <= LOCAL * self.mask.numel())
 
     def apply(self, images: Images) -> Images:
