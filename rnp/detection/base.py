@@ -58,7 +58,7 @@ class RecoveredTrigger:
     def is_local(self) -> bool:
         """Whether its mask is 0 outside a tenth of the pixels.
 
-        That of a rectangle is; a mask that gradient descent has found is nowhere 0.
+        That of a rectangle is; the mask of a trigger recovered by gradient descent is nowhere 0.
         """
         return bool((self.mask > 0).sum() <= LOCAL * self.mask.numel())
 
