@@ -3,7 +3,7 @@
 FALSE_ALARMS = {
     "consensus": (0, 21),
     "latent_trigger": (0, 21),
-    "trigger_size": (1, 21),
+    "trigger_size": (1, 30),
     "unanimity": (0, 21),
 }
 """The benign models that a detector accuses, and those that it judges, of many recipes.
