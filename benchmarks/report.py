@@ -98,7 +98,7 @@ def markdown(record: dict, *, picture: str) -> str:
     ratios = [
         [title, number(value), device]
         for key, title in RATIOS.items()
-        for device, value in record["ratio"].get(key, {}).items()
+        for device, value in record["ratio"][key].items()
     ]
     lines += table(["", "ours is faster by a factor of", "device"], ratios)
     seconds = [

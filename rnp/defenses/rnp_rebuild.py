@@ -171,7 +171,7 @@ class RNPRebuild(Defense):
                 on_epoch=on_epoch,
             )
         return RNPRebuildResult(
-            rebuilt, tuned_labels=labels_of(known), rnp=result, prune=prune, tuned_against=known
+            rebuilt, tuned_labels=list(evident), rnp=result, prune=prune, tuned_against=known
         )
 
     def search_variants(
@@ -235,8 +235,3 @@ def is_active(
     others = [one.effective_size for one in given if one.label not in evident]
     usual = statistics.median(others) if others else trigger.mask.numel()
     return trigger.gain > MIN_GAIN and (trigger.is_local or trigger.l1 <= usual / 2)
-
-
-def labels_of(triggers: Sequence[RecoveredTrigger]) -> list[int]:
-    """Their labels, each once, ascending."""
-    return sorted({trigger.label for trigger in triggers})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -54,7 +55,7 @@ class RecoveredTrigger:
         """Pixels of the mask; those of the image for a trigger with a gain of at most a half."""
         return self.l1 if self.gain > 0.5 else float(self.mask.numel())
 
-    @property
+    @functools.cached_property
     def is_local(self) -> bool:
         """Whether its mask is 0 outside a tenth of the pixels.
 
